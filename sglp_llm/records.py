@@ -1,0 +1,149 @@
+"""The frozen records that cross rooms. Layer indices are 0-based and always those of the ORIGINAL model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+PLAN_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive decoder layers ``[start, stop)`` whose representations are alike."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def layers(self) -> range:
+        """The indices of the segment's layers."""
+        return range(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class SimilarityMatrix:
+    """Minibatch CKA between the outputs of every pair of decoder layers.
+
+    Attributes:
+        values: ``[layers, layers]``, float64, symmetric, ones on the diagonal; the estimate may fall slightly below 0.
+        kernel: ``"cosine"`` or ``"linear"``.
+    """
+
+    values: torch.Tensor
+    kernel: str
+
+    @property
+    def column_sums(self) -> list[float]:
+        """``s_l = sum_j CKA[l, j]``, one number a layer."""
+        return [float(value) for value in self.values.sum(dim=0)]
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """One importance a decoder layer; a larger score means: keep."""
+
+    criterion: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to remove: exactly one of the three.
+
+    Attributes:
+        ratio: Share of the decoder layers, in (0, 1); ``floor(ratio * L + 0.5)`` layers go.
+        drop: Number of decoder layers.
+        target_params: Largest number of parameters that may be left; the fewest layers that reach it go.
+    """
+
+    ratio: float | None = None
+    drop: int | None = None
+    target_params: int | None = None
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The one field that is set, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What tells two models apart.
+
+    Attributes:
+        name: The Hub id, folder or file as the user wrote it.
+        model_type: transformers' ``config.model_type``.
+        fingerprint: ``sha256:...`` over the configuration and every tensor's name, dtype and shape: the same for two copies
+            of a checkpoint wherever they lie and however they are sharded, different for another architecture or size.
+    """
+
+    name: str
+    model_type: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """Which decoder layers stay. The waist of the program: analysis makes plans, export consumes them.
+
+    Attributes:
+        num_layers: Depth of the original model.
+        kept: Original indices of the layers that stay, ascending.
+        source: The model the plan was made for; ``None`` when a person wrote the plan without saying.
+        revision: The Hub commit the plan was made for.
+        segments: The partition that was used; empty when there was none.
+        scores: Per-layer numbers by name, each of length ``num_layers``.
+        budget: What the user asked for, as in `Budget.to_dict`.
+        settings: Every other setting that led to the plan.
+        versions: Versions of the software that made it.
+    """
+
+    num_layers: int
+    kept: tuple[int, ...]
+    source: ModelIdentity | None = None
+    revision: str | None = None
+    segments: tuple[Segment, ...] = ()
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Original indices of the layers that go, ascending."""
+        kept = set(self.kept)
+        return tuple(layer for layer in range(self.num_layers) if layer not in kept)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Perplexity of a model, with everything that is needed to compare it with another.
+
+    Attributes:
+        dataset: Where the text came from.
+        window: Tokens in one non-overlapping window, the BOS token included where there is one.
+        windows: How many windows were scored.
+        bos: Whether every window began with a BOS token.
+        tokens: Number of tokens that were predicted.
+        mean_nll: Mean negative log-likelihood in nats a token.
+        nll_standard_error: Standard error of ``mean_nll``, over windows.
+        perplexity: ``exp(mean_nll)``.
+        perplexity_standard_error: ``perplexity * nll_standard_error`` (delta method).
+    """
+
+    dataset: str
+    window: int
+    windows: int
+    bos: bool
+    tokens: int
+    mean_nll: float
+    nll_standard_error: float
+    perplexity: float
+    perplexity_standard_error: float
