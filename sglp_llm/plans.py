@@ -115,7 +115,9 @@ def plan_from_dict(data: object, where: str = "plan") -> PrunePlan:
 
 
 def _kept(data: Mapping[str, Any], num_layers: int, where: str) -> tuple[int, ...]:
-    given = {key: _checked_indices(data[key], num_layers, f"{where}: {key}") for key in ("kept", "removed") if key in data}
+    given = {
+        key: _checked_indices(data[key], num_layers, f"{where}: {key}") for key in ("kept", "removed") if key in data
+    }
     if not given:
         raise UserError(f"{where}: a plan needs one of 'kept' and 'removed'")
     everything = set(range(num_layers))
@@ -149,7 +151,9 @@ def _identity(value: object, where: str) -> ModelIdentity | None:
         return None
     fields = _typed(value, dict, where, "source", "an object with name, model_type and fingerprint")
     if set(fields) != {"name", "model_type", "fingerprint"} or any(type(text) is not str for text in fields.values()):
-        raise UserError(f"{where}: source must have exactly the texts name, model_type and fingerprint; leave it out if unknown")
+        raise UserError(
+            f"{where}: source must have exactly the texts name, model_type and fingerprint; leave it out if unknown"
+        )
     return ModelIdentity(**fields)
 
 
@@ -160,7 +164,9 @@ def _segments(value: object, num_layers: int, where: str) -> tuple[Segment, ...]
     segments = tuple(Segment(start, stop) for start, stop in pairs)
     bounds = [0, *(segment.stop for segment in segments)]
     if segments and (
-        [segment.start for segment in segments] != bounds[:-1] or bounds != sorted(set(bounds)) or bounds[-1] != num_layers
+        [segment.start for segment in segments] != bounds[:-1]
+        or bounds != sorted(set(bounds))
+        or bounds[-1] != num_layers
     ):
         raise UserError(f"{where}: segments must cover 0..{num_layers} without gaps, in order")
     return segments
@@ -169,7 +175,11 @@ def _segments(value: object, num_layers: int, where: str) -> tuple[Segment, ...]
 def _scores(value: object, num_layers: int, where: str) -> dict[str, tuple[float, ...]]:
     scores = _typed(value, dict, where, "scores", "an object of lists")
     for name, values in scores.items():
-        if not isinstance(values, list) or len(values) != num_layers or any(type(x) not in (int, float) for x in values):
+        if (
+            not isinstance(values, list)
+            or len(values) != num_layers
+            or any(type(x) not in (int, float) for x in values)
+        ):
             raise UserError(f"{where}: scores.{name} must be a list of {num_layers} numbers")
     return {name: tuple(float(x) for x in values) for name, values in scores.items()}
 

@@ -147,3 +147,43 @@ class EvalResult:
     nll_standard_error: float
     perplexity: float
     perplexity_standard_error: float
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `analyze` returns: the plan, and what it was made from.
+
+    Attributes:
+        plan: Which layers stay.
+        similarity: The CKA matrix; ``None`` when the criterion does not use it.
+        calibration_loss: Mean loss of the calibration sequences in nats a token; ``None`` when no gradients were taken.
+        params_before: Parameters of the model.
+        params_after: Parameters with the plan's layers removed.
+    """
+
+    plan: PrunePlan
+    similarity: SimilarityMatrix | None
+    calibration_loss: float | None
+    params_before: int
+    params_after: int
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What `prune` returns.
+
+    Attributes:
+        output: The folder that was written.
+        plan: Which layers stay.
+        bytes_written: Size of the folder's weight files.
+        verification: What the reload check found, as plain data; ``None`` when it was switched off.
+        seconds: Wall time by stage.
+        analysis: ``None`` when the plan was given.
+    """
+
+    output: str
+    plan: PrunePlan
+    bytes_written: int
+    verification: Mapping[str, Any] | None
+    seconds: Mapping[str, float]
+    analysis: Analysis | None

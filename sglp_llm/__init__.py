@@ -1,0 +1,52 @@
+"""sglp-llm makes a large language model shorter by removing whole decoder layers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sglp_llm.calibration import CalibrationSet
+    from sglp_llm.checkpoint.export import drop_layers
+    from sglp_llm.errors import UserError
+    from sglp_llm.pipeline import analyze, prune
+    from sglp_llm.plans import load_plan
+    from sglp_llm.recipe import Recipe, load_recipe
+    from sglp_llm.records import Analysis, PrunePlan, RunReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Analysis",
+    "CalibrationSet",
+    "PrunePlan",
+    "Recipe",
+    "RunReport",
+    "UserError",
+    "analyze",
+    "drop_layers",
+    "load_plan",
+    "load_recipe",
+    "prune",
+]
+
+# Where each name lives. Importing them here would import torch, which costs `sglp-llm --help` two seconds (PEP 562).
+_HOMES = {
+    "Analysis": "records",
+    "CalibrationSet": "calibration",
+    "PrunePlan": "records",
+    "Recipe": "recipe",
+    "RunReport": "records",
+    "UserError": "errors",
+    "analyze": "pipeline",
+    "drop_layers": "checkpoint.export",
+    "load_plan": "plans",
+    "load_recipe": "recipe",
+    "prune": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

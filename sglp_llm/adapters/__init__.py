@@ -1,0 +1,26 @@
+"""One file a model family, named after transformers' ``config.model_type``.
+
+A new family is one new file with an `ADAPTER`; the contract tests pick it up by themselves.
+"""
+
+from __future__ import annotations
+
+from sglp_llm.adapters.base import DecoderAdapter
+from sglp_llm.registry import member, member_names
+
+__all__ = ["DecoderAdapter", "adapter_names", "get_adapter"]
+
+
+def adapter_names() -> list[str]:
+    """Every ``model_type`` there is an adapter for, sorted."""
+    return member_names(__path__)
+
+
+def get_adapter(model_type: str) -> DecoderAdapter:
+    """The adapter of a model family.
+
+    Raises:
+        UserError: There is none; the message lists the known families and the nearest name.
+    """
+    adapter: DecoderAdapter = member(__name__, __path__, model_type, "model family (model_type)").ADAPTER
+    return adapter

@@ -1,0 +1,9 @@
+"""Gemma 2. Every second layer slides; transformers picks eager attention for its soft-capped scores."""
+
+from sglp_llm.adapters.base import TINY_LLAMA, DecoderAdapter
+
+ADAPTER = DecoderAdapter(
+    display_name="Gemma 2",
+    per_layer_lists=("layer_types",),
+    tiny_configs=({**TINY_LLAMA, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},),
+)

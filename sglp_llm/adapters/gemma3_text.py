@@ -1,0 +1,12 @@
+"""Gemma 3, text only. Five sliding layers to one global one, each kind with its own rotary base."""
+
+from sglp_llm.adapters.base import TINY_LLAMA, DecoderAdapter
+
+_TINY = {**TINY_LLAMA, "num_hidden_layers": 8, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+
+ADAPTER = DecoderAdapter(
+    display_name="Gemma 3 (text)",
+    per_layer_lists=("layer_types",),
+    obsolete_keys=("_sliding_window_pattern", "sliding_window_pattern"),
+    tiny_configs=(_TINY, {**_TINY, "sliding_window_pattern": 3}),
+)

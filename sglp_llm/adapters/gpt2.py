@@ -1,0 +1,22 @@
+"""GPT-2 and DistilGPT-2. Convolution-style linears, learned positions."""
+
+from sglp_llm.adapters.base import DecoderAdapter
+
+ADAPTER = DecoderAdapter(
+    display_name="GPT-2",
+    layers="transformer.h",
+    depth_key="n_layer",
+    refuse={"scale_attn_by_inverse_layer_idx": "its attention divides by the layer's own index, which pruning changes"},
+    tiny_configs=(
+        {
+            "vocab_size": 320,
+            "n_embd": 32,
+            "n_layer": 6,
+            "n_head": 4,
+            "n_positions": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "initializer_range": 0.1,
+        },
+    ),
+)

@@ -1,0 +1,188 @@
+"""Writes a shortened checkpoint: the one place where old layer indices become new ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglp_llm.adapters import DecoderAdapter
+from sglp_llm.checkpoint.reader import TensorEntry
+from sglp_llm.checkpoint.writer import group_by_size, write_shards
+from sglp_llm.errors import UserError
+from sglp_llm.plans import plan_from_indices
+from sglp_llm.progress import Progress, silent
+from sglp_llm.records import PrunePlan
+from sglp_llm.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Everything beside weights and configuration that belongs to a checkpoint: tokenizer, chat template, generation, terms.
+_CARRIED_OVER = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
+    "additional_chat_templates",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def export_from_files(
+    source: Source, plan: PrunePlan, folder: Path, max_shard_size: int | None = None, progress: Progress = silent
+) -> None:
+    """Copies the tensors that stay from the source's safetensors, bit for bit, under their new names.
+
+    The model is not loaded; memory does not grow with its size. ``config.json`` is written last, so that the folder cannot be
+    loaded before it is whole.
+
+    Args:
+        source: A safetensors source.
+        plan: A plan that fits the source, see `check_plan`.
+        folder: An existing, empty folder.
+        max_shard_size: Largest shard in bytes; ``None`` keeps the source's sharding.
+        progress: Told the bytes.
+    """
+    assert source.index is not None
+    shards: list[list[tuple[str, TensorEntry]]] = [[] for _ in source.index.files]
+    shard_of = {file: shard for file, shard in zip(source.index.files, shards, strict=True)}
+    for entry in source.index.tensors.values():
+        if name := renamed(entry.name, source.adapter, plan.kept):
+            shard_of[entry.file].append((name, entry))
+    if max_shard_size is not None:
+        shards = group_by_size([tensor for shard in shards for tensor in shard], max_shard_size)
+    shards = [shard for shard in shards if shard]
+    with progress("Writing", sum(entry.nbytes for shard in shards for _, entry in shard)) as advance:
+        write_shards(folder, shards, source.index.metadata, advance)
+    carry_over(source.path, folder)
+    _write_config(source, plan.kept, folder)
+
+
+def export_from_model(model: PreTrainedModel, folder: Path, max_shard_size: int | None = None) -> None:
+    """Saves a model that `drop_layers` has shortened, through its own ``save_pretrained``.
+
+    Args:
+        model: The shortened model.
+        folder: An existing, empty folder.
+        max_shard_size: Largest shard in bytes; ``None`` leaves it to transformers.
+    """
+    model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+
+
+def carry_over(source: Path, folder: Path) -> None:
+    """Copies tokenizer, chat template, generation configuration and licence files as they are."""
+    for pattern in _CARRIED_OVER:
+        for file in source.glob(pattern):
+            if file.is_dir():
+                shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(file, folder / file.name)
+
+
+def check_plan(plan: PrunePlan, source: Source) -> None:
+    """Makes sure that a plan is for this model.
+
+    Raises:
+        UserError: The depth differs, or the plan names a model whose fingerprint differs.
+    """
+    name = source.identity.name
+    if plan.num_layers != source.num_layers:
+        raise UserError(f"the plan is for a model of {plan.num_layers} decoder layers, and {name} has {source.num_layers}")
+    if plan.source is not None and plan.source.fingerprint != source.identity.fingerprint:
+        raise UserError(
+            f"the plan was made for another model: {plan.source.name} ({plan.source.fingerprint[:23]}...), "
+            f"not {name} ({source.identity.fingerprint[:23]}...)"
+        )
+
+
+def renamed(tensor: str, adapter: DecoderAdapter, kept: Sequence[int]) -> str | None:
+    """The name of a stored tensor in the shortened checkpoint; ``None`` when its layer is removed."""
+    match = adapter.layer_key_pattern.match(tensor)
+    if match is None:
+        return tensor
+    prefix, layer, rest = match.groups()
+    return f"{prefix}{kept.index(int(layer))}{rest}" if int(layer) in kept else None
+
+
+def shorten_config(config: PretrainedConfig, adapter: DecoderAdapter, kept: Sequence[int]) -> None:
+    """Edits a resolved configuration in place: its depth and everything that has one entry a layer.
+
+    Args:
+        config: transformers' configuration object, where lists that the JSON may lack are filled in.
+        adapter: The family's adapter.
+        kept: Original indices of the layers that stay.
+    """
+    for key, value in _shortened_values(config, adapter, kept).items():
+        setattr(config, key, value)
+
+
+def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[int]) -> PreTrainedModel:
+    """Shortens a live transformers model in place.
+
+    Afterwards the model runs, generates with its KV cache, trains and saves (``save_pretrained``) like one that was always
+    this deep. Modules of the layers that stay keep their identity and weights.
+
+    Args:
+        model: A causal language model of a known family.
+        plan_or_indices: A plan, or the 0-based indices of the layers to REMOVE.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: The family is unknown, or the plan or the indices do not fit the model's depth.
+    """
+    from torch import nn
+
+    from sglp_llm.loading import wrap_model
+
+    wrapped = wrap_model(model)
+    plan = plan_or_indices
+    if not isinstance(plan, PrunePlan):
+        plan = plan_from_indices(wrapped.num_layers, plan)
+    if plan.num_layers != wrapped.num_layers:
+        raise UserError(f"the plan is for {plan.num_layers} decoder layers, and the model has {wrapped.num_layers}")
+    layers = nn.ModuleList(wrapped.layers[layer] for layer in plan.kept)
+    for new_index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # the slot of the KV cache
+                module.layer_idx = new_index
+    model.set_submodule(wrapped.adapter.layers, layers)
+    shorten_config(model.config, wrapped.adapter, plan.kept)
+    return model
+
+
+def _shortened_values(config: PretrainedConfig, adapter: DecoderAdapter, kept: Sequence[int]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key in adapter.per_layer_lists:
+        if (entries := getattr(config, key, None)) is not None:
+            values[key] = [entries[layer] for layer in kept]
+    for key in adapter.layer_boundaries:
+        if (boundary := getattr(config, key, None)) is not None:
+            values[key] = sum(layer < boundary for layer in kept)
+    return {**values, adapter.depth_key: len(kept)}
+
+
+def _write_config(source: Source, kept: Sequence[int], folder: Path) -> None:
+    # The source's own JSON with as little changed as can be: what older releases and other programs read in it stays there.
+    # Lists come from the resolved configuration, because the JSON may lack them and transformers would derive them anew,
+    # wrongly, from the new depth.
+    obsolete = {*source.adapter.obsolete_keys, "auto_map"}
+    config = {key: value for key, value in source.raw_config.items() if key not in obsolete}
+    values = _shortened_values(source.config, source.adapter, kept)
+    depth = values.pop(source.adapter.depth_key)
+    depth_keys = {source.adapter.depth_key, "num_hidden_layers"} & set(config)
+    config |= values | dict.fromkeys(depth_keys or {source.adapter.depth_key}, depth)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

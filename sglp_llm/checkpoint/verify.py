@@ -1,0 +1,132 @@
+"""The reload check: the exported folder is what the source is with some layers skipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from sglp_llm.engine.skip import skipped
+from sglp_llm.loading import DecoderModel
+
+HALF_PRECISION_TOLERANCE = 0.02
+"""Largest difference of logits in bfloat16 and float16, relative to the largest logit. In float32 they must be equal."""
+
+_CHECK_TOKENS = 128
+_PROMPT_TOKENS = 16
+_NEW_TOKENS = 16
+# Two tokens whose logits are this close, relative to the largest, are a tie that rounding may break either way.
+_TIE = 1e-4
+
+
+class VerificationError(RuntimeError):
+    """The exported checkpoint does not compute what it should: a bug of this program, never the user's mistake."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the shortened model must compute.
+
+    Attributes:
+        input_ids: ``[sequences, tokens]`` int64.
+        logits: ``[sequences, tokens, vocabulary]`` of the source with the removed layers skipped.
+    """
+
+    input_ids: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the reload check found.
+
+    Attributes:
+        dtype: What both models computed in.
+        max_difference: Largest absolute difference of two logits.
+        tolerance: The largest that was allowed; 0 in float32.
+        tokens: Number of positions that were compared.
+        generation: Whether generation with the KV cache was compared with generation without (float32 only).
+    """
+
+    dtype: str
+    max_difference: float
+    tolerance: float
+    tokens: int
+    generation: bool
+
+
+def expected_logits(model: DecoderModel, removed: tuple[int, ...], input_ids: torch.Tensor) -> Expected:
+    """Runs the source with the removed layers skipped on the first tokens of two sequences.
+
+    Args:
+        model: The whole model.
+        removed: Original indices of the layers to skip.
+        input_ids: ``[sequences, tokens]`` int64, for instance the calibration set's.
+    """
+    ids = input_ids[:2, :_CHECK_TOKENS].to(model.input_device)
+    with skipped(model.layers, removed):
+        return Expected(ids.cpu(), _logits(model.model, ids))
+
+
+def verify_checkpoint(folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str) -> Verification:
+    """Loads the folder with plain transformers and compares.
+
+    Args:
+        folder: The exported checkpoint.
+        expected: What `expected_logits` gave.
+        dtype: What the source computed in.
+        device: Where the source computed, or accelerate's ``device_map``.
+
+    Raises:
+        VerificationError: The folder does not load without complaint, logits differ, or in float32 greedy generation with the
+            KV cache gives other tokens than without.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, output_loading_info=True)
+    for complaint in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[complaint]:
+            raise VerificationError(f"reload check: {complaint.replace('_', ' ')} in {folder}: {sorted(report[complaint])[:3]}")
+    model.eval()
+    ids = expected.input_ids.to(model.get_input_embeddings().weight.device)
+    logits = _logits(model, ids)
+    difference = float((logits - expected.logits).abs().max())
+    exact = dtype == torch.float32
+    tolerance = 0.0 if exact else HALF_PRECISION_TOLERANCE * float(expected.logits.abs().max())
+    if not difference <= tolerance:  # written so that NaN fails
+        raise VerificationError(
+            f"reload check: the logits of {folder} differ from the source's with the layers skipped by {difference:g} (allowed: {tolerance:g})"
+        )
+    if exact:
+        _compare_generation(model, ids[:, :_PROMPT_TOKENS])
+    return Verification(str(dtype).removeprefix("torch."), difference, tolerance, ids.numel(), exact)
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float().cpu()
+
+
+def _compare_generation(model: PreTrainedModel, prompts: torch.Tensor) -> None:
+    for prompt in prompts:
+        cached, plain = (_greedy(model, prompt[None], use_cache) for use_cache in (True, False))
+        if torch.equal(cached, plain):
+            continue
+        same = int((cached[: len(plain)] == plain[: len(cached)]).long().cumprod(0).sum())
+        top = _logits(model, plain[None, :same])[0, -1].topk(2).values
+        if top[0] - top[1] > _TIE * top[0].abs():
+            raise VerificationError(f"reload check: generation with the KV cache differs from generation without at token {same}")
+
+
+def _greedy(model: PreTrainedModel, prompt: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "use_cache": use_cache}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of the sampling settings that greedy search does not use
+    try:
+        tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0]
+    finally:
+        logging.set_verbosity(verbosity)
+    return tokens

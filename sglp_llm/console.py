@@ -1,0 +1,140 @@
+"""What people see: progress bars on stderr; tables and summaries, or JSON, on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from sglp_llm.pipeline import CKA_COLUMN_SUM
+from sglp_llm.plans import plan_to_dict
+from sglp_llm.progress import Advance
+from sglp_llm.records import Analysis, EvalResult, PrunePlan, RunReport
+from sglp_llm.sizes import show_count
+
+_STDERR = Console(stderr=True)
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Advance]:
+    """A `sglp_llm.progress.Progress` with the time that is left, on stderr."""
+    counted = (MofNCompleteColumn(),) if total < 1_000_000 else ()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        *counted,
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=_STDERR) as bar:
+        task = bar.add_task(f"{description:<10}", total=total)
+        yield lambda units: bar.advance(task, units)
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(data, indent=2))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
+    """A table on stdout; the columns with the given indices are aligned right."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def analysis_to_dict(analysis: Analysis) -> dict[str, Any]:
+    """The analysis as plain data, for ``--json``."""
+    similarity = analysis.similarity
+    return {
+        "plan": plan_to_dict(analysis.plan),
+        "similarity": None if similarity is None else {"kernel": similarity.kernel, "values": similarity.values.tolist()},
+        "calibration_loss": analysis.calibration_loss,
+        "params_before": analysis.params_before,
+        "params_after": analysis.params_after,
+    }
+
+
+def print_analysis(analysis: Analysis) -> None:
+    """The layer table, then what would be removed."""
+    plan = analysis.plan
+    _print_layers(plan)
+    print()
+    if analysis.calibration_loss is not None:
+        print(f"Calibration loss  {analysis.calibration_loss:.4f} nats a token")
+    if len(plan.segments) > 1:
+        print(f"Segments          {'  '.join(f'{segment.start}..{segment.stop - 1}' for segment in plan.segments)}")
+    print(f"Removed           {_removed(plan)}")
+    print(f"Parameters        {show_count(analysis.params_before)} -> {show_count(analysis.params_after)}")
+
+
+def report_to_dict(report: RunReport) -> dict[str, Any]:
+    """The run as plain data, for ``--json``."""
+    return {
+        "output": report.output,
+        "plan": plan_to_dict(report.plan),
+        "bytes_written": report.bytes_written,
+        "verification": report.verification,
+        "seconds": dict(report.seconds),
+        "analysis": None if report.analysis is None else analysis_to_dict(report.analysis),
+    }
+
+
+def print_report(report: RunReport) -> None:
+    """What was removed, what the reload check found, and where the result is."""
+    if report.analysis is not None:
+        print_analysis(report.analysis)
+    else:
+        print(f"Removed           {_removed(report.plan)}")
+    if report.verification is None:
+        print("Reload check      switched off")
+    else:
+        found = report.verification
+        same = "equal" if found["max_difference"] == 0 else f"within {found['max_difference']:.3g} (allowed {found['tolerance']:.3g})"
+        cache = "; generation with and without KV cache agrees" if found["generation"] else ""
+        print(f"Reload check      {found['tokens']} logit vectors {same} in {found['dtype']}{cache}")
+    print(f"Time              {', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in report.seconds.items())}")
+    print(f"Written           {report.output} ({show_count(report.bytes_written)}B of weights)")
+
+
+def print_perplexity(result: EvalResult, model: str) -> None:
+    """Perplexity with everything that is needed to compare it."""
+    print(f"Model       {model}")
+    print(f"Data set    {result.dataset}")
+    print(f"Windows     {result.windows} x {result.window} tokens, {'with' if result.bos else 'without'} BOS, not overlapping")
+    print(f"Tokens      {result.tokens} predicted")
+    print(f"Perplexity  {result.perplexity:.3f} ± {result.perplexity_standard_error:.3f} (standard error)")
+
+
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    print(f"sglp-llm: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _print_layers(plan: PrunePlan) -> None:
+    deciding = plan.settings.get("scored_by")
+    names = sorted(plan.scores, key=lambda name: (name != CKA_COLUMN_SUM, name != deciding))
+    headers = {CKA_COLUMN_SUM: "CKA sum"}
+    rows = []
+    segment_of = {layer: number for number, segment in enumerate(plan.segments) for layer in segment.layers}
+    for layer in range(plan.num_layers):
+        scores = [f"{plan.scores[name][layer]:.4f}" for name in names]
+        rows.append([str(layer), str(segment_of[layer]), *scores, "kept" if layer in plan.kept else "removed"])
+    columns = ["layer", "segment", *(headers.get(name, name) for name in names), ""]
+    print_table(f"{plan.source.name if plan.source else 'model'}: {plan.num_layers} decoder layers", columns, rows, range(len(columns) - 1))
+
+
+def _removed(plan: PrunePlan) -> str:
+    return f"{len(plan.removed)} of {plan.num_layers} layers: {' '.join(map(str, plan.removed))}"

@@ -1,0 +1,32 @@
+"""Block influence: how far the layer turns the hidden states (ShortGPT, arXiv 2403.03853)."""
+
+from __future__ import annotations
+
+import torch
+
+from sglp_llm.criteria.base import Criterion
+from sglp_llm.engine.observer import Batch, Need
+
+
+class BlockInfluence(Criterion):
+    """``1 - mean over tokens of cos(x_l, x_{l+1})``; padding positions are left out."""
+
+    needs = Need.HIDDEN_STATES
+
+    def __init__(self, num_layers: int, seed: int = 0) -> None:
+        super().__init__(num_layers, seed)
+        self._cosines = [0.0] * num_layers
+        self._tokens = [0] * num_layers
+
+    def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
+        cosine = torch.nn.functional.cosine_similarity(entering.float(), leaving.float(), dim=-1)
+        if batch.mask is not None:
+            cosine = cosine[batch.mask.to(cosine.device)]
+        self._cosines[layer] += float(cosine.sum(dtype=torch.float64))
+        self._tokens[layer] += cosine.numel()
+
+    def scores(self) -> list[float]:
+        return [1 - cosines / tokens for cosines, tokens in zip(self._cosines, self._tokens, strict=True)]
+
+
+CRITERION = BlockInfluence

@@ -1,0 +1,15 @@
+"""The last layers go first: the baseline that knows nothing but depth."""
+
+from __future__ import annotations
+
+from sglp_llm.criteria.base import Criterion
+
+
+class Reverse(Criterion):
+    """``L - 1 - l``."""
+
+    def scores(self) -> list[float]:
+        return [float(self.num_layers - 1 - layer) for layer in range(self.num_layers)]
+
+
+CRITERION = Reverse

@@ -1,0 +1,1 @@
+"""Runs the decoder layers over the calibration set and lets observers watch."""

@@ -1,0 +1,190 @@
+"""The engine for a model that is whole in memory, on one device or spread over several by accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sglp_llm.calibration import CalibrationSet
+from sglp_llm.engine.loss import sequence_loss
+from sglp_llm.engine.observer import Batch, Need, Observer
+from sglp_llm.engine.skip import entering_states, leaving_states
+from sglp_llm.errors import UserError
+from sglp_llm.loading import DecoderModel
+from sglp_llm.progress import Progress, silent
+
+
+def run_pass(
+    model: DecoderModel,
+    calibration: CalibrationSet,
+    observers: Sequence[Observer],
+    *,
+    batch_size: int = 8,
+    progress: Progress = silent,
+) -> float | None:
+    """Shows the observers what they need: one forward pass, and one backward pass where gradients are wanted.
+
+    With gradients one sequence is a step: a decoder layer's gradients are shown and freed as soon as autograd has them, and
+    embeddings, final norm and head take none. Without, ``batch_size`` sequences are a step and the head does not run. When
+    no observer looks at hidden states or gradients, nothing runs.
+
+    Returns:
+        The mean loss of the calibration sequences in nats a token when gradients were taken, otherwise ``None``.
+
+    Raises:
+        UserError: The loss is not finite (the message names the first layer whose output is not), or a part of the model is
+            offloaded although gradients are wanted.
+    """
+    needs = Need.NOTHING
+    for observer in observers:
+        needs |= observer.needs
+    if Need.WEIGHTS in needs:
+        _show_weights(model.layers, observers)
+    if not needs & (Need.HIDDEN_STATES | Need.GRADIENTS):
+        return None
+    differentiate = Need.GRADIENTS in needs
+    if differentiate:
+        batch_size = 1
+        _refuse_offloaded(model)
+    current: list[Batch] = []  # the hooks' view of the step they belong to
+    loss_sum = 0.0
+    with ExitStack() as stack:
+        stack.enter_context(_evaluation_mode(model.model))
+        if Need.HIDDEN_STATES in needs:
+            stack.enter_context(_layer_hooks(model.layers, observers, current))
+        if differentiate:
+            stack.enter_context(_gradient_hooks(model, observers, current))
+        stack.enter_context(torch.enable_grad() if differentiate else torch.inference_mode())
+        advance = stack.enter_context(progress("Analysing", len(calibration.input_ids)))
+        for batch, ids, mask in _batches(calibration, batch_size, model.input_device):
+            current[:] = [batch]
+            if differentiate:
+                logits = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                loss = sequence_loss(logits, ids, mask).sum()
+                loss_value = loss.item()
+                if not torch.isfinite(loss.detach()):
+                    raise _not_finite(model, batch.first, loss_value, ids, mask)
+                loss_sum += loss_value
+                del logits  # as large as the vocabulary: gone before the backward pass needs room
+                loss.backward()
+                del loss
+            else:
+                model.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            for observer in observers:
+                observer.on_batch_end(batch)
+            advance(batch.size)
+    return loss_sum / len(calibration.input_ids) if differentiate else None
+
+
+def _batches(
+    calibration: CalibrationSet, batch_size: int, device: torch.device
+) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor | None]]:
+    for first in range(0, len(calibration.input_ids), batch_size):
+        ids = calibration.input_ids[first : first + batch_size].to(device)
+        mask = calibration.mask[first : first + batch_size].to(device)
+        # Without a mask transformers takes its fast causal path.
+        padded = None if mask.all() else mask
+        yield Batch(first, len(ids), padded), ids, padded
+
+
+def _show_weights(layers: nn.ModuleList, observers: Sequence[Observer]) -> None:
+    for index, layer in enumerate(layers):
+        for weight in layer.parameters():
+            for observer in observers:
+                if Need.WEIGHTS in observer.needs:
+                    observer.on_weight(index, weight.detach())
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _layer_hooks(layers: nn.ModuleList, observers: Sequence[Observer], current: list[Batch]) -> Iterator[None]:
+    watching = [observer for observer in observers if Need.HIDDEN_STATES in observer.needs]
+
+    def hook_for(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            entering, leaving = entering_states(args, kwargs).detach(), leaving_states(output).detach()
+            with torch.no_grad():
+                for observer in watching:
+                    observer.on_layer(index, current[0], entering, leaving)
+
+        return hook
+
+    handles = [layer.register_forward_hook(hook_for(index), with_kwargs=True) for index, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _gradient_hooks(model: DecoderModel, observers: Sequence[Observer], current: list[Batch]) -> Iterator[None]:
+    watching = [observer for observer in observers if Need.GRADIENTS in observer.needs]
+    before = [(parameter, parameter.requires_grad) for parameter in model.model.parameters()]
+
+    def hook_for(index: int) -> Any:
+        def hook(weight: torch.Tensor) -> None:
+            assert weight.grad is not None
+            for observer in watching:
+                observer.on_gradient(index, current[0], weight.detach(), weight.grad)
+            weight.grad = None
+
+        return hook
+
+    model.model.requires_grad_(False)
+    handles = []
+    for index, layer in enumerate(model.layers):
+        for parameter in layer.parameters():
+            parameter.requires_grad_(True)
+            handles.append(parameter.register_post_accumulate_grad_hook(hook_for(index)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+def _refuse_offloaded(model: DecoderModel) -> None:
+    if any(parameter.device.type == "meta" for parameter in model.model.parameters()):
+        raise UserError(
+            "the model does not fit: a part of it was offloaded, and gradients need every layer on a device; "
+            "use a larger machine, --dtype bfloat16, or a criterion without gradients (bi)"
+        )
+
+
+def _not_finite(
+    model: DecoderModel, sequence: int, loss: float, ids: torch.Tensor, mask: torch.Tensor | None
+) -> UserError:
+    """The error for a loss that is not finite; finds the first layer whose output is not, by another forward pass."""
+    broken: list[int] = []
+
+    class Finder(Observer):
+        def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
+            if not broken and not torch.isfinite(leaving).all():
+                broken.append(layer)
+
+    Finder.needs = Need.HIDDEN_STATES
+    with _layer_hooks(model.layers, [Finder()], [Batch(sequence, 1, mask)]), torch.no_grad():
+        model.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    place = (
+        f"decoder layer {broken[0]} is the first whose output is not" if broken else "every decoder layer's output is"
+    )
+    return UserError(
+        f"the loss is not finite ({loss}) on calibration sequence {sequence}: {place}; "
+        "the weights are damaged, or the dtype is too small (try --dtype float32)"
+    )

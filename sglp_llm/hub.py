@@ -1,0 +1,92 @@
+"""The Hugging Face Hub: bringing a checkpoint here, sending a finished folder there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sglp_llm.errors import UserError
+
+# At the root of a repository only: subfolders hold the same weights again in other formats.
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+
+
+class UploadError(RuntimeError):
+    """An upload failed; the local folder is whole. The message says how to send it again."""
+
+
+def download(repo: str, revision: str | None) -> tuple[Path, str]:
+    """Brings a checkpoint's files into the Hub's cache: safetensors where there are any, otherwise PyTorch ``.bin`` files.
+
+    Returns:
+        The local folder, and the commit it holds.
+
+    Raises:
+        UserError: There is no such model or revision, it is gated, or the Hub cannot be reached and the cache lacks it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        for weights in (["model*.safetensors"], ["pytorch_model*.bin"]):
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_SMALL_FILES + weights, ignore_patterns=["*/*"]))
+            if any(folder.glob(weights[0])):
+                break
+    except HFValidationError:
+        raise UserError(f"{repo!r} is neither a folder, a .gguf file nor the name of a model on the Hub (OWNER/NAME)") from None
+    except GatedRepoError:
+        raise UserError(f"{repo}: the model is gated; accept its terms on the Hub and log in with `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise UserError(f"{repo}: the Hub has the model but no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{repo}: the Hub has no such model (or it is private: log in with `hf auth login`)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{repo}{at}: no such folder or file here, and it cannot be had from the Hub ({reason}); "
+            "give a local folder or .gguf file, or check the name and the connection"
+        ) from None
+    return folder, folder.name
+
+
+def upload(folder: Path, repo: str, private: bool) -> str:
+    """Creates the model repository where it does not exist yet and uploads the folder in one commit.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UploadError: It did not work out, for whatever reason.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model pruned with sglp-llm")
+    except Exception as error:  # whatever went wrong out there, the result here is whole and the way on is the same
+        reason = " ".join(str(error).split())
+        raise UploadError(f"{folder} is complete, but the upload failed ({reason}); retry with: hf upload {repo} {folder} .") from error
+    return str(address)
+
+
+def check_repo_name(repo: str) -> None:
+    """Refuses, before any work is done, a name that the Hub would refuse.
+
+    Raises:
+        UserError: It is not of the form NAME or OWNER/NAME.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"push_to_hub: {' '.join(str(error).split())}") from None

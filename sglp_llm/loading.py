@@ -1,0 +1,137 @@
+"""Source -> a model in memory, placed on its devices, with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sglp_llm.adapters import DecoderAdapter, get_adapter
+from sglp_llm.errors import UserError
+from sglp_llm.source import Source
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class DecoderModel:
+    """A causal language model and where its decoder layers sit.
+
+    Attributes:
+        model: Any transformers ``...ForCausalLM`` of a known family.
+        adapter: The family's adapter.
+    """
+
+    model: PreTrainedModel
+    adapter: DecoderAdapter
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, front to back."""
+        layers = self.model.get_submodule(self.adapter.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids must be."""
+        weight: torch.Tensor = self.model.get_input_embeddings().weight
+        return weight.device
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def parameters_without(self, removed: tuple[int, ...]) -> int:
+        """Number of parameters that are left without the given layers."""
+        return self.num_parameters - sum(p.numel() for layer in removed for p in self.layers[layer].parameters())
+
+
+def wrap_model(model: PreTrainedModel) -> DecoderModel:
+    """Wraps a live transformers model.
+
+    Raises:
+        UserError: Its family has no adapter, or a setting of it cannot be pruned.
+    """
+    adapter = get_adapter(model.config.model_type)
+    for key, reason in adapter.refuse.items():
+        if getattr(model.config, key, None):
+            raise UserError(f"{key} is set, and such a model cannot be pruned: {reason}")
+    return DecoderModel(model, adapter)
+
+
+def load_model(source: Source, dtype: str = "auto", device_map: str | None = None) -> DecoderModel:
+    """Loads the weights.
+
+    Args:
+        source: What `find_source` found.
+        dtype: ``auto`` keeps the checkpoint's own (float32 for GGUF), or one of `DTYPES`.
+        device_map: accelerate's placement; ``None`` puts everything on the GPU where there is one, else on the CPU.
+
+    Raises:
+        UserError: A tensor is missing or damaged.
+    """
+    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto")}
+    if device_map is not None:
+        options["device_map"] = device_map
+    folder = source.path
+    if source.format == "gguf":
+        folder = source.path.parent
+        options |= {"gguf_file": source.path.name, "dtype": DTYPES.get(dtype, torch.float32)}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as error:  # torch, pickle, safetensors and transformers each have their own for a damaged file
+        raise UserError(f"{source.identity.name}: transformers cannot load the weights ({_one_line(error)})") from None
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{source.identity.name}: the checkpoint lacks {len(missing)} tensors, {missing[0]!r} for one")
+    if source.format == "gguf":
+        model = _dequantised(model)
+    if device_map is None and torch.cuda.is_available():
+        model = model.to("cuda")
+    return DecoderModel(model.eval(), source.adapter)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """Loads the source's tokenizer.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    folder, options = source.path, {}
+    if source.format == "gguf":
+        folder, options = source.path.parent, {"gguf_file": source.path.name}
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:
+        raise UserError(f"{source.identity.name}: transformers cannot load the tokenizer ({_one_line(error)})") from None
+
+
+def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that does not think it is quantised, which transformers would refuse to save."""
+    from accelerate import init_empty_weights
+
+    config = model.config
+    del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    if placement := getattr(model, "hf_device_map", None):
+        from accelerate import dispatch_model
+
+        plain = dispatch_model(plain, placement)
+    return plain
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

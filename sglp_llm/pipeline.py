@@ -1,0 +1,256 @@
+"""The whole story: `analyze` makes a plan, `prune` makes a plan and the shortened checkpoint."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglp_llm.calibration import CalibrationSet, calibration_set
+from sglp_llm.checkpoint.export import check_plan, drop_layers, export_from_files, export_from_model
+from sglp_llm.checkpoint.export import carry_over as carry_over_files
+from sglp_llm.checkpoint.publish import atomic_folder, check_output
+from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
+from sglp_llm.criteria import get_criterion
+from sglp_llm.engine.representations import CKAObserver
+from sglp_llm.engine.resident import run_pass
+from sglp_llm.errors import UserError
+from sglp_llm.plans import PLAN_FILE_NAME, save_plan
+from sglp_llm.progress import Progress, silent
+from sglp_llm.recipe import RECIPE_FILE_NAME, Recipe, save_recipe
+from sglp_llm.records import Analysis, PrunePlan, RunReport, Segment, SimilarityMatrix
+from sglp_llm.report.model_card import write_model_card
+from sglp_llm.segmentation import segment_layers
+from sglp_llm.selection import check_budget, layers_to_remove
+from sglp_llm.sizes import parse_bytes
+from sglp_llm.subject import Subject
+from sglp_llm.texts import check_spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SGLP = "sglp"
+"""The paper's pipeline: CKA segments, and GradNorm inside them."""
+
+CKA_COLUMN_SUM = "cka_column_sum"
+
+
+def analyze(
+    model: str | Path | PreTrainedModel,
+    *,
+    recipe: Recipe | None = None,
+    tokenizer: Any = None,
+    calibration: CalibrationSet | str | None = None,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Analysis:
+    """Decides which decoder layers to remove. Writes nothing.
+
+    Args:
+        model: Hub id, folder, ``.gguf`` file, or a live transformers model.
+        recipe: The settings; the defaults are `Recipe`'s, with a quarter of the layers as the budget.
+        tokenizer: Needed with a live model, unless ``calibration`` holds token ids.
+        calibration: The calibration set, or where to read it (``"wikitext2"``, ``"text:FILE"``, ``"pydoc"``, ...).
+        progress: Told the sequences that are done.
+        **settings: Single settings that replace the recipe's: ``ratio=0.25``, ``criterion="bi"``, ...
+
+    Raises:
+        UserError: Something in the model, the text or the settings is wrong; one line says what.
+    """
+    recipe = _recipe(recipe, calibration, settings)
+    if not recipe.budget.to_dict():
+        recipe = replace(recipe, ratio=0.25)
+    subject = _open(model, recipe, tokenizer)
+    return _analyze(subject, recipe, _calibration(subject, recipe, calibration), progress)
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    output: str | Path,
+    *,
+    plan: PrunePlan | None = None,
+    recipe: Recipe | None = None,
+    tokenizer: Any = None,
+    calibration: CalibrationSet | str | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: Progress = silent,
+    **settings: Any,
+) -> RunReport:
+    """Removes decoder layers and writes the shortened checkpoint.
+
+    The output appears whole or not at all. A live model is shortened in place, like `drop_layers` does.
+
+    Args:
+        model: Hub id, folder, ``.gguf`` file, or a live transformers model.
+        output: Folder to write.
+        plan: Skips the analysis; ``recipe``'s budget and criterion are not used then.
+        recipe: See `analyze`; it must hold a budget unless there is a plan.
+        tokenizer: See `analyze`.
+        calibration: See `analyze`; with a plan it is only read for the reload check (default: ``"pydoc"``).
+        overwrite: Replace an output that exists.
+        verify: Reload the result with plain transformers and compare it with the source, layers skipped.
+        progress: Told sequences and bytes that are done.
+        **settings: See `analyze`.
+
+    Raises:
+        UserError: See `analyze`; also an output that exists or lies inside the source, or a plan for another model.
+        VerificationError: The reload check failed; nothing is left at ``output``.
+    """
+    if plan is not None and calibration is None and recipe is None:
+        calibration = "pydoc"  # any text does for the reload check, and this one is always there
+    recipe = _recipe(recipe, calibration, settings)
+    output = Path(output).expanduser()
+    check_output(output, overwrite)
+    max_shard_size = None if recipe.max_shard_size is None else parse_bytes(recipe.max_shard_size)
+    if plan is None and not recipe.budget.to_dict():
+        raise UserError("how much to remove? Give a ratio, a number of layers to drop, target_params, or a plan")
+    subject = _open(model, recipe, tokenizer, plan)
+    _check_apart(output, subject)
+    sequences = _calibration(subject, recipe, calibration) if plan is None or verify else None
+    seconds: dict[str, float] = {}
+    analysis = None
+    if plan is None:
+        assert sequences is not None
+        with _timed(seconds, "analysis"):
+            analysis = _analyze(subject, recipe, sequences, progress)
+        plan = analysis.plan
+    plan = replace(plan, source=plan.source or subject.identity, versions=plan.versions or _versions())
+    expected = None
+    if verify:
+        assert sequences is not None
+        decoder = subject.load()
+        dtype, device = decoder.model.dtype, recipe.device_map or decoder.input_device
+        expected = expected_logits(decoder, plan.removed, sequences.input_ids)
+        del decoder
+    with atomic_folder(output, overwrite) as folder:
+        with _timed(seconds, "export"):
+            _export(subject, plan, folder, max_shard_size, progress)
+            save_plan(plan, folder / PLAN_FILE_NAME)
+            save_recipe(replace(recipe, model=subject.identity.name, revision=subject.revision), folder / RECIPE_FILE_NAME)
+            write_model_card(folder / "README.md", plan)
+        subject.release()
+        verification = None
+        if expected is not None:
+            with _timed(seconds, "reload check"):
+                verification = asdict(verify_checkpoint(folder, expected, dtype, device))
+        written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    return RunReport(str(output), plan, written, verification, seconds, analysis)
+
+
+def _recipe(recipe: Recipe | None, calibration: CalibrationSet | str | None, settings: dict[str, Any]) -> Recipe:
+    spec = calibration.source if isinstance(calibration, CalibrationSet) else calibration
+    return (recipe or Recipe()).with_changes(calibration=spec, **settings)
+
+
+def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = None) -> Subject:
+    """Everything that can be known to be wrong before the weights are loaded is found out here."""
+    if plan is None and recipe.criterion != SGLP:
+        get_criterion(recipe.criterion)
+    for name in recipe.also:
+        get_criterion(name)
+    subject = Subject(model, recipe.revision, recipe.dtype, recipe.device_map, tokenizer)
+    if plan is not None:
+        if subject.source is not None:
+            check_plan(plan, subject.source)
+        return subject
+    check_budget(recipe.budget, subject.num_layers, (recipe.protect.first, recipe.protect.last))
+    if recipe.segments != "auto" and recipe.segments > subject.num_layers:
+        raise UserError(f"segments: {recipe.segments} segments are more than the model's {subject.num_layers} decoder layers")
+    longest = getattr(subject.config, "max_position_embeddings", None)
+    if longest is not None and recipe.seq_len > longest:
+        raise UserError(f"seq_len {recipe.seq_len} is longer than the {longest} positions that {subject.identity.name} has")
+    return subject
+
+
+def _calibration(subject: Subject, recipe: Recipe, given: CalibrationSet | str | None) -> CalibrationSet:
+    if isinstance(given, CalibrationSet):
+        return given
+    check_spec(recipe.calibration)
+    return calibration_set(
+        subject.tokenizer, recipe.calibration, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed
+    )
+
+
+def _check_apart(output: Path, subject: Subject) -> None:
+    if subject.source is None:
+        return
+    source, target = subject.source.path.resolve(), output.resolve()
+    if target.is_relative_to(source) or source.is_relative_to(target):
+        raise UserError(f"{output}: the output must lie outside the source {subject.source.path}, and must not contain it")
+
+
+def _analyze(subject: Subject, recipe: Recipe, calibration: CalibrationSet, progress: Progress) -> Analysis:
+    model = subject.load()
+    segmented = recipe.criterion == SGLP
+    deciding = "gradnorm" if segmented else recipe.criterion
+    criteria = {name: get_criterion(name)(model.num_layers, recipe.seed) for name in dict.fromkeys((deciding, *recipe.also))}
+    cka = CKAObserver(model.num_layers, recipe.kernel, recipe.minibatch_sequences, recipe.minibatch_positions)
+    observers = [*criteria.values(), *([cka] if segmented else [])]
+    loss = run_pass(model, calibration, observers, batch_size=recipe.batch_size, progress=progress)
+    scores = {name: _finite(name, criterion.scores()) for name, criterion in criteria.items()}
+    similarity, segments = None, (Segment(0, model.num_layers),)
+    if segmented:
+        similarity = cka.result()
+        segments = _segments(similarity, recipe)
+        scores[CKA_COLUMN_SUM] = tuple(similarity.column_sums)
+    protect = (recipe.protect.first, recipe.protect.last)
+    removed = layers_to_remove(recipe.budget, segments, scores[deciding], protect, model.parameters_without)
+    settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding}
+    for key in ("model", "revision", *recipe.budget.to_dict()):
+        settings.pop(key, None)
+    plan = PrunePlan(
+        num_layers=model.num_layers,
+        kept=tuple(layer for layer in range(model.num_layers) if layer not in removed),
+        source=subject.identity,
+        revision=subject.revision,
+        segments=segments,
+        scores=scores,
+        budget=recipe.budget.to_dict(),
+        settings=settings,
+        versions=_versions(),
+    )
+    return Analysis(plan, similarity, loss, model.num_parameters, model.parameters_without(removed))
+
+
+def _segments(similarity: SimilarityMatrix, recipe: Recipe) -> tuple[Segment, ...]:
+    k = None if recipe.segments == "auto" else recipe.segments
+    return segment_layers(similarity, k, recipe.features, recipe.min_drop)
+
+
+def _finite(name: str, scores: Sequence[float]) -> tuple[float, ...]:
+    for layer, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UserError(f"the {name} score of decoder layer {layer} is not finite ({score}): are the weights damaged?")
+    return tuple(scores)
+
+
+def _export(subject: Subject, plan: PrunePlan, folder: Path, max_shard_size: int | None, progress: Progress) -> None:
+    if subject.source is not None and subject.source.format == "safetensors":
+        export_from_files(subject.source, plan, folder, max_shard_size, progress)
+        return
+    export_from_model(drop_layers(subject.load().model, plan), folder, max_shard_size)
+    if subject.source is not None and subject.source.format == "bin":
+        carry_over_files(subject.source.path, folder)
+    else:
+        subject.save_tokenizer(folder)
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("sglp-llm", "torch", "transformers")}
+    return {**packages, "python": platform.python_version()}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = round(time.perf_counter() - start, 3)

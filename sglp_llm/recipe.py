@@ -1,0 +1,200 @@
+"""Recipe <-> YAML: every setting of a run in one record. An unknown key is an error that names its nearest neighbour."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sglp_llm.errors import UserError, unknown
+from sglp_llm.records import Budget
+
+RECIPE_FILE_NAME = "sglp_recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Protect:
+    """How many layers at the front and at the end are never removed (Shortened LLaMA's "+" keeps 4 and 2)."""
+
+    first: int = 0
+    last: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one pruning run; the defaults are the program's.
+
+    Attributes:
+        model: Hub id, folder or ``.gguf`` file.
+        revision: Hub branch, tag or commit.
+        dtype: What the analysis computes in. A GGUF or ``.bin`` source is exported in it too; safetensors are copied as they are.
+        device_map: accelerate's placement, ``auto`` for instance; none = one device, the GPU where there is one.
+        calibration: What `sglp_llm.calibration` can read: ``wikitext2``, ``text:FILE``, ...
+        samples: Number of calibration sequences.
+        seq_len: Tokens a sequence.
+        seed: Of everything that is drawn.
+        batch_size: Sequences a forward-only pass computes at once; gradients are taken one sequence at a time. No result
+            depends on it.
+        criterion: ``sglp`` (CKA segments + gradnorm inside them, the paper's pipeline) or a name from ``criteria/``.
+        also: More criteria to score in the same pass, for the record.
+        kernel: CKA kernel, ``cosine`` (our default) or ``linear`` (the paper's).
+        minibatch_sequences: Calibration sequences a CKA minibatch.
+        minibatch_positions: Evenly spaced positions of each of them.
+        segments: Number of segments, or ``auto``.
+        features: What the segmentation looks at, ``column_sum`` or ``rows``.
+        min_drop: When ``auto`` stops adding segments.
+        protect: Layers that are never removed.
+        ratio: Share of the layers to remove, or
+        drop: their number, or
+        target_params: the number of parameters that may be left.
+        max_shard_size: Largest file of the output, such as ``2GB``; none = shards like the source's.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device_map: str | None = None
+    calibration: str = "wikitext2"
+    samples: int = 32
+    seq_len: int = 512
+    seed: int = 0
+    batch_size: int = 8
+    criterion: str = "sglp"
+    also: tuple[str, ...] = ()
+    kernel: Literal["cosine", "linear"] = "cosine"
+    minibatch_sequences: int = 8
+    minibatch_positions: int = 64
+    segments: int | Literal["auto"] = "auto"
+    features: Literal["column_sum", "rows"] = "column_sum"
+    min_drop: float = 0.05
+    protect: Protect = field(default_factory=Protect)
+    ratio: float | None = None
+    drop: int | None = None
+    target_params: int | None = None
+    max_shard_size: str | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """The three ways to say how much goes, as one record; `selection.check_budget` wants exactly one of them."""
+        return Budget(self.ratio, self.drop, self.target_params)
+
+    def with_changes(self, **changes: Any) -> Recipe:
+        """A copy with every change that is not None; a new budget replaces the old one whole.
+
+        Raises:
+            UserError: A key is unknown or a value has the wrong type.
+        """
+        given = {key: value for key, value in changes.items() if value is not None}
+        base = self.to_dict()
+        budget_keys = {"ratio", "drop", "target_params"}
+        if budget_keys & set(given):
+            base = {key: value for key, value in base.items() if key not in budget_keys}
+        if isinstance(given.get("protect"), Mapping):
+            given["protect"] = {**base["protect"], **given["protect"]}
+        return recipe_from_dict({**base, **given}, "settings")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for YAML and JSON; settings that are not set are left out."""
+        plain = {**dataclasses.asdict(self), "also": list(self.also)}
+        return {key: value for key, value in plain.items() if value is not None}
+
+
+def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
+    """Checks plain data and makes a recipe of it.
+
+    Raises:
+        UserError: A key is unknown (the message names the nearest one) or a value has the wrong type.
+    """
+    recipe = _build(Recipe, data, where)
+    for key in ("samples", "batch_size", "minibatch_sequences", "minibatch_positions"):
+        _at_least(1, getattr(recipe, key), f"{where}: {key}")
+    _at_least(2, recipe.seq_len, f"{where}: seq_len")
+    if recipe.segments != "auto":
+        _at_least(1, recipe.segments, f"{where}: segments")
+    if not recipe.min_drop >= 0:
+        raise UserError(f"{where}: min_drop must not be negative, not {recipe.min_drop!r}")
+    return recipe
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """Reads a recipe from a YAML file, or one of the recipes that come with the package by its name.
+
+    Raises:
+        UserError: There is no such file or name, it is not YAML, or it is not a recipe.
+    """
+    path = Path(name)
+    shipped = _shipped()
+    if str(name) in shipped:
+        text = shipped[str(name)].read_text(encoding="utf-8")
+    elif path.suffix in (".yaml", ".yml"):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot read the recipe ({error})") from None
+    else:
+        raise unknown("recipe", str(name), shipped)
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: not a YAML file ({' '.join(str(error).split())})") from None
+    return recipe_from_dict({} if data is None else data, str(name))
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package, sorted."""
+    return sorted(_shipped())
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the recipe as YAML, keys in the order of `Recipe`."""
+    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _shipped() -> dict[str, Any]:
+    files = resources.files("sglp_llm").joinpath("recipes").iterdir()
+    return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
+
+
+def _build(cls: type, data: object, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where}: expected 'key: value' lines, not {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise UserError(f"{where}: {unknown('key', str(key), hints)}")
+    return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in data.items()})
+
+
+def _convert(value: object, hint: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if hint == tuple[str, ...]:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise UserError(f"{where} must be a list of texts, not {value!r}")
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    allowed: list[str] = []
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            if value in typing.get_args(option):
+                return value
+            allowed += map(str, typing.get_args(option))
+        elif type(value) is option or (option is type(None) and value is None):
+            return value
+        elif option is float and type(value) is int:
+            return float(value)
+        elif option is not type(None):
+            allowed.append({str: "text", int: "a whole number", float: "a number"}[option])
+    raise UserError(f"{where} must be {' or '.join(allowed)}, not {value!r}")
+
+
+def _at_least(least: int, value: int, where: str) -> None:
+    if value < least:
+        raise UserError(f"{where} must be at least {least}, not {value}")

@@ -1,0 +1,53 @@
+"""The README.md of a shortened checkpoint: the base model, what was removed, how to load it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sglp_llm.records import PrunePlan
+
+
+def write_model_card(path: Path, plan: PrunePlan) -> None:
+    """Writes a short model card with the Hub's metadata.
+
+    Args:
+        path: The file to write.
+        plan: What was done; its ``source`` names the base model.
+    """
+    assert plan.source is not None
+    on_hub = plan.revision is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", plan.source.name)
+    # A local path would be a broken link on the Hub, and is nobody else's business.
+    name = plan.source.name if on_hub else Path(plan.source.name).name
+    base = f"base_model: {name}\n" if on_hub else ""
+    link = f"[{name}](https://huggingface.co/{name})" if on_hub else f"`{name}`"
+    settings = plan.settings
+    how = f"the criterion `{settings['criterion']}`" if "criterion" in settings else "a plan that was given"
+    if "calibration" in settings:
+        how += f" on {settings['samples']} x {settings['seq_len']} tokens of `{settings['calibration'].split(':')[0]}`"
+    path.write_text(
+        f"""---
+{base}library_name: transformers
+pipeline_tag: text-generation
+tags:
+- sglp-llm
+- depth-pruning
+---
+
+# {name}, {len(plan.kept)} of {plan.num_layers} decoder layers
+
+{link} with {len(plan.removed)} of its {plan.num_layers} decoder layers removed by sglp-llm and nothing retrained.
+
+- Removed layers (0-based, of the original): {", ".join(map(str, plan.removed))}
+- Chosen by {how}
+- Everything that led to the choice: `sglp_plan.json`; the settings: `sglp_recipe.yaml`
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+""",
+        encoding="utf-8",
+    )

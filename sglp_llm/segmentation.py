@@ -1,0 +1,94 @@
+"""Fisher optimal segmentation: the exact partition of an ordered sequence into homogeneous segments (Fisher 1958)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglp_llm.records import Segment, SimilarityMatrix
+
+FEATURES = ("column_sum", "rows")
+
+
+@dataclass(frozen=True)
+class FisherPartitions:
+    """The best partitions of one sequence, for every number of segments.
+
+    Attributes:
+        losses: ``losses[k - 1]`` is the least possible sum of diameters with k segments; non-increasing, the last one is 0.
+        starts: ``starts[k - 1][j]`` is where the last of k segments starts when the first j elements are partitioned.
+    """
+
+    losses: tuple[float, ...]
+    starts: tuple[tuple[int, ...], ...]
+
+    def segments(self, k: int) -> tuple[Segment, ...]:
+        """The best partition into k segments, front to back; among equals, the one whose last cuts lie furthest left."""
+        stop, segments = len(self.losses), []
+        for count in range(k, 0, -1):
+            start = self.starts[count - 1][stop]
+            segments.append(Segment(start, stop))
+            stop = start
+        return tuple(reversed(segments))
+
+    def auto_k(self, min_drop: float) -> int:
+        """The smallest k for which one more segment gains less than ``min_drop`` of the loss of no partition at all.
+
+        Ours: the official code compares with loss(k) and takes the last k that passes, which never stops.
+        """
+        for k in range(1, len(self.losses)):
+            if self.losses[k - 1] - self.losses[k] < min_drop * self.losses[0] or self.losses[0] == 0:
+                return k
+        return len(self.losses)
+
+
+def fisher_partitions(sequence: torch.Tensor) -> FisherPartitions:
+    """Exact dynamic programming over all numbers of segments at once, O(k L^2) with k = L, vectorised over i and j.
+
+    Args:
+        sequence: ``[L]`` or ``[L, features]``. The diameter of ``[i, j)`` is the sum of squared deviations from its mean.
+    """
+    points = sequence.to(torch.float64).reshape(sequence.shape[0], -1)
+    diameters = _diameters(points)
+    length = points.shape[0]
+    best = diameters[0].clone()  # best[j]: first j elements in one segment
+    losses, starts = [float(best[length])], [tuple([0] * (length + 1))]
+    infinity = torch.tensor(torch.inf, dtype=torch.float64)
+    for _ in range(2, length + 1):
+        # candidates[i, j]: the first i elements in one segment fewer, then one segment [i, j)
+        candidates = torch.where(diameters.isfinite(), best[:, None] + diameters, infinity)
+        best, choice = candidates.min(dim=0)
+        losses.append(float(best[length]))
+        starts.append(tuple(choice.tolist()))
+    return FisherPartitions(tuple(losses), tuple(starts))
+
+
+def segment_layers(
+    similarity: SimilarityMatrix, k: int | None, features: str = "column_sum", min_drop: float = 0.05
+) -> tuple[Segment, ...]:
+    """Cuts the decoder layers into segments of similar representation.
+
+    Args:
+        similarity: The CKA matrix.
+        k: Number of segments; ``None`` chooses it by `FisherPartitions.auto_k`.
+        features: ``"column_sum"``: one number a layer, as in the official code; ``"rows"``: a layer's whole row of CKA.
+        min_drop: For the automatic k.
+    """
+    values = similarity.values
+    partitions = fisher_partitions(values.sum(dim=0) if features == "column_sum" else values)
+    return partitions.segments(partitions.auto_k(min_drop) if k is None else k)
+
+
+def _diameters(points: torch.Tensor) -> torch.Tensor:
+    """``[L + 1, L + 1]``: the diameter of every ``[i, j)`` with i < j, infinity elsewhere, from prefix sums."""
+    length = points.shape[0]
+    points = points - points.mean(dim=0)  # otherwise the difference of two large prefix sums loses the small diameters
+    zero = points.new_zeros(1, points.shape[1])
+    sums = torch.cat([zero, points.cumsum(dim=0)])
+    squares = torch.cat([zero, points.square().cumsum(dim=0)]).sum(dim=1)
+    start, stop = torch.meshgrid(torch.arange(length + 1), torch.arange(length + 1), indexing="ij")
+    count = (stop - start).clamp(min=1)
+    spread = (squares[None, :] - squares[:, None]) - (sums[None, :] - sums[:, None]).square().sum(dim=2) / count
+    spread = torch.where(count == 1, 0.0, spread.clamp(min=0))
+    return torch.where(stop > start, spread, torch.inf)

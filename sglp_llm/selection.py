@@ -1,0 +1,116 @@
+"""Scores + segments + budget -> the layers to remove. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from sglp_llm.errors import UserError
+from sglp_llm.records import Budget, Segment
+
+
+def layers_to_remove(
+    budget: Budget,
+    segments: Sequence[Segment],
+    scores: Sequence[float],
+    protect: tuple[int, int] = (0, 0),
+    params_left: Callable[[tuple[int, ...]], int] | None = None,
+) -> tuple[int, ...]:
+    """Spreads the budget over the segments and takes the lowest scores inside each.
+
+    Args:
+        budget: How much to remove.
+        segments: A partition of the layers; one segment of all of them when there is no segmentation.
+        scores: One a layer, larger = keep.
+        protect: How many layers at the front and at the end may not go.
+        params_left: Number of the model's parameters without the given layers; needed for ``target_params`` only.
+
+    Returns:
+        Indices of the removed layers, ascending.
+
+    Raises:
+        UserError: The budget removes no layer, or more than can go.
+    """
+    capacities = segment_capacities(segments, protect)
+    if budget.target_params is None:
+        return lowest_scores(number_to_remove(budget, len(scores), sum(capacities)), segments, scores, protect)
+    assert params_left is not None
+    for n in range(1, sum(capacities) + 1):
+        removed = lowest_scores(n, segments, scores, protect)
+        if params_left(removed) <= budget.target_params:
+            return removed
+    least = params_left(lowest_scores(sum(capacities), segments, scores, protect))
+    raise UserError(
+        f"target_params {budget.target_params:,} cannot be reached: with the {sum(capacities)} layers that can go removed, "
+        f"{least:,} parameters are left"
+    )
+
+
+def check_budget(budget: Budget, num_layers: int, protect: tuple[int, int] = (0, 0)) -> None:
+    """Refuses, before any work is done, a budget that no segmentation could meet.
+
+    Raises:
+        UserError: It is not exactly one of ratio, drop and target_params, it is out of range, or no layer or too many would go.
+    """
+    given = budget.to_dict()
+    if len(given) != 1:
+        raise UserError(f"give exactly one of ratio, drop and target_params, not {' and '.join(given) or 'none'}")
+    if min(protect) < 0:
+        raise UserError(f"protect: the numbers of layers must not be negative, not {protect[0]} and {protect[1]}")
+    if budget.ratio is not None and not 0 < budget.ratio < 1:
+        raise UserError(f"ratio {budget.ratio:g} must lie between 0 and 1, both excluded")
+    capacity = sum(segment_capacities([Segment(0, num_layers)], protect))
+    if budget.target_params is None:
+        number_to_remove(budget, num_layers, capacity)
+    elif budget.target_params < 1:
+        raise UserError(f"target_params {budget.target_params} must be positive")
+
+
+def number_to_remove(budget: Budget, num_layers: int, capacity: int) -> int:
+    """``floor(ratio * L + 0.5)``, or ``drop``.
+
+    Raises:
+        UserError: It is 0 or larger than ``capacity``; the message names the largest number that can go.
+    """
+    if budget.ratio is not None:
+        n, said = math.floor(budget.ratio * num_layers + 0.5), f"ratio {budget.ratio:g} of {num_layers} layers"
+    else:
+        assert budget.drop is not None
+        n, said = budget.drop, f"drop {budget.drop} of {num_layers} layers"
+    if n < 1:
+        raise UserError(f"{said} removes no layer; at most {capacity} can go")
+    if n > capacity:
+        raise UserError(f"{said} removes {n}; at most {capacity} can go (one a segment and the protected layers stay)")
+    return n
+
+
+def segment_capacities(segments: Sequence[Segment], protect: tuple[int, int] = (0, 0)) -> list[int]:
+    """How many layers each segment can lose: all but one of them, and none that is protected."""
+    return [min(len(segment) - 1, len(_removable(segment, segments[-1].stop, protect))) for segment in segments]
+
+
+def spread(n: int, capacities: Sequence[int]) -> list[int]:
+    """Shares n in proportion to the capacities by largest remainder, in exact arithmetic; ties go to the earlier segment."""
+    total = sum(capacities)
+    shares = [n * capacity // total for capacity in capacities]
+    by_remainder = sorted(range(len(capacities)), key=lambda index: (-(n * capacities[index] % total), index))
+    for index in by_remainder[: n - sum(shares)]:
+        shares[index] += 1
+    return shares
+
+
+def lowest_scores(
+    n: int, segments: Sequence[Segment], scores: Sequence[float], protect: tuple[int, int] = (0, 0)
+) -> tuple[int, ...]:
+    """The n layers that go: each segment's share, its lowest scores first, ties to the lower index."""
+    removed: list[int] = []
+    for segment, share in zip(segments, spread(n, segment_capacities(segments, protect)), strict=True):
+        candidates = _removable(segment, segments[-1].stop, protect)
+        removed += sorted(candidates, key=lambda layer: (scores[layer], layer))[:share]
+    return tuple(sorted(removed))
+
+
+def _removable(segment: Segment, num_layers: int, protect: tuple[int, int]) -> range:
+    first, last = protect
+    start = max(segment.start, first)
+    return range(start, max(start, min(segment.stop, num_layers - last)))

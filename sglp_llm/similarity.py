@@ -1,0 +1,102 @@
+"""Minibatch centered kernel alignment (CKA) between the outputs of every pair of decoder layers.
+
+Kornblith et al. 2019 (CKA), Song et al. 2012 (the unbiased HSIC estimator), Nguyen, Raghu & Kornblith 2021 (averaging HSIC
+over minibatches). The cosine kernel is our choice, not the paper's: an LLM's massive activations (the first position's norm
+is hundreds of times the others') own a linear Gram matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sglp_llm.errors import UserError
+from sglp_llm.records import SimilarityMatrix
+
+KERNELS = ("cosine", "linear")
+
+
+def gram_matrix(rows: torch.Tensor, kernel: str) -> torch.Tensor:
+    """The kernel matrix with its diagonal set to zero.
+
+    Args:
+        rows: ``[n, hidden]`` representations of n tokens, any float dtype.
+        kernel: ``"linear"`` for x x^T, ``"cosine"`` for the same with every row scaled to unit norm first.
+
+    Returns:
+        ``[n, n]`` float64.
+    """
+    rows = rows.to(torch.float64)
+    if kernel == "cosine":
+        rows = torch.nn.functional.normalize(rows, dim=1)
+    gram = rows @ rows.T
+    gram.fill_diagonal_(0)
+    return gram
+
+
+def hsic_matrix(grams: torch.Tensor) -> torch.Tensor:
+    """Unbiased HSIC (HSIC1 of Song et al. 2012) between every pair of kernel matrices.
+
+    Args:
+        grams: ``[layers, n, n]`` float64, symmetric, with zero diagonals; n >= 4.
+
+    Returns:
+        ``[layers, layers]`` float64.
+    """
+    layers, n, _ = grams.shape
+    flat = grams.reshape(layers, n * n)
+    row_sums = grams.sum(dim=2)  # K'1  [layers, n]
+    totals = row_sums.sum(dim=1)  # 1'K'1  [layers]
+    traces = flat @ flat.T  # tr(K'M'), both symmetric
+    return (traces + torch.outer(totals, totals) / ((n - 1) * (n - 2)) - 2 * (row_sums @ row_sums.T) / (n - 2)) / (
+        n * (n - 3)
+    )
+
+
+class CKAAccumulator:
+    """Streams over minibatches; its memory is one minibatch's kernel matrices, whatever their number."""
+
+    def __init__(self, kernel: str = "cosine") -> None:
+        self.kernel = kernel
+        self._sum: torch.Tensor | None = None
+        self._minibatches = 0
+
+    def update(self, representations: Sequence[torch.Tensor]) -> None:
+        """Adds one minibatch.
+
+        Args:
+            representations: One ``[n, hidden]`` tensor a layer, the same n tokens in each. They may live on different devices
+                and have different widths; kernel matrices are formed where each one lives.
+
+        Raises:
+            UserError: Fewer than 4 tokens (the estimator needs n >= 4), or a layer's output is not finite.
+        """
+        if representations[0].shape[0] < 4:
+            raise UserError(
+                f"CKA needs at least 4 tokens a minibatch, not {representations[0].shape[0]}: use longer sequences"
+            )
+        device = representations[0].device
+        hsic = hsic_matrix(torch.stack([gram_matrix(rows, self.kernel).to(device) for rows in representations])).cpu()
+        for layer in range(len(representations)):
+            if not torch.isfinite(hsic[layer, layer]):
+                raise UserError(
+                    f"the output of decoder layer {layer} is not finite: are the weights damaged, or is the dtype too small?"
+                )
+        self._sum = hsic if self._sum is None else self._sum + hsic
+        self._minibatches += 1
+
+    def result(self) -> SimilarityMatrix:
+        """``CKA_ij = mean_b HSIC1(K_i, K_j) / sqrt(mean_b HSIC1(K_i, K_i) mean_b HSIC1(K_j, K_j))``.
+
+        Raises:
+            UserError: A layer gives every token the same representation, so that its CKA is not defined.
+        """
+        assert self._sum is not None, "no minibatch was added"
+        mean = self._sum / self._minibatches
+        self_similarity = mean.diagonal()
+        for layer, value in enumerate(self_similarity.tolist()):
+            if value <= 0:
+                raise UserError(f"CKA is not defined: decoder layer {layer} gives all tokens the same representation")
+        scale = self_similarity.sqrt()
+        return SimilarityMatrix(mean / torch.outer(scale, scale), self.kernel)

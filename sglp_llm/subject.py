@@ -1,0 +1,96 @@
+"""What is being pruned: a checkpoint that is loaded when it is needed, or a live model that the caller holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sglp_llm.errors import UserError
+from sglp_llm.loading import DecoderModel, load_model, load_tokenizer, wrap_model
+from sglp_llm.records import ModelIdentity
+from sglp_llm.source import Source, find_source, fingerprint
+
+
+class Subject:
+    """A model to prune, opened without loading its weights.
+
+    Args:
+        model: Hub id, folder, ``.gguf`` file, or a live causal language model of transformers.
+        revision: Of a model on the Hub.
+        dtype: See `load_model`.
+        device_map: See `load_model`.
+        tokenizer: Instead of the checkpoint's own; needed with a live model, where text must be read.
+
+    Attributes:
+        source: The checkpoint; ``None`` for a live model.
+        identity: Name, family and fingerprint.
+        num_layers: Number of decoder layers.
+
+    Raises:
+        UserError: See `find_source` and `wrap_model`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device_map: str | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        self._dtype, self._device_map, self._tokenizer = dtype, device_map, tokenizer
+        self._loaded: DecoderModel | None = None
+        self.source: Source | None = None
+        if isinstance(model, PreTrainedModel):
+            self._loaded = wrap_model(model)
+            self.identity = _live_identity(model)
+            self.num_layers = self._loaded.num_layers
+            self.config = model.config
+        else:
+            self.source = find_source(model, revision)
+            self.identity = self.source.identity
+            self.num_layers = self.source.num_layers
+            self.config = self.source.config
+
+    @property
+    def revision(self) -> str | None:
+        """The Hub commit, where there is one."""
+        return self.source.revision if self.source else None
+
+    def load(self) -> DecoderModel:
+        """The model in memory; loaded on the first call."""
+        if self._loaded is None:
+            assert self.source is not None
+            self._loaded = load_model(self.source, self._dtype, self._device_map)
+        return self._loaded
+
+    def release(self) -> None:
+        """Lets go of weights that were loaded here; a live model stays with its owner."""
+        if self.source is not None:
+            self._loaded = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; loaded on the first use.
+
+        Raises:
+            UserError: A live model came without one, or the checkpoint's cannot be read.
+        """
+        if self._tokenizer is None:
+            if self.source is None:
+                raise UserError("a live model needs tokenizer=... (or calibration_set=...) so that calibration text can be read")
+            self._tokenizer = load_tokenizer(self.source)
+        return self._tokenizer
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Saves the tokenizer, where there is one, with its chat template."""
+        if self._tokenizer is not None or self.source is not None:
+            self.tokenizer.save_pretrained(folder)
+
+
+def _live_identity(model: PreTrainedModel) -> ModelIdentity:
+    tensors = ((name, str(tensor.dtype), tensor.shape) for name, tensor in model.state_dict().items())
+    name = model.config.name_or_path or type(model).__name__
+    return ModelIdentity(name, model.config.model_type, fingerprint(model.config.to_dict(), tensors))
