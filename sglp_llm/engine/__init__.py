@@ -1,0 +1,1 @@
+"""Runs decoder layers over the calibration set and lets observers watch."""
