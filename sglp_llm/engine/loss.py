@@ -1,0 +1,54 @@
+"""The negative log-likelihood of the next token: pure, differentiable, float32 whatever the model computes in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+def token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The loss of every prediction: entry ``t`` is that of token ``t + 1``, given the tokens up to ``t``.
+
+    A prediction counts where the predicted token and the one before it are both real: what stands in front of a
+    sequence that is padded on the left has nothing to predict from.
+
+    Args:
+        logits: ``[batch, tokens, vocabulary]``.
+        input_ids: ``[batch, tokens]``; moved to the device of the logits.
+        mask: ``[batch, tokens]``, true (or 1) for real tokens; None means all of them.
+
+    Returns:
+        ``[batch, tokens - 1]``, float32, 0 where a prediction does not count, on the device of the logits.
+    """
+    targets = input_ids[:, 1:].to(logits.device)
+    flat = cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none")
+    losses = flat.view(targets.shape)
+    counts = _counts(mask, logits.device)
+    return losses if counts is None else losses.masked_fill(~counts, 0.0)
+
+
+def sequence_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean loss of each sequence over its own predictions, so that no sequence depends on its batch.
+
+    Args:
+        logits: ``[batch, tokens, vocabulary]``.
+        input_ids: ``[batch, tokens]``.
+        mask: ``[batch, tokens]``, true (or 1) for real tokens; None means all of them.
+
+    Returns:
+        ``[batch]``, float32; 0 for a sequence that has nothing to predict.
+    """
+    losses = token_nll(logits, input_ids, mask)
+    counts = _counts(mask, logits.device)
+    if counts is None:
+        return losses.sum(dim=1) / max(losses.shape[1], 1)
+    return losses.sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+
+
+def _counts(mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which predictions count, ``[batch, tokens - 1]``; None where all of them do."""
+    if mask is None:
+        return None
+    real = mask.to(device=device, dtype=torch.bool)
+    return real[:, 1:] & real[:, :-1]

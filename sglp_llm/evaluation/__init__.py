@@ -1,0 +1,1 @@
+"""Measures what a model is worth: perplexity, benchmark suites, speed and memory."""

@@ -1,0 +1,107 @@
+"""Perplexity over windows that do not overlap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglp_llm.calibration import EvaluationWindows
+from sglp_llm.engine.loss import token_nll
+from sglp_llm.errors import UserError
+from sglp_llm.progress import Progress, silent
+from sglp_llm.records import EvalResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def perplexity(
+    model: PreTrainedModel, windows: EvaluationWindows, *, batch_size: int = 1, progress: Progress = silent
+) -> EvalResult:
+    """exp of the mean token negative log-likelihood over all predicted tokens.
+
+    The standard error is that of the mean over windows, which are far less dependent on each other than tokens are. A
+    single window tells nothing about it: it is then 0.0, because JSON has no NaN.
+
+    Args:
+        model: Any causal language model of transformers, wherever its parameters lie; left in the mode it was in.
+        windows: What to measure on.
+        batch_size: Windows in one forward pass; changes memory and speed only.
+        progress: Told about every batch, in windows.
+
+    Raises:
+        UserError: A window is longer than the model's context, the loss of one is not finite, or ``batch_size`` is
+            below 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; at least 1 window is needed")
+    count, length = windows.input_ids.shape
+    _check_context(model, length)
+    means: list[torch.Tensor] = []
+    with torch.inference_mode(), _evaluating(model), progress("perplexity", count) as advance:
+        for batch in windows.input_ids.split(batch_size):
+            input_ids = batch.to(_input_device(model))
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            means.append(token_nll(logits, input_ids).double().mean(dim=1).cpu())
+            advance(len(batch))
+    return _result(torch.cat(means), windows)
+
+
+def _result(window_means: torch.Tensor, windows: EvaluationWindows) -> EvalResult:
+    """The record of the mean losses ``[windows]``, float64: of equally long windows, so their mean is the tokens'."""
+    count, length = windows.input_ids.shape
+    for number, value in enumerate(window_means.tolist()):
+        if not math.isfinite(value):
+            raise UserError(
+                f"{windows.source}: the loss of window {number} (of {count}, counted from 0) is {value};"
+                " the weights are damaged, or they overflow in this dtype: try bfloat16 or float32"
+            )
+    mean = float(window_means.mean())
+    error = float(window_means.std(correction=1)) / math.sqrt(count) if count > 1 else 0.0
+    try:
+        value = math.exp(mean)
+    except OverflowError:
+        raise UserError(
+            f"{windows.source}: the mean loss is {mean:.4g} nats a token, beyond any perplexity;"
+            " the weights are damaged"
+        ) from None
+    return EvalResult(
+        dataset=windows.source,
+        window=length,
+        windows=count,
+        bos=windows.bos,
+        tokens=count * (length - 1),
+        mean_nll=mean,
+        nll_standard_error=error,
+        perplexity=value,
+        perplexity_standard_error=value * error,
+    )
+
+
+def _check_context(model: PreTrainedModel, length: int) -> None:
+    """Refuses windows beyond the context: learned positions would fail deep inside, rotary ones read as a bad model."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise UserError(f"a window of {length} tokens is longer than the model's context of {limit}; lower window")
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where the token ids go; offloaded embeddings (on "meta") are brought to the ids by accelerate's hooks."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, and afterwards for every module the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
