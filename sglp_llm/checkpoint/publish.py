@@ -1,0 +1,173 @@
+"""A folder that appears under its name complete, or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sglp_llm.errors import UserError
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+
+
+@contextmanager
+def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder next to ``output`` that takes its place when the block ends without an exception.
+
+    After an exception, Ctrl-C included, the folder is removed and ``output`` is as it was. A process that is killed
+    leaves at ``output`` what was there before or the complete new folder, and beside it a hidden folder that the next
+    export to the same output removes. Only the death of the process is covered: nothing is flushed to the disk, so a
+    power failure shortly after the end may still lose data. Where the kernel cannot swap two folders in one step (no
+    Linux, some network file systems), a process killed between the two steps of replacing an old folder leaves it under
+    a hidden name ``.NAME.replaced-*``, which is not removed before there is something at ``output``.
+
+    Args:
+        output: The folder to make. Missing parents are made too, and removed again should the block fail. A symbolic
+            link is followed.
+        overwrite: Whether ``output`` may be there already: empty, or with a model (``config.json``) in it. It is
+            removed only after the new folder has taken its place.
+
+    Raises:
+        UserError: ``output`` may not be replaced, at the beginning or by the time the block ends; or no folder can be
+            made there.
+    """
+    target = Path(os.path.realpath(output))
+    _check_replaceable(target, overwrite)
+    made: list[Path] = []
+    try:
+        try:
+            _make_parents(target.parent, made)
+            _remove_leftovers(target)
+            partial, lock = _make_locked_sibling(target)
+        except OSError as error:
+            raise UserError(f"{output}: cannot make a folder in {target.parent} ({error.strerror})") from None
+        try:
+            yield partial
+            _publish(partial, target, overwrite)
+        finally:
+            # What is there now is a failed export, the old folder that was swapped out, or nothing.
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # somebody else may have put something into it meanwhile
+                folder.rmdir()
+        raise
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise UserError(f"{target}: is a file; the output is a folder")
+    if not overwrite:
+        raise UserError(f"{target}: already exists; choose another folder, or replace it with --overwrite")
+    # A slip such as "--output ~ --overwrite" must not cost a home folder.
+    if not (target / "config.json").exists() and any(target.iterdir()):
+        raise UserError(f"{target}: has no config.json, so it is not a model; --overwrite replaces only models")
+
+
+def _make_parents(parent: Path, made: list[Path]) -> None:
+    """Makes the missing folders down to ``parent`` and puts them into ``made``, deepest first."""
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        with suppress(FileExistsError):
+            folder.mkdir()
+            made.insert(0, folder)
+
+
+def _make_locked_sibling(target: Path) -> tuple[Path, int]:
+    """Makes a folder with the permissions the umask gives, unlike ``mkdtemp``, and locks it until the process ends.
+
+    The lock is on the folder itself: it needs no file that would have to go before publication, and it tells a live
+    export from a leftover, since the kernel releases it when the process dies.
+    """
+    while True:
+        partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+        try:
+            partial.mkdir()
+        except FileExistsError:
+            continue
+        try:
+            lock = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:  # another export took it for a leftover before it could be locked
+            continue
+        with suppress(OSError):  # a file system without locks: then nobody can lock, and leftovers just stay
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_at(partial, lock):
+            return partial, lock
+        os.close(lock)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes what killed exports to the same target left behind."""
+    partial = re.compile(re.escape(f".{target.name}.partial-") + "[0-9a-f]{8}")
+    replaced = re.compile(re.escape(f".{target.name}.replaced-") + "[0-9a-f]{8}")
+    published = target.exists()
+    for path in list(target.parent.iterdir()):
+        if not (partial.fullmatch(path.name) or (published and replaced.fullmatch(path.name))) or path.is_symlink():
+            continue
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue
+        with suppress(OSError):  # locked by a live export, or a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, lock):
+                shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the path still leads to the open folder: it may be gone by the time the lock comes."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _publish(partial: Path, target: Path, overwrite: bool) -> None:
+    """Renames ``partial`` to ``target``; a folder that was there is at ``partial`` or gone afterwards."""
+    _check_replaceable(target, overwrite)
+    replace = target.exists()
+    try:
+        _renameat2(partial, target, RENAME_EXCHANGE if replace else RENAME_NOREPLACE)
+    except FileExistsError:  # made after the check; plain rename would silently replace an empty folder
+        raise UserError(f"{target}: came into being during the export; choose another folder") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV):
+            raise
+        _publish_in_steps(partial, target, replace)
+
+
+def _publish_in_steps(partial: Path, target: Path, replace: bool) -> None:
+    aside = target.parent / f".{target.name}.replaced-{secrets.token_hex(4)}"
+    if replace:
+        target.rename(aside)
+    try:
+        partial.rename(target)
+    except BaseException:
+        if replace:
+            aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _renameat2(source: Path, destination: Path, flags: int) -> None:
+    """The system call that renames and, unlike ``os.rename``, can refuse to replace or swap the two names."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        raise OSError(errno.ENOSYS, "renameat2")
+    if library.renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(destination), ctypes.c_uint(flags)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(source), None, str(destination))
