@@ -20,7 +20,8 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="Hub id, local folder, or PATH.gguf. May stand in the recipe instead.")
+    str | None,
+    typer.Argument(metavar="MODEL", help="Hub id, local folder, or PATH.gguf. May stand in the recipe instead."),
 ]
 RequiredModel = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or PATH.gguf.")]
 Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
@@ -29,7 +30,9 @@ DeviceMap = Annotated[str | None, typer.Option(help="accelerate's placement, suc
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="YAML file, or a name from `sglp-llm ls recipes`.")]
 Ratio = Annotated[float | None, typer.Option(help="Share of the decoder layers to remove, in (0, 1).")]
 Drop = Annotated[int | None, typer.Option(help="Number of decoder layers to remove.")]
-TargetParams = Annotated[str | None, typer.Option(help="Remove the fewest layers that leave at most this many, e.g. 6.5B.")]
+TargetParams = Annotated[
+    str | None, typer.Option(help="Remove the fewest layers that leave at most this many, e.g. 6.5B.")
+]
 CriterionName = Annotated[str | None, typer.Option("--criterion", help="sglp, or a name from `sglp-llm ls criteria`.")]
 Also = Annotated[list[str] | None, typer.Option(help="Score by this criterion too, in the same pass; repeatable.")]
 Calibration = Annotated[
@@ -117,10 +120,14 @@ def prune(
     revision: Revision = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
-    max_shard_size: Annotated[str | None, typer.Option(help="Largest weight file, e.g. 2GB. Default: like the source.")] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Largest weight file, e.g. 2GB. Default: like the source.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
     verify: Annotated[bool, typer.Option(help="Reload the result and compare it with the source.")] = True,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the finished folder to the Hub.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the finished folder to the Hub.")
+    ] = None,
     private: Annotated[bool, typer.Option(help="Create the Hub repository private.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -128,7 +135,9 @@ def prune(
     settings = _settings(locals())
     if output is None:
         raise UserError("where to? Give --output FOLDER")
-    if plan is not None and (given := [key for key in ("ratio", "drop", "target_params", "criterion") if settings[key] is not None]):
+    if plan is not None and (
+        given := [key for key in ("ratio", "drop", "target_params", "criterion") if settings[key] is not None]
+    ):
         raise UserError(f"--plan already says which layers go: leave out --{given[0].replace('_', '-')}")
     console = _prepare()
     from sglp_llm.hub import check_repo_name, upload
@@ -160,10 +169,14 @@ def prune(
 @app.command(name="eval")
 def evaluate(
     model: RequiredModel,
-    data: Annotated[str, typer.Option(help="Text to score: as for --calibration, NAME:train or NAME:test picks a split.")] = "wikitext2",
+    data: Annotated[
+        str, typer.Option(help="Text to score: as for --calibration, NAME:train or NAME:test picks a split.")
+    ] = "wikitext2",
     window: Annotated[int, typer.Option(help="Tokens in one non-overlapping window.")] = 2048,
     max_windows: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
-    bos: Annotated[bool | None, typer.Option(help="Begin every window with BOS. Default: as the tokenizer does.")] = None,
+    bos: Annotated[
+        bool | None, typer.Option(help="Begin every window with BOS. Default: as the tokenizer does.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows computed at once.")] = 1,
     revision: Revision = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
@@ -191,7 +204,9 @@ def evaluate(
 
 
 @app.command(name="ls")
-def list_members(what: Annotated[str, typer.Argument(metavar="adapters|criteria|recipes")], as_json: Json = False) -> None:
+def list_members(
+    what: Annotated[str, typer.Argument(metavar="adapters|criteria|recipes")], as_json: Json = False
+) -> None:
     """What there is: model families, criteria, recipes."""
     console = _prepare()
     from sglp_llm.catalog import catalog
@@ -216,7 +231,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    usage_error = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this Typer keeps click
+    usage_error: Any = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this Typer keeps click
     try:
         return app(standalone_mode=False) or 0
     except (UserError, usage_error) as error:
@@ -258,7 +273,10 @@ def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
     """The options of a verb that are settings of the recipe, in the recipe's words."""
     from sglp_llm.sizes import parse_count
 
-    names = "ratio drop criterion also calibration samples seq_len seed batch_size kernel revision dtype device_map max_shard_size"
+    names = (
+        "ratio drop criterion also calibration samples seq_len seed batch_size kernel "
+        "revision dtype device_map max_shard_size"
+    )
     settings = {name: arguments.get(name) for name in names.split()}
     settings["also"] = settings["also"] or None
     if (target := arguments["target_params"]) is not None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
@@ -60,7 +66,9 @@ def analysis_to_dict(analysis: Analysis) -> dict[str, Any]:
     similarity = analysis.similarity
     return {
         "plan": plan_to_dict(analysis.plan),
-        "similarity": None if similarity is None else {"kernel": similarity.kernel, "values": similarity.values.tolist()},
+        "similarity": None
+        if similarity is None
+        else {"kernel": similarity.kernel, "values": similarity.values.tolist()},
         "calibration_loss": analysis.calibration_loss,
         "params_before": analysis.params_before,
         "params_after": analysis.params_after,
@@ -102,7 +110,11 @@ def print_report(report: RunReport) -> None:
         print("Reload check      switched off")
     else:
         found = report.verification
-        same = "equal" if found["max_difference"] == 0 else f"within {found['max_difference']:.3g} (allowed {found['tolerance']:.3g})"
+        same = (
+            "equal"
+            if found["max_difference"] == 0
+            else f"within {found['max_difference']:.3g} (allowed {found['tolerance']:.3g})"
+        )
         cache = "; generation with and without KV cache agrees" if found["generation"] else ""
         print(f"Reload check      {found['tokens']} logit vectors {same} in {found['dtype']}{cache}")
     print(f"Time              {', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in report.seconds.items())}")
@@ -113,14 +125,11 @@ def print_perplexity(result: EvalResult, model: str) -> None:
     """Perplexity with everything that is needed to compare it."""
     print(f"Model       {model}")
     print(f"Data set    {result.dataset}")
-    print(f"Windows     {result.windows} x {result.window} tokens, {'with' if result.bos else 'without'} BOS, not overlapping")
+    print(
+        f"Windows     {result.windows} x {result.window} tokens, {'with' if result.bos else 'without'} BOS, not overlapping"
+    )
     print(f"Tokens      {result.tokens} predicted")
     print(f"Perplexity  {result.perplexity:.3f} ± {result.perplexity_standard_error:.3f} (standard error)")
-
-
-def print_error(message: str) -> None:
-    """One line on stderr."""
-    print(f"sglp-llm: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _print_layers(plan: PrunePlan) -> None:
@@ -133,7 +142,12 @@ def _print_layers(plan: PrunePlan) -> None:
         scores = [f"{plan.scores[name][layer]:.4f}" for name in names]
         rows.append([str(layer), str(segment_of[layer]), *scores, "kept" if layer in plan.kept else "removed"])
     columns = ["layer", "segment", *(headers.get(name, name) for name in names), ""]
-    print_table(f"{plan.source.name if plan.source else 'model'}: {plan.num_layers} decoder layers", columns, rows, range(len(columns) - 1))
+    print_table(
+        f"{plan.source.name if plan.source else 'model'}: {plan.num_layers} decoder layers",
+        columns,
+        rows,
+        range(len(columns) - 1),
+    )
 
 
 def _removed(plan: PrunePlan) -> str:

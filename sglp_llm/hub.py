@@ -36,13 +36,21 @@ def download(repo: str, revision: str | None) -> tuple[Path, str]:
     at = f" at revision {revision!r}" if revision else ""
     try:
         for weights in (["model*.safetensors"], ["pytorch_model*.bin"]):
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_SMALL_FILES + weights, ignore_patterns=["*/*"]))
+            folder = Path(
+                snapshot_download(
+                    repo, revision=revision, allow_patterns=_SMALL_FILES + weights, ignore_patterns=["*/*"]
+                )
+            )
             if any(folder.glob(weights[0])):
                 break
     except HFValidationError:
-        raise UserError(f"{repo!r} is neither a folder, a .gguf file nor the name of a model on the Hub (OWNER/NAME)") from None
+        raise UserError(
+            f"{repo!r} is neither a folder, a .gguf file nor the name of a model on the Hub (OWNER/NAME)"
+        ) from None
     except GatedRepoError:
-        raise UserError(f"{repo}: the model is gated; accept its terms on the Hub and log in with `hf auth login`") from None
+        raise UserError(
+            f"{repo}: the model is gated; accept its terms on the Hub and log in with `hf auth login`"
+        ) from None
     except RevisionNotFoundError:
         raise UserError(f"{repo}: the Hub has the model but no revision {revision!r}") from None
     except RepositoryNotFoundError:
@@ -73,7 +81,9 @@ def upload(folder: Path, repo: str, private: bool) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model pruned with sglp-llm")
     except Exception as error:  # whatever went wrong out there, the result here is whole and the way on is the same
         reason = " ".join(str(error).split())
-        raise UploadError(f"{folder} is complete, but the upload failed ({reason}); retry with: hf upload {repo} {folder} .") from error
+        raise UploadError(
+            f"{folder} is complete, but the upload failed ({reason}); retry with: hf upload {repo} {folder} ."
+        ) from error
     return str(address)
 
 

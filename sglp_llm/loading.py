@@ -112,7 +112,9 @@ def load_tokenizer(source: Source) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
-        raise UserError(f"{source.identity.name}: transformers cannot load the tokenizer ({_one_line(error)})") from None
+        raise UserError(
+            f"{source.identity.name}: transformers cannot load the tokenizer ({_one_line(error)})"
+        ) from None
 
 
 def _dequantised(model: PreTrainedModel) -> PreTrainedModel:

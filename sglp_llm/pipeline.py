@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglp_llm.calibration import CalibrationSet, calibration_set
-from sglp_llm.checkpoint.export import check_plan, drop_layers, export_from_files, export_from_model
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
+from sglp_llm.checkpoint.export import check_plan, drop_layers, export_from_files, export_from_model
 from sglp_llm.checkpoint.publish import atomic_folder, check_output
 from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
 from sglp_llm.criteria import get_criterion
@@ -133,7 +133,9 @@ def prune(
         with _timed(seconds, "export"):
             _export(subject, plan, folder, max_shard_size, progress)
             save_plan(plan, folder / PLAN_FILE_NAME)
-            save_recipe(replace(recipe, model=subject.identity.name, revision=subject.revision), folder / RECIPE_FILE_NAME)
+            save_recipe(
+                replace(recipe, model=subject.identity.name, revision=subject.revision), folder / RECIPE_FILE_NAME
+            )
             write_model_card(folder / "README.md", plan)
         subject.release()
         verification = None
@@ -162,10 +164,14 @@ def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = N
         return subject
     check_budget(recipe.budget, subject.num_layers, (recipe.protect.first, recipe.protect.last))
     if recipe.segments != "auto" and recipe.segments > subject.num_layers:
-        raise UserError(f"segments: {recipe.segments} segments are more than the model's {subject.num_layers} decoder layers")
+        raise UserError(
+            f"segments: {recipe.segments} segments are more than the model's {subject.num_layers} decoder layers"
+        )
     longest = getattr(subject.config, "max_position_embeddings", None)
     if longest is not None and recipe.seq_len > longest:
-        raise UserError(f"seq_len {recipe.seq_len} is longer than the {longest} positions that {subject.identity.name} has")
+        raise UserError(
+            f"seq_len {recipe.seq_len} is longer than the {longest} positions that {subject.identity.name} has"
+        )
     return subject
 
 
@@ -183,19 +189,24 @@ def _check_apart(output: Path, subject: Subject) -> None:
         return
     source, target = subject.source.path.resolve(), output.resolve()
     if target.is_relative_to(source) or source.is_relative_to(target):
-        raise UserError(f"{output}: the output must lie outside the source {subject.source.path}, and must not contain it")
+        raise UserError(
+            f"{output}: the output must lie outside the source {subject.source.path}, and must not contain it"
+        )
 
 
 def _analyze(subject: Subject, recipe: Recipe, calibration: CalibrationSet, progress: Progress) -> Analysis:
     model = subject.load()
     segmented = recipe.criterion == SGLP
     deciding = "gradnorm" if segmented else recipe.criterion
-    criteria = {name: get_criterion(name)(model.num_layers, recipe.seed) for name in dict.fromkeys((deciding, *recipe.also))}
+    criteria = {
+        name: get_criterion(name)(model.num_layers, recipe.seed) for name in dict.fromkeys((deciding, *recipe.also))
+    }
     cka = CKAObserver(model.num_layers, recipe.kernel, recipe.minibatch_sequences, recipe.minibatch_positions)
     observers = [*criteria.values(), *([cka] if segmented else [])]
     loss = run_pass(model, calibration, observers, batch_size=recipe.batch_size, progress=progress)
     scores = {name: _finite(name, criterion.scores()) for name, criterion in criteria.items()}
-    similarity, segments = None, (Segment(0, model.num_layers),)
+    similarity = None
+    segments: tuple[Segment, ...] = (Segment(0, model.num_layers),)
     if segmented:
         similarity = cka.result()
         segments = _segments(similarity, recipe)
@@ -227,7 +238,9 @@ def _segments(similarity: SimilarityMatrix, recipe: Recipe) -> tuple[Segment, ..
 def _finite(name: str, scores: Sequence[float]) -> tuple[float, ...]:
     for layer, score in enumerate(scores):
         if not math.isfinite(score):
-            raise UserError(f"the {name} score of decoder layer {layer} is not finite ({score}): are the weights damaged?")
+            raise UserError(
+                f"the {name} score of decoder layer {layer} is not finite ({score}): are the weights damaged?"
+            )
     return tuple(scores)
 
 

@@ -90,26 +90,26 @@ def plan_from_dict(data: object, where: str = "plan") -> PrunePlan:
     Raises:
         UserError: A key is unknown, missing or of the wrong type, or the indices do not fit ``num_layers``.
     """
-    data = _typed(data, dict, where, "the plan", "a JSON object")
-    for key in data:
+    fields: dict[str, Any] = _typed(data, dict, where, "the plan", "a JSON object")
+    for key in fields:
         if key not in KEYS:
             raise UserError(f"{where}: {unknown('key', key, KEYS)}")
-    version = data.get("schema_version", PLAN_SCHEMA_VERSION)
+    version = fields.get("schema_version", PLAN_SCHEMA_VERSION)
     if version != PLAN_SCHEMA_VERSION:
         raise UserError(f"{where}: schema_version {version!r} is not {PLAN_SCHEMA_VERSION}, the one this release reads")
-    num_layers = data.get("num_layers")
+    num_layers = fields.get("num_layers")
     if type(num_layers) is not int or num_layers < 1:
         raise UserError(f"{where}: num_layers must be a positive whole number, not {num_layers!r}")
     plan = PrunePlan(
         num_layers=num_layers,
-        kept=_kept(data, num_layers, where),
-        source=_identity(data.get("source"), where),
-        revision=data.get("revision"),
-        segments=_segments(data.get("segments") or [], num_layers, where),
-        scores=_scores(data.get("scores") or {}, num_layers, where),
-        budget=_typed(data.get("budget") or {}, dict, where, "budget", "an object"),
-        settings=_typed(data.get("settings") or {}, dict, where, "settings", "an object"),
-        versions=_typed(data.get("versions") or {}, dict, where, "versions", "an object"),
+        kept=_kept(fields, num_layers, where),
+        source=_identity(fields.get("source"), where),
+        revision=fields.get("revision"),
+        segments=_segments(fields.get("segments") or [], num_layers, where),
+        scores=_scores(fields.get("scores") or {}, num_layers, where),
+        budget=_typed(fields.get("budget") or {}, dict, where, "budget", "an object"),
+        settings=_typed(fields.get("settings") or {}, dict, where, "settings", "an object"),
+        versions=_typed(fields.get("versions") or {}, dict, where, "versions", "an object"),
     )
     return _checked(plan, where)
 

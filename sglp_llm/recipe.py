@@ -112,7 +112,7 @@ def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
     Raises:
         UserError: A key is unknown (the message names the nearest one) or a value has the wrong type.
     """
-    recipe = _build(Recipe, data, where)
+    recipe: Recipe = _build(Recipe, data, where)
     for key in ("samples", "batch_size", "minibatch_sequences", "minibatch_positions"):
         _at_least(1, getattr(recipe, key), f"{where}: {key}")
     _at_least(2, recipe.seq_len, f"{where}: seq_len")

@@ -16,6 +16,9 @@ from sglp_llm.records import SimilarityMatrix
 
 KERNELS = ("cosine", "linear")
 
+# A self-similarity this small, relative to the terms it is the difference of, is rounding error.
+_CANCELLED = 1e-12
+
 
 def gram_matrix(rows: torch.Tensor, kernel: str) -> torch.Tensor:
     """The kernel matrix with its diagonal set to zero.
@@ -60,6 +63,7 @@ class CKAAccumulator:
     def __init__(self, kernel: str = "cosine") -> None:
         self.kernel = kernel
         self._sum: torch.Tensor | None = None
+        self._scale: torch.Tensor | None = None  # what the self-similarities would be if no term cancelled
         self._minibatches = 0
 
     def update(self, representations: Sequence[torch.Tensor]) -> None:
@@ -77,13 +81,15 @@ class CKAAccumulator:
                 f"CKA needs at least 4 tokens a minibatch, not {representations[0].shape[0]}: use longer sequences"
             )
         device = representations[0].device
-        hsic = hsic_matrix(torch.stack([gram_matrix(rows, self.kernel).to(device) for rows in representations])).cpu()
+        grams = torch.stack([gram_matrix(rows, self.kernel).to(device) for rows in representations])
+        hsic, scale = hsic_matrix(grams).cpu(), grams.square().mean(dim=(1, 2)).cpu()
         for layer in range(len(representations)):
             if not torch.isfinite(hsic[layer, layer]):
                 raise UserError(
                     f"the output of decoder layer {layer} is not finite: are the weights damaged, or is the dtype too small?"
                 )
         self._sum = hsic if self._sum is None else self._sum + hsic
+        self._scale = scale if self._scale is None else self._scale + scale
         self._minibatches += 1
 
     def result(self) -> SimilarityMatrix:
@@ -93,10 +99,11 @@ class CKAAccumulator:
             UserError: A layer gives every token the same representation, so that its CKA is not defined.
         """
         assert self._sum is not None, "no minibatch was added"
+        assert self._scale is not None
         mean = self._sum / self._minibatches
         self_similarity = mean.diagonal()
-        for layer, value in enumerate(self_similarity.tolist()):
-            if value <= 0:
+        for layer, defined in enumerate(self_similarity > _CANCELLED * self._scale / self._minibatches):
+            if not defined:
                 raise UserError(f"CKA is not defined: decoder layer {layer} gives all tokens the same representation")
         scale = self_similarity.sqrt()
         return SimilarityMatrix(mean / torch.outer(scale, scale), self.kernel)

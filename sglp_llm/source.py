@@ -104,7 +104,9 @@ def _folder_source(folder: Path, name: str, revision: str | None) -> Source:
         # Opening a pickle to read its headers is transformers' business; names and sizes are known without.
         headers = [(file.name, "bin", (file.stat().st_size,)) for file in files]
     else:
-        raise UserError(f"{folder}: no weights: expected model.safetensors, its shards with an index, or pytorch_model.bin")
+        raise UserError(
+            f"{folder}: no weights: expected model.safetensors, its shards with an index, or pytorch_model.bin"
+        )
     identity = ModelIdentity(name, str(raw["model_type"]), fingerprint(raw, headers))
     return Source(identity, revision, folder, "safetensors" if index else "bin", raw, config, adapter, index)
 
@@ -129,7 +131,9 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         if (folder / "adapter_config.json").exists():
-            raise UserError(f"{folder}: a PEFT adapter, not a model; merge it into its base model first (`merge_and_unload`)")
+            raise UserError(
+                f"{folder}: a PEFT adapter, not a model; merge it into its base model first (`merge_and_unload`)"
+            )
         raise UserError(f"{folder}: no config.json; expected the folder of a transformers checkpoint")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -144,8 +148,12 @@ def _checked_adapter(raw: Mapping[str, Any], name: str) -> DecoderAdapter:
     model_type = str(raw["model_type"])
     adapter = get_adapter(model_type) if model_type in adapter_names() else None
     if quantization := next((raw[key] for key in _QUANTISED_KEYS if raw.get(key)), None):
-        method = str(quantization.get("quant_method", "unknown method")).upper() if isinstance(quantization, dict) else "?"
-        raise UserError(f"{name}: the weights are quantised ({method}); prune the unquantised model and quantise the result")
+        method = (
+            str(quantization.get("quant_method", "unknown method")).upper() if isinstance(quantization, dict) else "?"
+        )
+        raise UserError(
+            f"{name}: the weights are quantised ({method}); prune the unquantised model and quantise the result"
+        )
     if remote := raw.get("auto_map"):
         native = adapter.native_remote_classes if adapter else ()
         classes = [str(entry).split(".")[-1] for value in remote.values() for entry in _as_list(value) if entry]
@@ -182,8 +190,12 @@ def _resolved_config(folder: Path, name: str, **options: str) -> PretrainedConfi
 
     try:
         return AutoConfig.from_pretrained(folder, **options)
-    except Exception as error:  # transformers validates with exceptions of many libraries; all mean: this configuration is off
-        raise UserError(f"{name}: transformers cannot read the configuration ({' '.join(str(error).split())[:300]})") from None
+    except (
+        Exception
+    ) as error:  # transformers validates with exceptions of many libraries; all mean: this configuration is off
+        raise UserError(
+            f"{name}: transformers cannot read the configuration ({' '.join(str(error).split())[:300]})"
+        ) from None
 
 
 def _check_layers(index: CheckpointIndex, adapter: DecoderAdapter, num_layers: int, name: str) -> None:

@@ -80,7 +80,9 @@ class Subject:
         """
         if self._tokenizer is None:
             if self.source is None:
-                raise UserError("a live model needs tokenizer=... (or calibration_set=...) so that calibration text can be read")
+                raise UserError(
+                    "a live model needs tokenizer=... (or calibration_set=...) so that calibration text can be read"
+                )
             self._tokenizer = load_tokenizer(self.source)
         return self._tokenizer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def diameter(points: list[list[float]]) -> float:
 
 def loss(points: list[list[float]], cuts: tuple[int, ...]) -> float:
     bounds = [0, *cuts, len(points)]
-    return sum(diameter(points[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False))
+    return sum(diameter(points[start:stop]) for start, stop in pairwise(bounds))
 
 
 def brute_force(points: list[list[float]], k: int) -> float:
@@ -42,7 +42,7 @@ def test_equals_brute_force_for_every_k(points: list[list[float]], offset: float
     for k in range(1, len(points) + 1):
         segments = partitions.segments(k)
         assert [segments[0].start, *(segment.stop for segment in segments)][-1] == len(points)
-        assert all(left.stop == right.start for left, right in zip(segments, segments[1:], strict=False))
+        assert all(left.stop == right.start for left, right in pairwise(segments))
         assert len(segments) == k
         assert all(len(segment) >= 1 for segment in segments)
         best = brute_force(points, k)

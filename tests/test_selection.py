@@ -32,13 +32,19 @@ def test_spread_is_largest_remainder(capacities: list[int], data: st.DataObject)
     for share, quota, capacity in zip(shares, quotas, capacities, strict=True):
         assert math.floor(quota) <= share <= min(math.ceil(quota), capacity)
     # Whoever was rounded up had a remainder at least as large as whoever was not, and came first among equals.
-    up = [(quota - math.floor(quota), -i) for i, (s, quota) in enumerate(zip(shares, quotas, strict=True)) if s > math.floor(quota)]
+    up = [
+        (quota - math.floor(quota), -i)
+        for i, (s, quota) in enumerate(zip(shares, quotas, strict=True))
+        if s > math.floor(quota)
+    ]
     down = [(q - math.floor(q), -i) for i, (s, q) in enumerate(zip(shares, quotas, strict=True)) if s == math.floor(q)]
     assert not up or not down or min(up) > max(down)
 
 
 @given(segments=partitions(), first=st.integers(0, 4), last=st.integers(0, 4), data=st.data())
-def test_removal_respects_segments_protection_and_scores(segments: list[Segment], first: int, last: int, data: st.DataObject) -> None:
+def test_removal_respects_segments_protection_and_scores(
+    segments: list[Segment], first: int, last: int, data: st.DataObject
+) -> None:
     layers = segments[-1].stop
     scores = data.draw(st.lists(st.integers(0, 5).map(float), min_size=layers, max_size=layers))
     free = {layer for layer in range(layers) if first <= layer < layers - last}
@@ -56,7 +62,9 @@ def test_removal_respects_segments_protection_and_scores(segments: list[Segment]
         assert all((scores[gone], gone) < (scores[kept], kept) for gone in inside for kept in stay)
 
 
-@pytest.mark.parametrize(("ratio", "layers", "n"), [(0.25, 30, 8), (0.2, 32, 6), (0.25, 32, 8), (0.2, 28, 6), (0.1, 5, 1), (0.5, 4, 2)])
+@pytest.mark.parametrize(
+    ("ratio", "layers", "n"), [(0.25, 30, 8), (0.2, 32, 6), (0.25, 32, 8), (0.2, 28, 6), (0.1, 5, 1), (0.5, 4, 2)]
+)
 def test_ratio_is_rounded_half_up(ratio: float, layers: int, n: int) -> None:
     assert number_to_remove(Budget(ratio=ratio), layers, layers - 1) == n
 

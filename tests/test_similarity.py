@@ -24,7 +24,12 @@ def straight_line_cka(minibatches: list[list[torch.Tensor]], kernel: str) -> tor
             if kernel == "cosine":
                 rows = [[value / math.sqrt(sum(v * v for v in row)) for value in row] for row in rows]
             n = len(rows)
-            grams.append([[0.0 if a == b else sum(p * q for p, q in zip(rows[a], rows[b])) for b in range(n)] for a in range(n)])
+            grams.append(
+                [
+                    [0.0 if a == b else sum(p * q for p, q in zip(rows[a], rows[b], strict=True)) for b in range(n)]
+                    for a in range(n)
+                ]
+            )
         n = len(grams[0])
         for i, k in enumerate(grams):
             for j, m in enumerate(grams):
@@ -44,7 +49,9 @@ def cka(minibatches: list[list[torch.Tensor]], kernel: str) -> torch.Tensor:
     return accumulator.result().values
 
 
-def random_minibatches(generator: torch.Generator, minibatches: int, layers: int, n: int, width: int) -> list[list[torch.Tensor]]:
+def random_minibatches(
+    generator: torch.Generator, minibatches: int, layers: int, n: int, width: int
+) -> list[list[torch.Tensor]]:
     """A random walk over the layers, as a residual stream is."""
     result = []
     for _ in range(minibatches):
@@ -72,7 +79,9 @@ def test_equals_the_formula_in_a_plain_loop(kernel: str) -> None:
     scale=st.floats(1e-3, 1e3),
     kernel=st.sampled_from(KERNELS),
 )
-def test_invariant_to_orthogonal_maps_and_isotropic_scaling(seed: int, n: int, width: int, scale: float, kernel: str) -> None:
+def test_invariant_to_orthogonal_maps_and_isotropic_scaling(
+    seed: int, n: int, width: int, scale: float, kernel: str
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     layers = [torch.randn(n, width, generator=generator, dtype=torch.float64) for _ in range(3)]
     moved = []

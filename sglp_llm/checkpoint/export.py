@@ -57,7 +57,7 @@ def export_from_files(
     """
     assert source.index is not None
     shards: list[list[tuple[str, TensorEntry]]] = [[] for _ in source.index.files]
-    shard_of = {file: shard for file, shard in zip(source.index.files, shards, strict=True)}
+    shard_of = dict(zip(source.index.files, shards, strict=True))
     for entry in source.index.tensors.values():
         if name := renamed(entry.name, source.adapter, plan.kept):
             shard_of[entry.file].append((name, entry))
@@ -99,7 +99,9 @@ def check_plan(plan: PrunePlan, source: Source) -> None:
     """
     name = source.identity.name
     if plan.num_layers != source.num_layers:
-        raise UserError(f"the plan is for a model of {plan.num_layers} decoder layers, and {name} has {source.num_layers}")
+        raise UserError(
+            f"the plan is for a model of {plan.num_layers} decoder layers, and {name} has {source.num_layers}"
+        )
     if plan.source is not None and plan.source.fingerprint != source.identity.fingerprint:
         raise UserError(
             f"the plan was made for another model: {plan.source.name} ({plan.source.fingerprint[:23]}...), "
@@ -158,7 +160,7 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
     for new_index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # the slot of the KV cache
-                module.layer_idx = new_index
+                setattr(module, "layer_idx", new_index)  # noqa: B010 - typed as a parameter otherwise
     model.set_submodule(wrapped.adapter.layers, layers)
     shorten_config(model.config, wrapped.adapter, plan.kept)
     return model

@@ -19,6 +19,9 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
+# A folder that holds one of these was written by an export, or by an analysis.
+_MARKERS = ("config.json", "sglp_plan.json")
+
 
 @contextmanager
 def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
@@ -42,7 +45,7 @@ def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
             made there.
     """
     target = Path(os.path.realpath(output))
-    _check_replaceable(target, overwrite)
+    check_output(target, overwrite)
     made: list[Path] = []
     try:
         try:
@@ -65,7 +68,13 @@ def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool = False) -> None:
+    """Refuses, before any work is done, an output that `atomic_folder` could not make.
+
+    Raises:
+        UserError: It is a file, it exists and may not be replaced, or what would be replaced is not one of ours.
+    """
+    target = Path(os.path.realpath(output))
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -73,8 +82,8 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{target}: already exists; choose another folder, or replace it with --overwrite")
     # A slip such as "--output ~ --overwrite" must not cost a home folder.
-    if not (target / "config.json").exists() and any(target.iterdir()):
-        raise UserError(f"{target}: has no config.json, so it is not a model; --overwrite replaces only models")
+    if any(target.iterdir()) and not any((target / marker).exists() for marker in _MARKERS):
+        raise UserError(f"{target}: is neither a model nor an analysis; --overwrite replaces only these")
 
 
 def _make_parents(parent: Path, made: list[Path]) -> None:
@@ -138,7 +147,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def _publish(partial: Path, target: Path, overwrite: bool) -> None:
     """Renames ``partial`` to ``target``; a folder that was there is at ``partial`` or gone afterwards."""
-    _check_replaceable(target, overwrite)
+    check_output(target, overwrite)
     replace = target.exists()
     try:
         _renameat2(partial, target, RENAME_EXCHANGE if replace else RENAME_NOREPLACE)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from sglp_llm.engine.skip import skipped
+from sglp_llm.engine.modes import skipped
 from sglp_llm.loading import DecoderModel
 
 HALF_PRECISION_TOLERANCE = 0.02
@@ -85,10 +85,14 @@ def verify_checkpoint(folder: Path, expected: Expected, dtype: torch.dtype, devi
         VerificationError: The folder does not load without complaint, logits differ, or in float32 greedy generation with the
             KV cache gives other tokens than without.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map=device, output_loading_info=True
+    )
     for complaint in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[complaint]:
-            raise VerificationError(f"reload check: {complaint.replace('_', ' ')} in {folder}: {sorted(report[complaint])[:3]}")
+            raise VerificationError(
+                f"reload check: {complaint.replace('_', ' ')} in {folder}: {sorted(report[complaint])[:3]}"
+            )
     model.eval()
     ids = expected.input_ids.to(model.get_input_embeddings().weight.device)
     logits = _logits(model, ids)
@@ -97,7 +101,8 @@ def verify_checkpoint(folder: Path, expected: Expected, dtype: torch.dtype, devi
     tolerance = 0.0 if exact else HALF_PRECISION_TOLERANCE * float(expected.logits.abs().max())
     if not difference <= tolerance:  # written so that NaN fails
         raise VerificationError(
-            f"reload check: the logits of {folder} differ from the source's with the layers skipped by {difference:g} (allowed: {tolerance:g})"
+            f"reload check: the logits of {folder} differ from the source's with the layers skipped "
+            f"by {difference:g} (allowed: {tolerance:g})"
         )
     if exact:
         _compare_generation(model, ids[:, :_PROMPT_TOKENS])
@@ -118,7 +123,9 @@ def _compare_generation(model: PreTrainedModel, prompts: torch.Tensor) -> None:
         same = int((cached[: len(plain)] == plain[: len(cached)]).long().cumprod(0).sum())
         top = _logits(model, plain[None, :same])[0, -1].topk(2).values
         if top[0] - top[1] > _TIE * top[0].abs():
-            raise VerificationError(f"reload check: generation with the KV cache differs from generation without at token {same}")
+            raise VerificationError(
+                f"reload check: generation with the KV cache differs from generation without at token {same}"
+            )
 
 
 def _greedy(model: PreTrainedModel, prompt: torch.Tensor, use_cache: bool) -> torch.Tensor:

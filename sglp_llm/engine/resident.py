@@ -11,8 +11,8 @@ from torch import nn
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.loss import sequence_loss
+from sglp_llm.engine.modes import entering_states, evaluating, leaving_states
 from sglp_llm.engine.observer import Batch, Need, Observer
-from sglp_llm.engine.skip import entering_states, leaving_states
 from sglp_llm.errors import UserError
 from sglp_llm.loading import DecoderModel
 from sglp_llm.progress import Progress, silent
@@ -53,7 +53,7 @@ def run_pass(
     current: list[Batch] = []  # the hooks' view of the step they belong to
     loss_sum = 0.0
     with ExitStack() as stack:
-        stack.enter_context(_evaluation_mode(model.model))
+        stack.enter_context(evaluating(model.model))
         if Need.HIDDEN_STATES in needs:
             stack.enter_context(_layer_hooks(model.layers, observers, current))
         if differentiate:
@@ -97,16 +97,6 @@ def _show_weights(layers: nn.ModuleList, observers: Sequence[Observer]) -> None:
             for observer in observers:
                 if Need.WEIGHTS in observer.needs:
                     observer.on_weight(index, weight.detach())
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from sglp_llm.calibration import EvaluationWindows
 from sglp_llm.engine.loss import token_nll
+from sglp_llm.engine.modes import evaluating
 from sglp_llm.errors import UserError
 from sglp_llm.progress import Progress, silent
 from sglp_llm.records import EvalResult
@@ -42,7 +41,7 @@ def perplexity(
     count, length = windows.input_ids.shape
     _check_context(model, length)
     means: list[torch.Tensor] = []
-    with torch.inference_mode(), _evaluating(model), progress("perplexity", count) as advance:
+    with torch.inference_mode(), evaluating(model), progress("perplexity", count) as advance:
         for batch in windows.input_ids.split(batch_size):
             input_ids = batch.to(_input_device(model))
             logits = model(input_ids=input_ids, use_cache=False).logits
@@ -93,15 +92,3 @@ def _input_device(model: PreTrainedModel) -> torch.device:
     """Where the token ids go; offloaded embeddings (on "meta") are brought to the ids by accelerate's hooks."""
     device: torch.device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and afterwards for every module the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

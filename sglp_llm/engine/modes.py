@@ -1,4 +1,4 @@
-"""Runs a model as if some of its decoder layers were not there, without touching it."""
+"""Temporary states of a live model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (OPT has LayerDrop), and afterwards for every module the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
