@@ -16,6 +16,7 @@ app = typer.Typer(
     help="Make a large language model shorter: remove whole decoder layers from a Hugging Face checkpoint.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -233,7 +234,7 @@ def main() -> None:
 def _run() -> int:
     usage_error: Any = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this Typer keeps click
     try:
-        return app(standalone_mode=False) or 0
+        return app(prog_name="sglp-llm", standalone_mode=False) or 0
     except (UserError, usage_error) as error:
         format_message = getattr(error, "format_message", None)
         return _fail(format_message() if format_message else str(error), 2)

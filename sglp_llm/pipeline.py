@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglp_llm import __version__
 from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
 from sglp_llm.checkpoint.export import check_plan, drop_layers, export_from_files, export_from_model
@@ -256,8 +257,8 @@ def _export(subject: Subject, plan: PrunePlan, folder: Path, max_shard_size: int
 
 
 def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("sglp-llm", "torch", "transformers")}
-    return {**packages, "python": platform.python_version()}
+    libraries = {name: version(name) for name in ("torch", "transformers")}
+    return {"sglp-llm": __version__, **libraries, "python": platform.python_version()}
 
 
 @contextmanager
