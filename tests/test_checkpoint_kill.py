@@ -16,10 +16,9 @@ import pytest
 
 from sglp_llm.checkpoint.reader import read_index
 from sglp_llm.checkpoint.writer import atomic_folder
-from sglp_llm.errors import UserError
 
 Content = dict[str, str]
-"""What tells two checkpoints apart: the text of the config and a digest of every tensor."""
+"""What tells two checkpoints apart: what is in the config and a digest of every tensor."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Content]:
     contents = {}
     for seed in (1, 2):
         folder = tmp_path_factory.mktemp("model")
-        (folder / "config.json").write_text(str(seed))
+        (folder / "config.json").write_text(json.dumps({"seed": seed}))
         size = 4 * 2**20
         header = {
             f"t{n}": {"dtype": "U8", "shape": [size], "data_offsets": [n * size, (n + 1) * size]} for n in range(6)
@@ -41,8 +40,12 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Content]:
 
 
 def content(folder: Path) -> Content:
-    """Reads all of a checkpoint."""
-    contents = {"config": (folder / "config.json").read_text()}
+    """Reads all of a checkpoint.
+
+    Raises:
+        ValueError: It is not a checkpoint; half a JSON object is none.
+    """
+    contents = {"seed": str(json.loads((folder / "config.json").read_text())["seed"])}
     for name, entry in read_index(folder).tensors.items():
         with entry.file.open("rb") as file:
             file.seek(entry.offset)
@@ -57,7 +60,7 @@ def check_after_kill(two_models: dict[str, Content], output: Path) -> None:
         elif (folder / "config.json").exists():  # published any moment, or being removed: not a wrong model in any case
             try:
                 left = content(folder)
-            except UserError:
+            except ValueError:
                 continue
             assert left in two_models.values()
     with atomic_folder(output, overwrite=True) as folder:
@@ -75,7 +78,7 @@ def start(two_models: dict[str, Content], *arguments: object) -> subprocess.Pope
 @pytest.mark.parametrize("mode", ["anew", "replace"])
 def test_kill_at_any_moment_leaves_no_broken_model(mode: str, two_models: dict[str, Content], tmp_path: Path) -> None:
     moments = random.Random(mode)
-    for number in range(6):
+    for number in range(5):
         folder = tmp_path / str(number)
         with start(two_models, folder / "output", mode) as process:
             assert process.stdout is not None
@@ -89,9 +92,7 @@ def test_kill_at_any_moment_leaves_no_broken_model(mode: str, two_models: dict[s
 
 # An export of 24 MB in 1 MB chunks: steps 1..24 copy, 25 is the config, 26 and 27 stand before and after the renaming.
 @pytest.mark.parametrize("mode", ["anew", "replace"])
-@pytest.mark.parametrize(
-    ("step", "seed"), [(1, None), (13, None), (25, None), (26, None), (27, 1), (52, 1), (53, 1), (54, 2)]
-)
+@pytest.mark.parametrize(("step", "seed"), [(1, None), (13, None), (25, None), (26, None), (27, 1), (53, 1), (54, 2)])
 def test_kill_at_every_kind_of_step(
     mode: str, step: int, seed: int | None, two_models: dict[str, Content], tmp_path: Path
 ) -> None:
@@ -99,7 +100,7 @@ def test_kill_at_every_kind_of_step(
     with start(two_models, output, mode, step) as process:
         process.wait()
     assert process.returncode == -signal.SIGKILL
-    if mode == "anew" and step in (52, 53):
+    if mode == "anew" and step == 53:
         seed = None
-    assert (int((output / "config.json").read_text()) if output.exists() else None) == seed
+    assert (json.loads((output / "config.json").read_text())["seed"] if output.exists() else None) == seed
     check_after_kill(two_models, output)
