@@ -261,6 +261,8 @@ def _prepare() -> Any:
     """Silences the libraries' own bars and notices, and imports what prints."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would fill a log file
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -130,7 +130,7 @@ def test_existing_output_is_refused_at_once(content: list[str], tmp_path: Path) 
 def test_overwrite_spares_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "diary.txt").touch()
     with (
-        pytest.raises(UserError, match=r"no config\.json, so it is not a model"),
+        pytest.raises(UserError, match=r"neither a model nor an analysis"),
         atomic_folder(tmp_path, overwrite=True),
     ):
         raise AssertionError
