@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from sglp_llm.engine.modes import skipped
+from sglp_llm.engine.modes import evaluating, skipped
 from sglp_llm.loading import DecoderModel
 
 HALF_PRECISION_TOLERANCE = 0.02
@@ -68,7 +68,7 @@ def expected_logits(model: DecoderModel, removed: tuple[int, ...], input_ids: to
         input_ids: ``[sequences, tokens]`` int64, for instance the calibration set's.
     """
     ids = input_ids[:2, :_CHECK_TOKENS].to(model.input_device)
-    with skipped(model.layers, removed):
+    with evaluating(model.model), skipped(model.layers, removed):
         return Expected(ids.cpu(), _logits(model.model, ids))
 
 
