@@ -151,7 +151,12 @@ def test_export_computes_what_the_source_does_without_the_layers(family: Family,
 def test_export_copies_the_bits(family: Family, stored: str) -> None:
     source = family.folder / stored
     assert (len(files_of(source)) >= 3) == (stored == "sharded")
-    assert_copied(family.prune(source, f"{stored}-out", verify=stored == "single"), source, family.tiny.adapter.layers, family.kept)
+    assert_copied(
+        family.prune(source, f"{stored}-out", verify=stored == "single"),
+        source,
+        family.tiny.adapter.layers,
+        family.kept,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import (
     REMOVED,
     Tiny,
@@ -20,11 +21,12 @@ from tiny_models import (
     random_model,
     save_tiny,
     shortened_logits,
+    tensors_of,
     tiny_model,
     token_ids,
 )
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sglp_llm import CalibrationSet, UserError, drop_layers, prune
 from sglp_llm.plans import plan_from_indices
@@ -150,7 +152,10 @@ def test_a_live_model_that_depends_on_the_index_is_refused() -> None:
     ("family", "leftovers"),
     [
         ("gpt2", {"attn.bias": torch.ones(1, 1, 128, 128).tril(), "attn.masked_bias": torch.tensor(-1e4)}),
-        ("gpt_neox", {"attention.bias": torch.ones(1, 1, 128, 128).tril(), "attention.rotary_emb.inv_freq": torch.ones(2)}),
+        (
+            "gpt_neox",
+            {"attention.bias": torch.ones(1, 1, 128, 128).tril(), "attention.rotary_emb.inv_freq": torch.ones(2)},
+        ),
         ("llama", {"self_attn.rotary_emb.inv_freq": torch.ones(4)}),
     ],
 )
@@ -158,9 +163,6 @@ def test_buffers_that_old_releases_stored_do_not_disturb(
     family: str, leftovers: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """GPT-2, Pythia and Llama on the Hub still hold them; transformers ignores them on loading."""
-    from safetensors.torch import save_file
-    from tiny_models import tensors_of
-
     tiny = Tiny(family, 0)
     model = tiny_model(tiny)
     source = save_tiny(model, tmp_path / "source")
@@ -170,4 +172,4 @@ def test_buffers_that_old_releases_stored_do_not_disturb(
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     prune(source, tmp_path / "out", plan=plan_from_indices(tiny.depth, REMOVED))
     expected = shortened_logits(model, tiny.adapter.layers, REMOVED)
-    assert torch.equal(logits_of(load_plain(tmp_path / "out")), expected)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected)
