@@ -90,9 +90,16 @@ def verify_checkpoint(folder: Path, expected: Expected, dtype: torch.dtype, devi
         VerificationError: The folder does not load without complaint, logits differ, or in float32 greedy generation with the
             KV cache gives other tokens than without.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map=device, output_loading_info=True
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=device, output_loading_info=True
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers, safetensors and huggingface_hub each have their own for what is wrong
+        raise VerificationError(
+            f"reload check: {folder} does not load ({' '.join(str(error).split())[:300]})"
+        ) from error
     for complaint in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := set(report[complaint]) - (expected.unused_tensors if complaint == "unexpected_keys" else set()):
             raise VerificationError(f"reload check: {complaint.replace('_', ' ')} in {folder}: {sorted(keys)[:3]}")
