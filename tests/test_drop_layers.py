@@ -110,6 +110,18 @@ def test_prune_of_a_live_model_in_training_mode(tiny: Tiny, tmp_path: Path) -> N
     assert torch.equal(logits_of(model.eval()), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@TINY
+def test_prune_of_a_live_model_that_was_cast(tiny: Tiny, dtype: torch.dtype, tmp_path: Path) -> None:
+    """``to`` casts the rotary frequencies too; a reloaded model has them in float32, and is no less right for that."""
+    model = tiny_model(tiny).to(dtype)
+    before = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    report = prune(model, tmp_path / "out", plan=plan_from_indices(tiny.depth, REMOVED), calibration=given_ids())
+    assert report.verification is not None
+    assert report.verification["max_difference"] == 0
+    assert {name: buffer.dtype for name, buffer in model.named_buffers()} == before
+
+
 @pytest.mark.parametrize("depth", [5, 12])
 def test_a_plan_of_another_depth_leaves_the_live_model_alone(depth: int, tmp_path: Path) -> None:
     tiny = Tiny("llama", 0)
