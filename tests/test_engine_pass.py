@@ -203,7 +203,7 @@ def test_scores_can_be_taken_inside_no_grad() -> None:
 
 
 class LiveTensors(Observer):
-    """The bytes of all tensors that are alive at the end of every step."""
+    """The bytes of all tensors that are alive after every eighth sequence."""
 
     needs = Need.NOTHING
 
@@ -211,6 +211,8 @@ class LiveTensors(Observer):
         self.bytes: list[int] = []
 
     def on_batch_end(self, batch: Batch) -> None:
+        if batch.first % 8 != 7:
+            return
         gc.collect()
         tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, nn.Parameter)]
         self.bytes.append(sum(tensor.nbytes for tensor in tensors))
@@ -223,9 +225,8 @@ def test_memory_does_not_grow_with_the_calibration_set() -> None:
     live = LiveTensors()
     observers = [criterion("gradnorm", model), criterion("bi", model), CKAObserver(model.num_layers), live]
     run_pass(model, calibration, observers)
-    assert len(live.bytes) == 32
-    assert len({live.bytes[index] for index in (15, 23, 31)}) == 1, live.bytes
-    assert max(live.bytes[16:]) <= max(live.bytes[8:16])
+    assert len(live.bytes) == 4
+    assert len(set(live.bytes)) == 1, live.bytes
 
 
 def test_progress_is_told_every_sequence_once() -> None:
