@@ -23,10 +23,13 @@ class DecoderModel:
     Attributes:
         model: Any transformers ``...ForCausalLM`` of a known family.
         adapter: The family's adapter.
+        unused_tensors: Names of the checkpoint's tensors that transformers did not know what to do with, such as the causal
+            masks that old releases stored.
     """
 
     model: PreTrainedModel
     adapter: DecoderAdapter
+    unused_tensors: frozenset[str] = frozenset()
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -97,7 +100,7 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
         model = _dequantised(model)
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
-    return DecoderModel(model.eval(), source.adapter)
+    return DecoderModel(model.eval(), source.adapter, frozenset(report["unexpected_keys"]))
 
 
 def load_tokenizer(source: Source) -> Any:

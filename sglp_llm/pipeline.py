@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sglp_llm import __version__
 from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
-from sglp_llm.checkpoint.export import check_plan, drop_layers, export_from_files, export_from_model
+from sglp_llm.checkpoint.export import check_depth, check_plan, drop_layers, export_from_files, export_from_model
 from sglp_llm.checkpoint.publish import atomic_folder, check_output
 from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
 from sglp_llm.criteria import get_criterion
@@ -162,6 +162,8 @@ def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = N
     if plan is not None:
         if subject.source is not None:
             check_plan(plan, subject.source)
+        else:
+            check_depth(plan, subject.num_layers, subject.identity.name)
         return subject
     check_budget(recipe.budget, subject.num_layers, (recipe.protect.first, recipe.protect.last))
     if recipe.segments != "auto" and recipe.segments > subject.num_layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,14 @@ def load_plan(path: str | Path) -> PrunePlan:
     if file.is_dir():
         file = file / PLAN_FILE_NAME
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such plan file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot read the plan ({error})") from None
-    except json.JSONDecodeError as error:
+    except RecursionError:
+        raise UserError(f"{file}: not a JSON file that can be read (nested too deeply)") from None
+    except ValueError as error:
         raise UserError(f"{file}: not a JSON file ({error})") from None
     return plan_from_dict(data, str(file))
 
@@ -95,21 +98,22 @@ def plan_from_dict(data: object, where: str = "plan") -> PrunePlan:
         if key not in KEYS:
             raise UserError(f"{where}: {unknown('key', key, KEYS)}")
     version = fields.get("schema_version", PLAN_SCHEMA_VERSION)
-    if version != PLAN_SCHEMA_VERSION:
+    if type(version) is not int or version != PLAN_SCHEMA_VERSION:
         raise UserError(f"{where}: schema_version {version!r} is not {PLAN_SCHEMA_VERSION}, the one this release reads")
     num_layers = fields.get("num_layers")
     if type(num_layers) is not int or num_layers < 1:
         raise UserError(f"{where}: num_layers must be a positive whole number, not {num_layers!r}")
+    optional = {key: value for key, value in fields.items() if value is not None}
     plan = PrunePlan(
         num_layers=num_layers,
         kept=_kept(fields, num_layers, where),
         source=_identity(fields.get("source"), where),
-        revision=fields.get("revision"),
-        segments=_segments(fields.get("segments") or [], num_layers, where),
-        scores=_scores(fields.get("scores") or {}, num_layers, where),
-        budget=_typed(fields.get("budget") or {}, dict, where, "budget", "an object"),
-        settings=_typed(fields.get("settings") or {}, dict, where, "settings", "an object"),
-        versions=_typed(fields.get("versions") or {}, dict, where, "versions", "an object"),
+        revision=_typed(optional.get("revision"), (str, type(None)), where, "revision", "a text"),
+        segments=_segments(optional.get("segments", []), num_layers, where),
+        scores=_scores(optional.get("scores", {}), num_layers, where),
+        budget=_typed(optional.get("budget", {}), dict, where, "budget", "an object"),
+        settings=_typed(optional.get("settings", {}), dict, where, "settings", "an object"),
+        versions=_typed(optional.get("versions", {}), dict, where, "versions", "an object"),
     )
     return _checked(plan, where)
 
@@ -178,13 +182,13 @@ def _scores(value: object, num_layers: int, where: str) -> dict[str, tuple[float
         if (
             not isinstance(values, list)
             or len(values) != num_layers
-            or any(type(x) not in (int, float) for x in values)
+            or not all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in values)  # NaN is not
         ):
             raise UserError(f"{where}: scores.{name} must be a list of {num_layers} numbers")
     return {name: tuple(float(x) for x in values) for name, values in scores.items()}
 
 
-def _typed(value: object, kind: type, where: str, name: str, expected: str) -> Any:
+def _typed(value: object, kind: type | tuple[type, ...], where: str, name: str, expected: str) -> Any:
     if not isinstance(value, kind):
         raise UserError(f"{where}: {name} must be {expected}, not {type(value).__name__}")
     return value

@@ -115,6 +115,9 @@ def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
     recipe: Recipe = _build(Recipe, data, where)
     for key in ("samples", "batch_size", "minibatch_sequences", "minibatch_positions"):
         _at_least(1, getattr(recipe, key), f"{where}: {key}")
+    for key, layers in vars(recipe.protect).items():
+        if layers < 0:
+            raise UserError(f"{where}: protect: {key} must not be negative, not {layers}")
     _at_least(2, recipe.seq_len, f"{where}: seq_len")
     if recipe.segments != "auto":
         _at_least(1, recipe.segments, f"{where}: segments")
@@ -142,7 +145,9 @@ def load_recipe(name: str | Path) -> Recipe:
         raise unknown("recipe", str(name), shipped)
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise UserError(f"{name}: not a YAML file that can be read (nested too deeply)") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that does not exist
         raise UserError(f"{name}: not a YAML file ({' '.join(str(error).split())})") from None
     return recipe_from_dict({} if data is None else data, str(name))
 
@@ -174,7 +179,8 @@ def _build(cls: type, data: object, where: str) -> Any:
 
 def _convert(value: object, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
+        cls = typing.cast(type, hint)
+        return _build(cls, vars(value) if isinstance(value, cls) else value, where)
     if hint == tuple[str, ...]:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)

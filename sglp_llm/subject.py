@@ -81,7 +81,7 @@ class Subject:
         if self._tokenizer is None:
             if self.source is None:
                 raise UserError(
-                    "a live model needs tokenizer=... (or calibration_set=...) so that calibration text can be read"
+                    "a live model needs tokenizer=... (or a CalibrationSet) so that calibration text can be read"
                 )
             self._tokenizer = load_tokenizer(self.source)
         return self._tokenizer

@@ -98,15 +98,22 @@ def check_plan(plan: PrunePlan, source: Source) -> None:
         UserError: The depth differs, or the plan names a model whose fingerprint differs.
     """
     name = source.identity.name
-    if plan.num_layers != source.num_layers:
-        raise UserError(
-            f"the plan is for a model of {plan.num_layers} decoder layers, and {name} has {source.num_layers}"
-        )
+    check_depth(plan, source.num_layers, name)
     if plan.source is not None and plan.source.fingerprint != source.identity.fingerprint:
         raise UserError(
             f"the plan was made for another model: {plan.source.name} ({plan.source.fingerprint[:23]}...), "
             f"not {name} ({source.identity.fingerprint[:23]}...)"
         )
+
+
+def check_depth(plan: PrunePlan, num_layers: int, name: str) -> None:
+    """Makes sure that a plan fits a model of this depth.
+
+    Raises:
+        UserError: It does not.
+    """
+    if plan.num_layers != num_layers:
+        raise UserError(f"the plan is for a model of {plan.num_layers} decoder layers, and {name} has {num_layers}")
 
 
 def renamed(tensor: str, adapter: DecoderAdapter, kept: Sequence[int]) -> str | None:
@@ -154,8 +161,7 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
     plan = plan_or_indices
     if not isinstance(plan, PrunePlan):
         plan = plan_from_indices(wrapped.num_layers, plan)
-    if plan.num_layers != wrapped.num_layers:
-        raise UserError(f"the plan is for {plan.num_layers} decoder layers, and the model has {wrapped.num_layers}")
+    check_depth(plan, wrapped.num_layers, "the model")
     layers = nn.ModuleList(wrapped.layers[layer] for layer in plan.kept)
     for new_index, layer in enumerate(layers):
         for module in layer.modules():

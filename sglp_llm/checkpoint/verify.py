@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from sglp_llm.engine.modes import skipped
+from sglp_llm.checkpoint.export import renamed
+from sglp_llm.engine.modes import evaluating, skipped
 from sglp_llm.loading import DecoderModel
 
 HALF_PRECISION_TOLERANCE = 0.02
@@ -34,10 +38,12 @@ class Expected:
     Attributes:
         input_ids: ``[sequences, tokens]`` int64.
         logits: ``[sequences, tokens, vocabulary]`` of the source with the removed layers skipped.
+        unused_tensors: Names in the export of tensors that transformers already ignored in the source.
     """
 
     input_ids: torch.Tensor
     logits: torch.Tensor
+    unused_tensors: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,10 @@ def expected_logits(model: DecoderModel, removed: tuple[int, ...], input_ids: to
         input_ids: ``[sequences, tokens]`` int64, for instance the calibration set's.
     """
     ids = input_ids[:2, :_CHECK_TOKENS].to(model.input_device)
-    with skipped(model.layers, removed):
-        return Expected(ids.cpu(), _logits(model.model, ids))
+    kept = [layer for layer in range(model.num_layers) if layer not in removed]
+    unused = (renamed(tensor, model.adapter, kept) for tensor in model.unused_tensors)
+    with evaluating(model.model), skipped(model.layers, removed), _buffers_as_loaded(model.model):
+        return Expected(ids.cpu(), _logits(model.model, ids), frozenset(name for name in unused if name))
 
 
 def verify_checkpoint(folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str) -> Verification:
@@ -85,14 +93,19 @@ def verify_checkpoint(folder: Path, expected: Expected, dtype: torch.dtype, devi
         VerificationError: The folder does not load without complaint, logits differ, or in float32 greedy generation with the
             KV cache gives other tokens than without.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map=device, output_loading_info=True
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=device, output_loading_info=True
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers, safetensors and huggingface_hub each have their own for what is wrong
+        raise VerificationError(
+            f"reload check: {folder} does not load ({' '.join(str(error).split())[:300]})"
+        ) from error
     for complaint in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[complaint]:
-            raise VerificationError(
-                f"reload check: {complaint.replace('_', ' ')} in {folder}: {sorted(report[complaint])[:3]}"
-            )
+        if keys := set(report[complaint]) - (expected.unused_tensors if complaint == "unexpected_keys" else set()):
+            raise VerificationError(f"reload check: {complaint.replace('_', ' ')} in {folder}: {sorted(keys)[:3]}")
     model.eval()
     ids = expected.input_ids.to(model.get_input_embeddings().weight.device)
     logits = _logits(model, ids)
@@ -107,6 +120,31 @@ def verify_checkpoint(folder: Path, expected: Expected, dtype: torch.dtype, devi
     if exact:
         _compare_generation(model, ids[:, :_PROMPT_TOKENS])
     return Verification(str(dtype).removeprefix("torch."), difference, tolerance, ids.numel(), exact)
+
+
+@contextmanager
+def _buffers_as_loaded(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the buffers that no checkpoint stores are those that a reloaded model will have.
+
+    ``model.to(torch.bfloat16)`` rounds the rotary frequencies too, which transformers keeps in float32 on loading; the
+    logits then differ by several percent although the weights are the same.
+    """
+    coarse = [
+        (f"{prefix}.{name}", module, name, buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set and buffer.is_floating_point() and buffer.dtype != torch.float32
+    ]
+    if coarse:
+        with init_empty_weights(include_buffers=False):
+            fresh = dict(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).named_buffers())
+        for path, module, name, buffer in coarse:
+            module._buffers[name] = fresh[path].to(buffer.device)
+    try:
+        yield
+    finally:
+        for _, module, name, buffer in coarse:
+            module._buffers[name] = buffer
 
 
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,8 @@ def _layer_hooks(layers: nn.ModuleList, observers: Sequence[Observer], current: 
 @contextmanager
 def _gradient_hooks(model: DecoderModel, observers: Sequence[Observer], current: list[Batch]) -> Iterator[None]:
     watching = [observer for observer in observers if Need.GRADIENTS in observer.needs]
-    before = [(parameter, parameter.requires_grad) for parameter in model.model.parameters()]
+    # Gradients that wait for somebody's optimiser must neither be lost nor be added to.
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.model.parameters()]
 
     def hook_for(index: int) -> Any:
         def hook(weight: torch.Tensor) -> None:
@@ -135,6 +136,7 @@ def _gradient_hooks(model: DecoderModel, observers: Sequence[Observer], current:
         return hook
 
     model.model.requires_grad_(False)
+    model.model.zero_grad(set_to_none=True)
     handles = []
     for index, layer in enumerate(model.layers):
         for parameter in layer.parameters():
@@ -145,8 +147,9 @@ def _gradient_hooks(model: DecoderModel, observers: Sequence[Observer], current:
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, required in before:
+        for parameter, required, gradient in before:
             parameter.requires_grad_(required)
+            parameter.grad = gradient
 
 
 def _refuse_offloaded(model: DecoderModel) -> None:

@@ -1,0 +1,32 @@
+"""Calibration sets made by hand, with and without padding."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from sglp_llm.calibration import CalibrationSet
+
+
+def plain_set(sequences: int, tokens: int = 24) -> CalibrationSet:
+    """Random tokens without padding."""
+    ids = torch.randint(3, 300, (sequences, tokens), generator=torch.Generator().manual_seed(2))
+    return CalibrationSet(ids, torch.ones_like(ids, dtype=torch.bool), "by hand", 0, "by hand", False)
+
+
+def padded_set(sequences: int, side: Literal["left", "right"], tokens: int = 24) -> CalibrationSet:
+    """Every third sequence is whole, the others are padded by 5 or 10 tokens."""
+    whole = plain_set(sequences, tokens)
+    mask = whole.mask.clone()
+    for row in range(sequences):
+        padding = 5 * (row % 3)
+        mask[row, :padding] = False
+    if side == "right":
+        mask = mask.flip(1)
+    return CalibrationSet(whole.input_ids.masked_fill(~mask, 0), mask, "by hand", 0, "by hand", False)
+
+
+def ids_and_mask(ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One sequence as a batch of its own, for a transformers model."""
+    return {"input_ids": ids[None], "attention_mask": mask[None].long()}
