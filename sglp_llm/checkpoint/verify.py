@@ -73,7 +73,8 @@ def expected_logits(model: DecoderModel, removed: tuple[int, ...], input_ids: to
         removed: Original indices of the layers to skip.
         input_ids: ``[sequences, tokens]`` int64, for instance the calibration set's.
     """
-    ids = input_ids[:2, :_CHECK_TOKENS].to(model.input_device)
+    longest = getattr(model.model.config, "max_position_embeddings", None) or _CHECK_TOKENS
+    ids = input_ids[:2, : min(_CHECK_TOKENS, longest)].to(model.input_device)
     kept = [layer for layer in range(model.num_layers) if layer not in removed]
     unused = (renamed(tensor, model.adapter, kept) for tensor in model.unused_tensors)
     with evaluating(model.model), skipped(model.layers, removed), _buffers_as_loaded(model.model):
