@@ -26,9 +26,7 @@ def download(repo: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -55,8 +53,8 @@ def download(repo: str, revision: str | None) -> tuple[Path, str]:
         raise UserError(f"{repo}: the Hub has the model but no revision {revision!r}") from None
     except RepositoryNotFoundError:
         raise UserError(f"{repo}: the Hub has no such model (or it is private: log in with `hf auth login`)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # no connection, a broken one, a full disk: each layer below has errors of its own
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f"{repo}{at}: no such folder or file here, and it cannot be had from the Hub ({reason}); "
             "give a local folder or .gguf file, or check the name and the connection"
