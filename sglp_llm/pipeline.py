@@ -17,7 +17,7 @@ from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
 from sglp_llm.checkpoint.export import check_plan, drop_layers, export_from_files, export_from_model
 from sglp_llm.checkpoint.publish import atomic_folder, check_output
-from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
+from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS, expected_logits, verify_checkpoint
 from sglp_llm.criteria import get_criterion
 from sglp_llm.engine.representations import CKAObserver
 from sglp_llm.engine.resident import run_pass
@@ -113,8 +113,13 @@ def prune(
     if plan is None and not recipe.budget.to_dict():
         raise UserError("how much to remove? Give a ratio, a number of layers to drop, target_params, or a plan")
     subject = _open(model, recipe, tokenizer, plan)
-    _check_apart(output, subject)
-    sequences = _calibration(subject, recipe, calibration) if plan is None or verify else None
+    if subject.source is not None:
+        subject.source.check_apart(output)
+    sequences = None
+    if plan is None:
+        sequences = _calibration(subject, recipe, calibration)
+    elif verify:
+        sequences = _calibration(subject, _enough_for_the_check(recipe, subject), calibration)
     seconds: dict[str, float] = {}
     analysis = None
     if plan is None:
@@ -148,8 +153,12 @@ def prune(
 
 
 def _recipe(recipe: Recipe | None, calibration: CalibrationSet | str | None, settings: dict[str, Any]) -> Recipe:
-    spec = calibration.source if isinstance(calibration, CalibrationSet) else calibration
-    return (recipe or Recipe()).with_changes(calibration=spec, **settings)
+    if isinstance(calibration, CalibrationSet):  # it is what it is, whatever a recipe's defaults say
+        samples, seq_len = calibration.input_ids.shape
+        settings |= {"calibration": calibration.source, "samples": samples, "seq_len": seq_len}
+    elif calibration is not None:
+        settings["calibration"] = calibration
+    return (recipe or Recipe()).with_changes(**settings)
 
 
 def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = None) -> Subject:
@@ -177,22 +186,19 @@ def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = N
 
 
 def _calibration(subject: Subject, recipe: Recipe, given: CalibrationSet | str | None) -> CalibrationSet:
-    if isinstance(given, CalibrationSet):
-        return given
-    check_spec(recipe.calibration)
-    return calibration_set(
-        subject.tokenizer, recipe.calibration, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed
-    )
-
-
-def _check_apart(output: Path, subject: Subject) -> None:
-    if subject.source is None:
-        return
-    source, target = subject.source.path.resolve(), output.resolve()
-    if target.is_relative_to(source) or source.is_relative_to(target):
-        raise UserError(
-            f"{output}: the output must lie outside the source {subject.source.path}, and must not contain it"
+    if not isinstance(given, CalibrationSet):
+        check_spec(recipe.calibration)
+        given = calibration_set(
+            subject.tokenizer, recipe.calibration, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed
         )
+    subject.check_tokens(given.input_ids)
+    return given
+
+
+def _enough_for_the_check(recipe: Recipe, subject: Subject) -> Recipe:
+    """Settings that read no more text than the reload check looks at, in sequences that the model has positions for."""
+    longest = getattr(subject.config, "max_position_embeddings", None) or CHECK_TOKENS
+    return replace(recipe, samples=CHECK_SEQUENCES, seq_len=min(recipe.seq_len, CHECK_TOKENS, longest))
 
 
 def _analyze(subject: Subject, recipe: Recipe, calibration: CalibrationSet, progress: Progress) -> Analysis:

@@ -16,7 +16,9 @@ from sglp_llm.loading import DecoderModel
 HALF_PRECISION_TOLERANCE = 0.02
 """Largest difference of logits in bfloat16 and float16, relative to the largest logit. In float32 they must be equal."""
 
-_CHECK_TOKENS = 128
+CHECK_SEQUENCES, CHECK_TOKENS = 2, 128
+"""What is compared: the first tokens of the first sequences."""
+
 _PROMPT_TOKENS = 16
 _NEW_TOKENS = 16
 # Two tokens whose logits are this close, relative to the largest, are a tie that rounding may break either way.
@@ -67,7 +69,7 @@ def expected_logits(model: DecoderModel, removed: tuple[int, ...], input_ids: to
         removed: Original indices of the layers to skip.
         input_ids: ``[sequences, tokens]`` int64, for instance the calibration set's.
     """
-    ids = input_ids[:2, :_CHECK_TOKENS].to(model.input_device)
+    ids = input_ids[:CHECK_SEQUENCES, :CHECK_TOKENS].to(model.input_device)
     with skipped(model.layers, removed):
         return Expected(ids.cpu(), _logits(model.model, ids))
 
