@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,6 @@ from sglp_llm.errors import UserError
 
 app = typer.Typer(
     help="Make a large language model shorter: remove whole decoder layers from a Hugging Face checkpoint.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,6 +50,19 @@ ProtectFirst = Annotated[int | None, typer.Option(help="Layers at the front that
 ProtectLast = Annotated[int | None, typer.Option(help="Layers at the end that are never removed. Default: 0.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
+# Options that decide which layers go.
+_DECIDING = [
+    "ratio",
+    "drop",
+    "target_params",
+    "criterion",
+    "also",
+    "segments",
+    "kernel",
+    "protect_first",
+    "protect_last",
+]
+
 
 @app.command()
 def analyze(
@@ -83,10 +96,12 @@ def analyze(
     from sglp_llm.pipeline import analyze
     from sglp_llm.plans import PLAN_FILE_NAME, save_plan
     from sglp_llm.recipe import RECIPE_FILE_NAME, save_recipe
+    from sglp_llm.source import find_source
 
     chosen = _recipe(recipe, settings)
     if output is not None:
         check_output(output, overwrite)
+        find_source(_named(model, chosen), chosen.revision).check_apart(output)
     analysis = analyze(_named(model, chosen), recipe=chosen, progress=console.progress_bar)
     if output is not None:
         with atomic_folder(output, overwrite) as folder:
@@ -136,10 +151,11 @@ def prune(
     settings = _settings(locals())
     if output is None:
         raise UserError("where to? Give --output FOLDER")
-    if plan is not None and (
-        given := [key for key in ("ratio", "drop", "target_params", "criterion") if settings[key] is not None]
-    ):
+    arguments = locals()
+    if plan is not None and (given := [name for name in _DECIDING if arguments[name] is not None]):
         raise UserError(f"--plan already says which layers go: leave out --{given[0].replace('_', '-')}")
+    if private and push_to_hub is None:
+        raise UserError("--private is about the Hub repository: give --push-to-hub REPO too")
     console = _prepare()
     from sglp_llm.hub import check_repo_name, upload
     from sglp_llm.pipeline import prune
@@ -197,6 +213,7 @@ def evaluate(
     chosen = _recipe(None, {"dtype": dtype, "revision": revision, "device_map": device_map})
     subject = Subject(model, chosen.revision, chosen.dtype, chosen.device_map)
     windows = evaluation_windows(subject.tokenizer, data, window=window, max_windows=max_windows, bos=bos)
+    subject.check_tokens(windows.input_ids)
     result = perplexity(subject.load().model, windows, batch_size=batch_size, progress=console.progress_bar)
     if as_json:
         console.print_json({"model": model, **asdict(result)})
@@ -220,7 +237,11 @@ def list_members(
 
 
 @app.callback(invoke_without_command=True)
-def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def version(
+    context: typer.Context, show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if context.invoked_subcommand is None and not show:
+        raise UserError("what shall be done? See sglp-llm --help")
     if show:
         print(f"sglp-llm {__version__}")
         raise typer.Exit
@@ -234,10 +255,15 @@ def main() -> None:
 def _run() -> int:
     usage_error: Any = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this Typer keeps click
     try:
-        return app(prog_name="sglp-llm", standalone_mode=False) or 0
+        code = app(prog_name="sglp-llm", standalone_mode=False) or 0
+        sys.stdout.flush()
+        return code
     except (UserError, usage_error) as error:
         format_message = getattr(error, "format_message", None)
         return _fail(format_message() if format_message else str(error), 2)
+    except BrokenPipeError:  # whoever read stdout has seen enough, as in `sglp-llm ls criteria | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 1)
     except Exception as error:
@@ -289,7 +315,7 @@ def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         **settings,
         "target_params": target,
-        "segments": int(segments) if segments is not None and segments.isdigit() else segments,
+        "segments": int(segments) if segments is not None and re.fullmatch("-?[0-9]+", segments) else segments,
         "protect": {end: number for end, number in protect.items() if number is not None} or None,
     }
 
@@ -301,9 +327,10 @@ def _recipe(name: str | None, settings: dict[str, Any]) -> Any:
 
 
 def _named(model: str | None, recipe: Any) -> str:
-    if model is None and recipe.model is None:
+    name = recipe.model if model is None else model
+    if not name:
         raise UserError("which model? Give MODEL (Hub id, folder or .gguf file), or a recipe that names one")
-    return str(model or recipe.model)
+    return str(name)
 
 
 if __name__ == "__main__":
