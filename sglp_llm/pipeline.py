@@ -172,11 +172,10 @@ def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = N
         if subject.source is not None:
             check_plan(plan, subject.source)
         return subject
-    check_budget(recipe.budget, subject.num_layers, (recipe.protect.first, recipe.protect.last))
-    if recipe.segments != "auto" and recipe.segments > subject.num_layers:
-        raise UserError(
-            f"segments: {recipe.segments} segments are more than the model's {subject.num_layers} decoder layers"
-        )
+    segments = recipe.segments if isinstance(recipe.segments, int) and recipe.criterion == SGLP else 1
+    if segments > subject.num_layers:
+        raise UserError(f"segments: {segments} segments are more than the model's {subject.num_layers} decoder layers")
+    check_budget(recipe.budget, subject.num_layers, (recipe.protect.first, recipe.protect.last), segments)
     longest = getattr(subject.config, "max_position_embeddings", None)
     if longest is not None and recipe.seq_len > longest:
         raise UserError(
