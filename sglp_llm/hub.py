@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from sglp_llm.errors import UserError
@@ -79,8 +80,9 @@ def upload(folder: Path, repo: str, private: bool) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model pruned with sglp-llm")
     except Exception as error:  # whatever went wrong out there, the result here is whole and the way on is the same
         reason = " ".join(str(error).split())
+        retry = ["hf", "upload", repo, str(folder), ".", *(["--private"] if private else [])]
         raise UploadError(
-            f"{folder} is complete, but the upload failed ({reason}); retry with: hf upload {repo} {folder} ."
+            f"{folder} is complete, but the upload failed ({reason}); retry with: {shlex.join(retry)}"
         ) from error
     return str(address)
 
