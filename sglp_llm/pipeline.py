@@ -169,8 +169,7 @@ def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = N
         get_criterion(name)
     subject = Subject(model, recipe.revision, recipe.dtype, recipe.device_map, tokenizer)
     if plan is not None:
-        if subject.source is not None:
-            check_plan(plan, subject.source)
+        check_plan(plan, subject.identity, subject.num_layers, stored=subject.source is not None)
         return subject
     segments = recipe.segments if isinstance(recipe.segments, int) and recipe.criterion == SGLP else 1
     if segments > subject.num_layers:
@@ -245,7 +244,8 @@ def _finite(name: str, scores: Sequence[float]) -> tuple[float, ...]:
     for layer, score in enumerate(scores):
         if not math.isfinite(score):
             raise UserError(
-                f"the {name} score of decoder layer {layer} is not finite ({score}): are the weights damaged?"
+                f"the {name} score of decoder layer {layer} is not finite ({score}): are the weights damaged, "
+                "or is the dtype too small (try --dtype float32)?"
             )
     return tuple(scores)
 
