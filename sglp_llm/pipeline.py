@@ -219,7 +219,7 @@ def _analyze(subject: Subject, recipe: Recipe, calibration: CalibrationSet, prog
     protect = (recipe.protect.first, recipe.protect.last)
     removed = layers_to_remove(recipe.budget, segments, scores[deciding], protect, model.parameters_without)
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding}
-    for key in ("model", "revision", *recipe.budget.to_dict()):
+    for key in ("model", "revision", "max_shard_size", *recipe.budget.to_dict()):  # said elsewhere, or of the export
         settings.pop(key, None)
     plan = PrunePlan(
         num_layers=model.num_layers,
