@@ -21,6 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sglp_llm import cli
 from sglp_llm.adapters import get_adapter
 
+torch.set_num_threads(1)  # more of them only wait for each other over models this small
+
 QUICK = ("--calibration", "pydoc", "--samples", "4", "--seq-len", "16")
 """The smallest calibration that makes an analysis."""
 
