@@ -24,12 +24,14 @@ class GradNorm(Criterion):
         self._sequences = 0
 
     def on_gradient(self, layer: int, batch: Batch, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        self._norms[layer].append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+        # Row by row, because a float32 sum over a whole matrix loses up to 1e-3 of it.
+        rows = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
+        self._norms[layer].append(torch.linalg.vector_norm(rows, dtype=torch.float64))
 
     def on_batch_end(self, batch: Batch) -> None:
         assert batch.size == 1, "a gradient norm is that of one sequence"
         for layer, norms in enumerate(self._norms):
-            self._totals[layer] += float(torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64))
+            self._totals[layer] += float(torch.linalg.vector_norm(torch.stack(norms)))
             norms.clear()
         self._sequences += 1
 

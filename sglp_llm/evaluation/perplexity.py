@@ -41,7 +41,7 @@ def perplexity(
     count, length = windows.input_ids.shape
     _check_context(model, length)
     means: list[torch.Tensor] = []
-    with torch.inference_mode(), evaluating(model), progress("perplexity", count) as advance:
+    with torch.inference_mode(), evaluating(model), progress("Scoring", count) as advance:
         for batch in windows.input_ids.split(batch_size):
             input_ids = batch.to(_input_device(model))
             logits = model(input_ids=input_ids, use_cache=False).logits
