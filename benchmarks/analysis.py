@@ -63,7 +63,9 @@ def main() -> None:
         if pair > 0:
             ratios.append(analysis / plain)
             print(f"pair {pair}: plain {plain:.2f} s, analysis {analysis:.2f} s, ratio {ratios[-1]:.3f}", flush=True)
-    print(f"analysis / (forward + backward): median {median(ratios):.3f}, {min(ratios):.3f}..{max(ratios):.3f} (target 1.10)")
+    print(
+        f"analysis / (forward + backward): median {median(ratios):.3f}, {min(ratios):.3f}..{max(ratios):.3f} (target 1.10)"
+    )
 
 
 if __name__ == "__main__":

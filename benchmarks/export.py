@@ -105,7 +105,9 @@ def main() -> None:
             written = sum(file.stat().st_size for file in pruned.iterdir())
             shutil.rmtree(pruned)
             shutil.rmtree(copied)
-    print(f"export / cp of {written / 1e9:.2f} GB: median {median(ratios):.2f}, {min(ratios):.2f}..{max(ratios):.2f} (target 1.5)")
+    print(
+        f"export / cp of {written / 1e9:.2f} GB: median {median(ratios):.2f}, {min(ratios):.2f}..{max(ratios):.2f} (target 1.5)"
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     print(f"peak resident memory of the export process: {peak:.0f} MB (target 700)")
 

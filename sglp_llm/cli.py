@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,44 +12,43 @@ import typer
 
 from sglp_llm import __version__
 from sglp_llm.errors import UserError
+from sglp_llm.options import (
+    DECIDING,
+    Also,
+    BatchSize,
+    Calibration,
+    CriterionName,
+    DeviceMap,
+    Drop,
+    Dtype,
+    Json,
+    Kernel,
+    Model,
+    ProtectFirst,
+    ProtectLast,
+    Ratio,
+    RecipeName,
+    RequiredModel,
+    Revision,
+    Samples,
+    Seed,
+    Segments,
+    SeqLen,
+    TargetParams,
+    model_of,
+    recipe_of,
+    settings_of,
+)
 
 app = typer.Typer(
     help="Make a large language model shorter: remove whole decoder layers from a Hugging Face checkpoint.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[
-    str | None,
-    typer.Argument(metavar="MODEL", help="Hub id, local folder, or PATH.gguf. May stand in the recipe instead."),
-]
-RequiredModel = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or PATH.gguf.")]
-Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32: what is computed in.")]
-DeviceMap = Annotated[str | None, typer.Option(help="accelerate's placement, such as auto. Default: one device.")]
-RecipeName = Annotated[str | None, typer.Option("--recipe", help="YAML file, or a name from `sglp-llm ls recipes`.")]
-Ratio = Annotated[float | None, typer.Option(help="Share of the decoder layers to remove, in (0, 1).")]
-Drop = Annotated[int | None, typer.Option(help="Number of decoder layers to remove.")]
-TargetParams = Annotated[
-    str | None, typer.Option(help="Remove the fewest layers that leave at most this many, e.g. 6.5B.")
-]
-CriterionName = Annotated[str | None, typer.Option("--criterion", help="sglp, or a name from `sglp-llm ls criteria`.")]
-Also = Annotated[list[str] | None, typer.Option(help="Score by this criterion too, in the same pass; repeatable.")]
-Calibration = Annotated[
-    str | None,
-    typer.Option(help="wikitext2, c4, alpaca, bookcorpus, pydoc, text:FILE or jsonl:FILE:field (files plain or .gz)."),
-]
-Samples = Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")]
-SeqLen = Annotated[int | None, typer.Option(help="Tokens in each. Default: 512.")]
-Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn. Default: 0.")]
-BatchSize = Annotated[int | None, typer.Option(help="Sequences a forward-only pass computes at once. Default: 8.")]
-Segments = Annotated[str | None, typer.Option(help="Number of CKA segments, or auto.")]
-Kernel = Annotated[str | None, typer.Option(help="CKA kernel: cosine (default) or linear (the paper's).")]
-ProtectFirst = Annotated[int | None, typer.Option(help="Layers at the front that are never removed. Default: 0.")]
-ProtectLast = Annotated[int | None, typer.Option(help="Layers at the end that are never removed. Default: 0.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+_INTERRUPTED = 130
+"""What Typer makes of Ctrl-C, without a word."""
 
 
 @app.command()
@@ -77,21 +77,23 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """Decide which layers to remove and show why. Writes nothing without --output. Default budget: a quarter."""
-    settings = _settings(locals())
+    settings = settings_of(locals())
     console = _prepare()
     from sglp_llm.checkpoint.publish import atomic_folder, check_output
     from sglp_llm.pipeline import analyze
     from sglp_llm.plans import PLAN_FILE_NAME, save_plan
     from sglp_llm.recipe import RECIPE_FILE_NAME, save_recipe
+    from sglp_llm.source import find_source
 
-    chosen = _recipe(recipe, settings)
+    chosen = recipe_of(recipe, settings, model)
     if output is not None:
         check_output(output, overwrite)
-    analysis = analyze(_named(model, chosen), recipe=chosen, progress=console.progress_bar)
+        find_source(model_of(model, chosen), chosen.revision).check_apart(output)
+    analysis = analyze(model_of(model, chosen), recipe=chosen, progress=console.progress_bar)
     if output is not None:
         with atomic_folder(output, overwrite) as folder:
             save_plan(analysis.plan, folder / PLAN_FILE_NAME)
-            save_recipe(chosen.with_changes(model=_named(model, chosen)), folder / RECIPE_FILE_NAME)
+            save_recipe(chosen.with_changes(model=model_of(model, chosen)), folder / RECIPE_FILE_NAME)
     if as_json:
         console.print_json(console.analysis_to_dict(analysis))
     else:
@@ -133,13 +135,14 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Remove layers and write a smaller checkpoint that plain from_pretrained loads."""
-    settings = _settings(locals())
+    settings = settings_of(locals())
     if output is None:
         raise UserError("where to? Give --output FOLDER")
-    if plan is not None and (
-        given := [key for key in ("ratio", "drop", "target_params", "criterion") if settings[key] is not None]
-    ):
+    arguments = locals()
+    if plan is not None and (given := [name for name in DECIDING if arguments[name] is not None]):
         raise UserError(f"--plan already says which layers go: leave out --{given[0].replace('_', '-')}")
+    if private and push_to_hub is None:
+        raise UserError("--private is about the Hub repository: give --push-to-hub REPO too")
     console = _prepare()
     from sglp_llm.hub import check_repo_name, upload
     from sglp_llm.pipeline import prune
@@ -147,9 +150,9 @@ def prune(
 
     if push_to_hub is not None:
         check_repo_name(push_to_hub)
-    chosen = _recipe(recipe, settings)
+    chosen = recipe_of(recipe, settings, model)
     report = prune(
-        _named(model, chosen),
+        model_of(model, chosen),
         output,
         plan=None if plan is None else load_plan(plan),
         recipe=chosen,
@@ -194,9 +197,10 @@ def evaluate(
     from sglp_llm.texts import check_spec
 
     check_spec(data)
-    chosen = _recipe(None, {"dtype": dtype, "revision": revision, "device_map": device_map})
+    chosen = recipe_of(None, {"dtype": dtype, "revision": revision, "device_map": device_map})
     subject = Subject(model, chosen.revision, chosen.dtype, chosen.device_map)
     windows = evaluation_windows(subject.tokenizer, data, window=window, max_windows=max_windows, bos=bos)
+    subject.check_tokens(windows.input_ids)
     result = perplexity(subject.load().model, windows, batch_size=batch_size, progress=console.progress_bar)
     if as_json:
         console.print_json({"model": model, **asdict(result)})
@@ -220,7 +224,11 @@ def list_members(
 
 
 @app.callback(invoke_without_command=True)
-def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def version(
+    context: typer.Context, show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if context.invoked_subcommand is None and not show:
+        raise UserError("what shall be done? See sglp-llm --help")
     if show:
         print(f"sglp-llm {__version__}")
         raise typer.Exit
@@ -228,16 +236,26 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main() -> None:
     """Entry point: exit code 0, 2 for the user's mistake (one line on stderr), 1 otherwise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that does not know "±" is no reason to fail
     sys.exit(_run())
 
 
 def _run() -> int:
     usage_error: Any = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this Typer keeps click
     try:
-        return app(prog_name="sglp-llm", standalone_mode=False) or 0
+        code = app(prog_name="sglp-llm", standalone_mode=False) or 0
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.stdout.flush()
+        return code
     except (UserError, usage_error) as error:
         format_message = getattr(error, "format_message", None)
         return _fail(format_message() if format_message else str(error), 2)
+    except BrokenPipeError:  # whoever read stdout has seen enough, as in `sglp-llm ls criteria | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 1)
     except Exception as error:
@@ -270,40 +288,6 @@ def _prepare() -> Any:
     from sglp_llm import console
 
     return console
-
-
-def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The options of a verb that are settings of the recipe, in the recipe's words."""
-    from sglp_llm.sizes import parse_count
-
-    names = (
-        "ratio drop criterion also calibration samples seq_len seed batch_size kernel "
-        "revision dtype device_map max_shard_size"
-    )
-    settings = {name: arguments.get(name) for name in names.split()}
-    settings["also"] = settings["also"] or None
-    if (target := arguments["target_params"]) is not None:
-        target = parse_count(target)
-    segments = arguments["segments"]
-    protect = {"first": arguments["protect_first"], "last": arguments["protect_last"]}
-    return {
-        **settings,
-        "target_params": target,
-        "segments": int(segments) if segments is not None and segments.isdigit() else segments,
-        "protect": {end: number for end, number in protect.items() if number is not None} or None,
-    }
-
-
-def _recipe(name: str | None, settings: dict[str, Any]) -> Any:
-    from sglp_llm.recipe import Recipe, load_recipe
-
-    return (Recipe() if name is None else load_recipe(name)).with_changes(**settings)
-
-
-def _named(model: str | None, recipe: Any) -> str:
-    if model is None and recipe.model is None:
-        raise UserError("which model? Give MODEL (Hub id, folder or .gguf file), or a recipe that names one")
-    return str(model or recipe.model)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,6 @@ from sglp_llm.progress import Advance
 from sglp_llm.records import Analysis, EvalResult, PrunePlan, RunReport
 from sglp_llm.sizes import show_count
 
-_STDERR = Console(stderr=True)
-
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Advance]:
@@ -41,9 +39,14 @@ def progress_bar(description: str, total: int) -> Iterator[Advance]:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=_STDERR) as bar:
+    console = Console(stderr=True)
+    with RichProgress(*columns, console=console) as bar:
         task = bar.add_task(f"{description:<10}", total=total)
-        yield lambda units: bar.advance(task, units)
+        try:
+            yield lambda units: bar.advance(task, units)
+        except BaseException:
+            console.quiet = not console.is_terminal  # in a log, what stays is the one line that says what went wrong
+            raise
 
 
 def print_json(data: Mapping[str, Any]) -> None:

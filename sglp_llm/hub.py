@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from sglp_llm.errors import UserError
@@ -26,9 +27,7 @@ def download(repo: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -55,8 +54,8 @@ def download(repo: str, revision: str | None) -> tuple[Path, str]:
         raise UserError(f"{repo}: the Hub has the model but no revision {revision!r}") from None
     except RepositoryNotFoundError:
         raise UserError(f"{repo}: the Hub has no such model (or it is private: log in with `hf auth login`)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # no connection, a broken one, a full disk: each layer below has errors of its own
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f"{repo}{at}: no such folder or file here, and it cannot be had from the Hub ({reason}); "
             "give a local folder or .gguf file, or check the name and the connection"
@@ -81,8 +80,9 @@ def upload(folder: Path, repo: str, private: bool) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model pruned with sglp-llm")
     except Exception as error:  # whatever went wrong out there, the result here is whole and the way on is the same
         reason = " ".join(str(error).split())
+        retry = ["hf", "upload", repo, str(folder), ".", *(["--private"] if private else [])]
         raise UploadError(
-            f"{folder} is complete, but the upload failed ({reason}); retry with: hf upload {repo} {folder} ."
+            f"{folder} is complete, but the upload failed ({reason}); retry with: {shlex.join(retry)}"
         ) from error
     return str(address)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from sglp_llm.errors import UserError
 from sglp_llm.source import Source
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,23 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     if source.format == "gguf":
         folder = source.path.parent
         options |= {"gguf_file": source.path.name, "dtype": DTYPES.get(dtype, torch.float32)}
+    name = source.identity.name
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        # Otherwise it only says that there are mismatched sizes, and the report that it points at goes elsewhere.
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:  # torch, pickle, safetensors and transformers each have their own for a damaged file
-        raise UserError(f"{source.identity.name}: transformers cannot load the weights ({_one_line(error)})") from None
+        if source.format == "bin" and isinstance(error, pickle.UnpicklingError | RuntimeError | EOFError):
+            # torch's own message advises to load with weights_only=False, which would run what is in the file.
+            raise UserError(f"{name}: a .bin file is damaged, or holds code beside tensors, which is not run") from None
+        raise UserError(f"{name}: transformers cannot load the weights ({_one_line(error)})") from None
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{source.identity.name}: the checkpoint lacks {len(missing)} tensors, {missing[0]!r} for one")
+        raise UserError(f"{name}: the checkpoint lacks {len(missing)} tensors, {missing[0]!r} for one")
+    if mismatched := sorted(report["mismatched_keys"], key=str):
+        tensor, stored, expected = mismatched[0]
+        raise UserError(
+            f"{name}: tensor {tensor!r} has the shape {list(stored)}, and {list(expected)} by the configuration"
+        )
     if source.format == "gguf":
         model = _dequantised(model)
     if device_map is None and torch.cuda.is_available():
@@ -110,6 +124,8 @@ def load_tokenizer(source: Source) -> Any:
         UserError: There is none, or it cannot be read.
     """
     folder, options = source.path, {}
+    if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise UserError(f"{source.identity.name}: there is no tokenizer in the folder (tokenizer.json and others)")
     if source.format == "gguf":
         folder, options = source.path.parent, {"gguf_file": source.path.name}
     try:
@@ -139,4 +155,4 @@ def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

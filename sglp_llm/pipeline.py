@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from sglp_llm import __version__
 from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
-from sglp_llm.checkpoint.export import check_depth, check_plan, drop_layers, export_from_files, export_from_model
+from sglp_llm.checkpoint.export import check_plan, drop_layers, export_from_files, export_from_model
 from sglp_llm.checkpoint.publish import atomic_folder, check_output
-from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
+from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS, expected_logits, verify_checkpoint
 from sglp_llm.criteria import get_criterion
 from sglp_llm.engine.representations import CKAObserver
 from sglp_llm.engine.resident import run_pass
@@ -113,8 +113,13 @@ def prune(
     if plan is None and not recipe.budget.to_dict():
         raise UserError("how much to remove? Give a ratio, a number of layers to drop, target_params, or a plan")
     subject = _open(model, recipe, tokenizer, plan)
-    _check_apart(output, subject)
-    sequences = _calibration(subject, recipe, calibration) if plan is None or verify else None
+    if subject.source is not None:
+        subject.source.check_apart(output)
+    sequences = None
+    if plan is None:
+        sequences = _calibration(subject, recipe, calibration)
+    elif verify:
+        sequences = _calibration(subject, _enough_for_the_check(recipe, subject), calibration)
     seconds: dict[str, float] = {}
     analysis = None
     if plan is None:
@@ -148,8 +153,12 @@ def prune(
 
 
 def _recipe(recipe: Recipe | None, calibration: CalibrationSet | str | None, settings: dict[str, Any]) -> Recipe:
-    spec = calibration.source if isinstance(calibration, CalibrationSet) else calibration
-    return (recipe or Recipe()).with_changes(calibration=spec, **settings)
+    if isinstance(calibration, CalibrationSet):  # it is what it is, whatever a recipe's defaults say
+        samples, seq_len = calibration.input_ids.shape
+        settings |= {"calibration": calibration.source, "samples": samples, "seq_len": seq_len}
+    elif calibration is not None:
+        settings["calibration"] = calibration
+    return (recipe or Recipe()).with_changes(**settings)
 
 
 def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = None) -> Subject:
@@ -160,16 +169,12 @@ def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = N
         get_criterion(name)
     subject = Subject(model, recipe.revision, recipe.dtype, recipe.device_map, tokenizer)
     if plan is not None:
-        if subject.source is not None:
-            check_plan(plan, subject.source)
-        else:
-            check_depth(plan, subject.num_layers, subject.identity.name)
+        check_plan(plan, subject.identity, subject.num_layers, stored=subject.source is not None)
         return subject
-    check_budget(recipe.budget, subject.num_layers, (recipe.protect.first, recipe.protect.last))
-    if recipe.segments != "auto" and recipe.segments > subject.num_layers:
-        raise UserError(
-            f"segments: {recipe.segments} segments are more than the model's {subject.num_layers} decoder layers"
-        )
+    segments = recipe.segments if isinstance(recipe.segments, int) and recipe.criterion == SGLP else 1
+    if segments > subject.num_layers:
+        raise UserError(f"segments: {segments} segments are more than the model's {subject.num_layers} decoder layers")
+    check_budget(recipe.budget, subject.num_layers, (recipe.protect.first, recipe.protect.last), segments)
     longest = getattr(subject.config, "max_position_embeddings", None)
     if longest is not None and recipe.seq_len > longest:
         raise UserError(
@@ -179,22 +184,19 @@ def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = N
 
 
 def _calibration(subject: Subject, recipe: Recipe, given: CalibrationSet | str | None) -> CalibrationSet:
-    if isinstance(given, CalibrationSet):
-        return given
-    check_spec(recipe.calibration)
-    return calibration_set(
-        subject.tokenizer, recipe.calibration, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed
-    )
-
-
-def _check_apart(output: Path, subject: Subject) -> None:
-    if subject.source is None:
-        return
-    source, target = subject.source.path.resolve(), output.resolve()
-    if target.is_relative_to(source) or source.is_relative_to(target):
-        raise UserError(
-            f"{output}: the output must lie outside the source {subject.source.path}, and must not contain it"
+    if not isinstance(given, CalibrationSet):
+        check_spec(recipe.calibration)
+        given = calibration_set(
+            subject.tokenizer, recipe.calibration, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed
         )
+    subject.check_tokens(given.input_ids)
+    return given
+
+
+def _enough_for_the_check(recipe: Recipe, subject: Subject) -> Recipe:
+    """Settings that read no more text than the reload check looks at, in sequences that the model has positions for."""
+    longest = getattr(subject.config, "max_position_embeddings", None) or CHECK_TOKENS
+    return replace(recipe, samples=CHECK_SEQUENCES, seq_len=min(recipe.seq_len, CHECK_TOKENS, longest))
 
 
 def _analyze(subject: Subject, recipe: Recipe, calibration: CalibrationSet, progress: Progress) -> Analysis:
@@ -217,7 +219,7 @@ def _analyze(subject: Subject, recipe: Recipe, calibration: CalibrationSet, prog
     protect = (recipe.protect.first, recipe.protect.last)
     removed = layers_to_remove(recipe.budget, segments, scores[deciding], protect, model.parameters_without)
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding}
-    for key in ("model", "revision", *recipe.budget.to_dict()):
+    for key in ("model", "revision", "max_shard_size", *recipe.budget.to_dict()):  # said elsewhere, or of the export
         settings.pop(key, None)
     plan = PrunePlan(
         num_layers=model.num_layers,
@@ -242,7 +244,8 @@ def _finite(name: str, scores: Sequence[float]) -> tuple[float, ...]:
     for layer, score in enumerate(scores):
         if not math.isfinite(score):
             raise UserError(
-                f"the {name} score of decoder layer {layer} is not finite ({score}): are the weights damaged?"
+                f"the {name} score of decoder layer {layer} is not finite ({score}): are the weights damaged, "
+                "or is the dtype too small (try --dtype float32)?"
             )
     return tuple(scores)
 

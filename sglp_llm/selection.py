@@ -46,8 +46,8 @@ def layers_to_remove(
     )
 
 
-def check_budget(budget: Budget, num_layers: int, protect: tuple[int, int] = (0, 0)) -> None:
-    """Refuses, before any work is done, a budget that no segmentation could meet.
+def check_budget(budget: Budget, num_layers: int, protect: tuple[int, int] = (0, 0), segments: int = 1) -> None:
+    """Refuses, before any work is done, a budget that no segmentation into ``segments`` segments or more could meet.
 
     Raises:
         UserError: It is not exactly one of ratio, drop and target_params, it is out of range, or no layer or too many would go.
@@ -59,7 +59,7 @@ def check_budget(budget: Budget, num_layers: int, protect: tuple[int, int] = (0,
         raise UserError(f"protect: the numbers of layers must not be negative, not {protect[0]} and {protect[1]}")
     if budget.ratio is not None and not 0 < budget.ratio < 1:
         raise UserError(f"ratio {budget.ratio:g} must lie between 0 and 1, both excluded")
-    capacity = sum(segment_capacities([Segment(0, num_layers)], protect))
+    capacity = min(sum(segment_capacities([Segment(0, num_layers)], protect)), num_layers - segments)
     if budget.target_params is None:
         number_to_remove(budget, num_layers, capacity)
     elif budget.target_params < 1:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # What a configuration says about the software and the moment, not about the model.
-_VOLATILE_KEYS = {"transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "quantization_config"}
+_VOLATILE_KEYS = {"transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "auto_map"}
+_VOLATILE_KEYS |= {"quantization_config"}
 # transformers', compressed-tensors' and MLX's word for it.
 _QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
 
@@ -53,6 +54,16 @@ class Source:
         """Number of decoder layers."""
         return int(getattr(self.config, self.adapter.depth_key))
 
+    def check_apart(self, output: Path) -> None:
+        """Makes sure that writing to ``output`` leaves the source alone.
+
+        Raises:
+            UserError: One of the two lies inside the other, or they are the same.
+        """
+        source, target = self.path.resolve(), output.resolve()
+        if target.is_relative_to(source) or source.is_relative_to(target):
+            raise UserError(f"{output}: the output must lie outside the source {self.path}, and must not contain it")
+
 
 def find_source(name: str | Path, revision: str | None = None) -> Source:
     """Finds a checkpoint, downloads it where it is on the Hub, and makes sure that it can be pruned.
@@ -78,16 +89,21 @@ def find_source(name: str | Path, revision: str | None = None) -> Source:
     return _folder_source(path, str(name), revision)
 
 
-def fingerprint(config: Mapping[str, Any], tensors: Iterable[tuple[str, str, Iterable[int]]]) -> str:
+def fingerprint(config: PretrainedConfig, tensors: Iterable[tuple[str, str, Iterable[int]]]) -> str:
     """What tells models apart, independent of where they lie and how they are sharded.
 
+    Of the configuration the settings count that are not the family's defaults: when transformers saves a checkpoint again,
+    with other shards for instance, it writes out defaults that the JSON lacked before.
+
     Args:
-        config: The configuration as plain data.
+        config: The resolved configuration.
         tensors: Name, dtype and shape of every tensor, in any order.
     """
-    lasting = {key: value for key, value in config.items() if key not in _VOLATILE_KEYS and not key.startswith("_")}
+    defaults = type(config)().to_dict()
+    telling = {key: value for key, value in config.to_dict().items() if key not in defaults or value != defaults[key]}
+    lasting = {key: value for key, value in telling.items() if key not in _VOLATILE_KEYS and not key.startswith("_")}
     headers = sorted([name, dtype, list(shape)] for name, dtype, shape in tensors)
-    text = json.dumps([lasting, headers], sort_keys=True, default=str)
+    text = json.dumps([config.model_type, lasting, headers], sort_keys=True, default=str)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -107,7 +123,7 @@ def _folder_source(folder: Path, name: str, revision: str | None) -> Source:
         raise UserError(
             f"{folder}: no weights: expected model.safetensors, its shards with an index, or pytorch_model.bin"
         )
-    identity = ModelIdentity(name, str(raw["model_type"]), fingerprint(raw, headers))
+    identity = ModelIdentity(name, str(raw["model_type"]), fingerprint(config, headers))
     return Source(identity, revision, folder, "safetensors" if index else "bin", raw, config, adapter, index)
 
 
@@ -123,7 +139,7 @@ def _gguf_source(path: Path, name: str) -> Source:
     config = _resolved_config(path.parent, name, gguf_file=path.name)
     adapter = get_adapter(config.model_type)
     _refuse_settings(config.to_dict(), adapter, name)
-    identity = ModelIdentity(name, config.model_type, fingerprint(config.to_dict(), tensors))
+    identity = ModelIdentity(name, config.model_type, fingerprint(config, tensors))
     return Source(identity, None, path, "gguf", {}, config, adapter, None)
 
 
@@ -147,16 +163,16 @@ def _raw_config(folder: Path) -> dict[str, Any]:
 def _checked_adapter(raw: Mapping[str, Any], name: str) -> DecoderAdapter:
     model_type = str(raw["model_type"])
     adapter = get_adapter(model_type) if model_type in adapter_names() else None
-    if quantization := next((raw[key] for key in _QUANTISED_KEYS if raw.get(key)), None):
-        method = (
-            str(quantization.get("quant_method", "unknown method")).upper() if isinstance(quantization, dict) else "?"
-        )
+    if key := next((key for key in _QUANTISED_KEYS if raw.get(key)), None):
+        method = raw[key].get("quant_method") if isinstance(raw[key], dict) else raw[key]
         raise UserError(
-            f"{name}: the weights are quantised ({method}); prune the unquantised model and quantise the result"
+            f"{name}: the weights are quantised ({str(method or key).upper()}); "
+            "prune the unquantised model and quantise the result"
         )
     if remote := raw.get("auto_map"):
         native = adapter.native_remote_classes if adapter else ()
-        classes = [str(entry).split(".")[-1] for value in remote.values() for entry in _as_list(value) if entry]
+        entries = list(remote.values()) if isinstance(remote, dict) else [remote]
+        classes = [str(entry).split(".")[-1] for value in entries for entry in _as_list(value) if entry]
         if not set(classes) <= set(native):
             raise UserError(
                 f"{name}: the checkpoint needs remote code (auto_map: {', '.join(classes)}), which is not run; "
@@ -175,8 +191,22 @@ def _checked_adapter(raw: Mapping[str, Any], name: str) -> DecoderAdapter:
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     assert adapter is not None
+    _refuse_architecture(raw, name)
     _refuse_settings(raw, adapter, name)
     return adapter
+
+
+def _refuse_architecture(raw: Mapping[str, Any], name: str) -> None:
+    """A classifier or a bare decoder has no language model head: transformers would make up a random one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    causal = _as_list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[raw["model_type"]])
+    named = [str(architecture) for architecture in _as_list(raw.get("architectures") or [])]
+    if named and not set(named) & set(causal):
+        raise UserError(
+            f"{name}: the checkpoint is a {' and '.join(named)} (architectures), not the causal language model "
+            f"{' or '.join(causal)}"
+        )
 
 
 def _refuse_settings(config: Mapping[str, Any], adapter: DecoderAdapter, name: str) -> None:

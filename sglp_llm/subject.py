@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sglp_llm.errors import UserError
@@ -59,6 +60,19 @@ class Subject:
         """The Hub commit, where there is one."""
         return self.source.revision if self.source else None
 
+    def check_tokens(self, input_ids: Tensor) -> None:
+        """Makes sure that the model can read these token ids, ``[sequences, tokens]``.
+
+        Raises:
+            UserError: One is beyond its vocabulary: the tokenizer is not the model's.
+        """
+        vocabulary = int(self.config.vocab_size)
+        if (highest := int(input_ids.max())) >= vocabulary:
+            raise UserError(
+                f"{self.identity.name}: the tokenizer does not belong to the model: "
+                f"it gives the token id {highest}, and the model knows 0..{vocabulary - 1}"
+            )
+
     def load(self) -> DecoderModel:
         """The model in memory; loaded on the first call."""
         if self._loaded is None:
@@ -95,4 +109,4 @@ class Subject:
 def _live_identity(model: PreTrainedModel) -> ModelIdentity:
     tensors = ((name, str(tensor.dtype), tensor.shape) for name, tensor in model.state_dict().items())
     name = model.config.name_or_path or type(model).__name__
-    return ModelIdentity(name, model.config.model_type, fingerprint(model.config.to_dict(), tensors))
+    return ModelIdentity(name, model.config.model_type, fingerprint(model.config, tensors))

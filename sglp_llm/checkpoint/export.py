@@ -14,7 +14,7 @@ from sglp_llm.checkpoint.writer import group_by_size, write_shards
 from sglp_llm.errors import UserError
 from sglp_llm.plans import plan_from_indices
 from sglp_llm.progress import Progress, silent
-from sglp_llm.records import PrunePlan
+from sglp_llm.records import ModelIdentity, PrunePlan
 from sglp_llm.source import Source
 
 if TYPE_CHECKING:
@@ -91,19 +91,27 @@ def carry_over(source: Path, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def check_plan(plan: PrunePlan, source: Source) -> None:
+def check_plan(plan: PrunePlan, model: ModelIdentity, num_layers: int, stored: bool = True) -> None:
     """Makes sure that a plan is for this model.
 
+    Args:
+        plan: The plan.
+        model: The model it is to be used on.
+        num_layers: Its number of decoder layers.
+        stored: Whether it is a checkpoint. A live model may be the one that the plan was made for although its fingerprint
+            differs, since tensors have other names and dtypes in memory than in files; there only the family must agree.
+
     Raises:
-        UserError: The depth differs, or the plan names a model whose fingerprint differs.
+        UserError: The depth differs, or the plan names a model whose fingerprint (or family) differs.
     """
-    name = source.identity.name
-    check_depth(plan, source.num_layers, name)
-    if plan.source is not None and plan.source.fingerprint != source.identity.fingerprint:
-        raise UserError(
-            f"the plan was made for another model: {plan.source.name} ({plan.source.fingerprint[:23]}...), "
-            f"not {name} ({source.identity.fingerprint[:23]}...)"
+    check_depth(plan, num_layers, model.name)
+    if plan.source is None:
+        return
+    if plan.source.model_type != model.model_type or (stored and plan.source.fingerprint != model.fingerprint):
+        made_for, given = (
+            f"{each.name} ({each.model_type}, {each.fingerprint[:23]}...)" for each in (plan.source, model)
         )
+        raise UserError(f"the plan was made for another model: {made_for}, not {given}")
 
 
 def check_depth(plan: PrunePlan, num_layers: int, name: str) -> None:

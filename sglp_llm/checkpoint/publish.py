@@ -76,6 +76,9 @@ def check_output(output: Path, overwrite: bool = False) -> None:
     """
     target = Path(os.path.realpath(output))
     if not os.path.lexists(target):
+        parent = next(folder for folder in target.parents if os.path.lexists(folder))
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"{output}: cannot make a folder in {parent}: it is {_obstacle(parent)}")
         return
     if not target.is_dir():
         raise UserError(f"{target}: is a file; the output is a folder")
@@ -84,6 +87,10 @@ def check_output(output: Path, overwrite: bool = False) -> None:
     # A slip such as "--output ~ --overwrite" must not cost a home folder.
     if any(target.iterdir()) and not any((target / marker).exists() for marker in _MARKERS):
         raise UserError(f"{target}: is neither a model nor an analysis; --overwrite replaces only these")
+
+
+def _obstacle(parent: Path) -> str:
+    return "not writable" if parent.is_dir() else "not a folder"
 
 
 def _make_parents(parent: Path, made: list[Path]) -> None:

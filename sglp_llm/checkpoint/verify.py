@@ -20,7 +20,9 @@ from sglp_llm.loading import DecoderModel
 HALF_PRECISION_TOLERANCE = 0.02
 """Largest difference of logits in bfloat16 and float16, relative to the largest logit. In float32 they must be equal."""
 
-_CHECK_TOKENS = 128
+CHECK_SEQUENCES, CHECK_TOKENS = 2, 128
+"""What is compared: the first tokens of the first sequences."""
+
 _PROMPT_TOKENS = 16
 _NEW_TOKENS = 16
 # Two tokens whose logits are this close, relative to the largest, are a tie that rounding may break either way.
@@ -73,8 +75,7 @@ def expected_logits(model: DecoderModel, removed: tuple[int, ...], input_ids: to
         removed: Original indices of the layers to skip.
         input_ids: ``[sequences, tokens]`` int64, for instance the calibration set's.
     """
-    longest = getattr(model.model.config, "max_position_embeddings", None) or _CHECK_TOKENS
-    ids = input_ids[:2, : min(_CHECK_TOKENS, longest)].to(model.input_device)
+    ids = input_ids[:CHECK_SEQUENCES, :CHECK_TOKENS].to(model.input_device)
     kept = [layer for layer in range(model.num_layers) if layer not in removed]
     unused = (renamed(tensor, model.adapter, kept) for tensor in model.unused_tensors)
     with evaluating(model.model), skipped(model.layers, removed), _buffers_as_loaded(model.model):

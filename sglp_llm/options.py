@@ -1,0 +1,105 @@
+"""The options that the verbs share, and how they become a recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from sglp_llm.errors import UserError
+
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Hub id, local folder, or PATH.gguf. May stand in the recipe instead."),
+]
+RequiredModel = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or PATH.gguf.")]
+Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32: what is computed in.")]
+DeviceMap = Annotated[str | None, typer.Option(help="accelerate's placement, such as auto. Default: one device.")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="YAML file, or a name from `sglp-llm ls recipes`.")]
+Ratio = Annotated[float | None, typer.Option(help="Share of the decoder layers to remove, in (0, 1).")]
+Drop = Annotated[int | None, typer.Option(help="Number of decoder layers to remove.")]
+TargetParams = Annotated[
+    str | None, typer.Option(help="Remove the fewest layers that leave at most this many, e.g. 6.5B.")
+]
+CriterionName = Annotated[str | None, typer.Option("--criterion", help="sglp, or a name from `sglp-llm ls criteria`.")]
+Also = Annotated[list[str] | None, typer.Option(help="Score by this criterion too, in the same pass; repeatable.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="wikitext2, c4, alpaca, bookcorpus, pydoc, text:FILE or jsonl:FILE:field (files plain or .gz)."),
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens in each. Default: 512.")]
+Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn. Default: 0.")]
+BatchSize = Annotated[int | None, typer.Option(help="Sequences a forward-only pass computes at once. Default: 8.")]
+Segments = Annotated[str | None, typer.Option(help="Number of CKA segments, or auto.")]
+Kernel = Annotated[str | None, typer.Option(help="CKA kernel: cosine (default) or linear (the paper's).")]
+ProtectFirst = Annotated[int | None, typer.Option(help="Layers at the front that are never removed. Default: 0.")]
+ProtectLast = Annotated[int | None, typer.Option(help="Layers at the end that are never removed. Default: 0.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+DECIDING = [
+    "ratio",
+    "drop",
+    "target_params",
+    "criterion",
+    "also",
+    "segments",
+    "kernel",
+    "protect_first",
+    "protect_last",
+]
+"""Options that decide which layers go."""
+
+
+def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The options of a verb that are settings of the recipe, in the recipe's words."""
+    from sglp_llm.sizes import parse_count
+
+    names = (
+        "ratio drop criterion also calibration samples seq_len seed batch_size kernel "
+        "revision dtype device_map max_shard_size"
+    )
+    settings = {name: arguments.get(name) for name in names.split()}
+    settings["also"] = settings["also"] or None
+    if (target := arguments["target_params"]) is not None:
+        target = parse_count(target)
+    segments = arguments["segments"]
+    protect = {"first": arguments["protect_first"], "last": arguments["protect_last"]}
+    return {
+        **settings,
+        "target_params": target,
+        "segments": int(segments) if segments is not None and re.fullmatch("-?[0-9]+", segments) else segments,
+        "protect": {end: number for end, number in protect.items() if number is not None} or None,
+    }
+
+
+def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = None) -> Any:
+    """The recipe of that name, or the defaults, with the settings that were given.
+
+    Args:
+        name: A YAML file, or the name of a recipe that comes with the package.
+        settings: As from `settings_of`.
+        model: The model that was given beside the recipe.
+    """
+    from dataclasses import replace
+
+    from sglp_llm.recipe import Recipe, load_recipe
+
+    recipe = Recipe() if name is None else load_recipe(name)
+    if model is not None and model != recipe.model:
+        recipe = replace(recipe, model=None, revision=None)  # the revision is that of the recipe's own model
+    return recipe.with_changes(**settings)
+
+
+def model_of(model: str | None, recipe: Any) -> str:
+    """The model that was given, or the recipe's.
+
+    Raises:
+        UserError: There is neither.
+    """
+    name = recipe.model if model is None else model
+    if not name:
+        raise UserError("which model? Give MODEL (Hub id, folder or .gguf file), or a recipe that names one")
+    return str(name)
