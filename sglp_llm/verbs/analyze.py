@@ -1,0 +1,83 @@
+"""``sglp-llm analyze``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sglp_llm.verbs.options import (
+    Also,
+    BatchSize,
+    Calibration,
+    CriterionName,
+    DeviceMap,
+    Drop,
+    Dtype,
+    Json,
+    Kernel,
+    Model,
+    ProtectFirst,
+    ProtectLast,
+    Ratio,
+    RecipeName,
+    Revision,
+    Samples,
+    Seed,
+    Segments,
+    SeqLen,
+    TargetParams,
+    model_of,
+    recipe_of,
+    settings_of,
+)
+from sglp_llm.verbs.quiet import prepare
+
+
+def analyze(
+    model: Model = None,
+    recipe: RecipeName = None,
+    ratio: Ratio = None,
+    drop: Drop = None,
+    target_params: TargetParams = None,
+    criterion: CriterionName = None,
+    also: Also = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    segments: Segments = None,
+    kernel: Kernel = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for sglp_plan.json.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Decide which layers to remove and show why. Writes nothing without --output. Default budget: a quarter."""
+    settings = settings_of(locals())
+    console = prepare()
+    from sglp_llm.checkpoint.publish import atomic_folder, check_output
+    from sglp_llm.pipeline import analyze
+    from sglp_llm.plans import PLAN_FILE_NAME, save_plan
+    from sglp_llm.recipe import RECIPE_FILE_NAME, save_recipe
+    from sglp_llm.source import find_source
+
+    chosen = recipe_of(recipe, settings, model)
+    if output is not None:
+        check_output(output, overwrite)
+        find_source(model_of(model, chosen), chosen.revision).check_apart(output)
+    analysis = analyze(model_of(model, chosen), recipe=chosen, progress=console.progress_bar)
+    if output is not None:
+        with atomic_folder(output, overwrite) as folder:
+            save_plan(analysis.plan, folder / PLAN_FILE_NAME)
+            save_recipe(chosen.with_changes(model=model_of(model, chosen)), folder / RECIPE_FILE_NAME)
+    if as_json:
+        console.print_json(console.analysis_to_dict(analysis))
+    else:
+        console.print_analysis(analysis)

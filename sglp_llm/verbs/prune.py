@@ -1,0 +1,107 @@
+"""``sglp-llm prune``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sglp_llm.errors import UserError
+from sglp_llm.verbs.options import (
+    DECIDING,
+    Also,
+    BatchSize,
+    Calibration,
+    CriterionName,
+    DeviceMap,
+    Drop,
+    Dtype,
+    Json,
+    Kernel,
+    Model,
+    ProtectFirst,
+    ProtectLast,
+    Ratio,
+    RecipeName,
+    Revision,
+    Samples,
+    Seed,
+    Segments,
+    SeqLen,
+    TargetParams,
+    model_of,
+    recipe_of,
+    settings_of,
+)
+from sglp_llm.verbs.quiet import prepare
+
+
+def prune(
+    model: Model = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    recipe: RecipeName = None,
+    plan: Annotated[Path | None, typer.Option(help="Export this sglp_plan.json instead of analysing.")] = None,
+    ratio: Ratio = None,
+    drop: Drop = None,
+    target_params: TargetParams = None,
+    criterion: CriterionName = None,
+    also: Also = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    segments: Segments = None,
+    kernel: Kernel = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Largest weight file, e.g. 2GB. Default: like the source.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
+    verify: Annotated[bool, typer.Option(help="Reload the result and compare it with the source.")] = True,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the finished folder to the Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option(help="Create the Hub repository private.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove layers and write a smaller checkpoint that plain from_pretrained loads."""
+    settings = settings_of(locals())
+    if output is None:
+        raise UserError("where to? Give --output FOLDER")
+    arguments = locals()
+    if plan is not None and (given := [name for name in DECIDING if arguments[name] is not None]):
+        raise UserError(f"--plan already says which layers go: leave out --{given[0].replace('_', '-')}")
+    if private and push_to_hub is None:
+        raise UserError("--private is about the Hub repository: give --push-to-hub REPO too")
+    console = prepare()
+    from sglp_llm.hub import check_repo_name, upload
+    from sglp_llm.pipeline import prune
+    from sglp_llm.plans import load_plan
+
+    if push_to_hub is not None:
+        check_repo_name(push_to_hub)
+    chosen = recipe_of(recipe, settings, model)
+    report = prune(
+        model_of(model, chosen),
+        output,
+        plan=None if plan is None else load_plan(plan),
+        recipe=chosen,
+        calibration="pydoc" if plan is not None and recipe is None and calibration is None else None,
+        overwrite=overwrite,
+        verify=verify,
+        progress=console.progress_bar,
+    )
+    if as_json:
+        console.print_json(console.report_to_dict(report))
+    else:
+        console.print_report(report)
+    if push_to_hub is not None:
+        address = upload(output, push_to_hub, private)
+        print(f"Uploaded          {address}", file=sys.stderr if as_json else sys.stdout)
