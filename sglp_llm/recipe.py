@@ -44,10 +44,13 @@ class Recipe:
             depends on it.
         criterion: ``sglp`` (CKA segments + gradnorm inside them, the paper's pipeline) or a name from ``criteria/``.
         also: More criteria to score in the same pass, for the record.
+        options: Settings of single criteria, such as ``{angular: {tokens: all}}``.
         kernel: CKA kernel, ``cosine`` (our default) or ``linear`` (the paper's).
         minibatch_sequences: Calibration sequences a CKA minibatch.
         minibatch_positions: Evenly spaced positions of each of them.
-        segments: Number of segments, or ``auto``.
+        segments: Whether the criterion's scores are compared inside CKA segments; none = as the criterion is defined (``sglp``:
+            yes, all others: no). A criterion that gives a set cannot.
+        num_segments: Number of segments, or ``auto``.
         features: What the segmentation looks at, ``column_sum`` or ``rows``.
         min_drop: When ``auto`` stops adding segments.
         protect: Layers that are never removed.
@@ -68,10 +71,12 @@ class Recipe:
     batch_size: int = 8
     criterion: str = "sglp"
     also: tuple[str, ...] = ()
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
     kernel: Literal["cosine", "linear"] = "cosine"
     minibatch_sequences: int = 8
     minibatch_positions: int = 64
-    segments: int | Literal["auto"] = "auto"
+    segments: bool | None = None
+    num_segments: int | Literal["auto"] = "auto"
     features: Literal["column_sum", "rows"] = "column_sum"
     min_drop: float = 0.05
     protect: Protect = field(default_factory=Protect)
@@ -119,8 +124,8 @@ def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
         if layers < 0:
             raise UserError(f"{where}: protect: {key} must not be negative, not {layers}")
     _at_least(2, recipe.seq_len, f"{where}: seq_len")
-    if recipe.segments != "auto":
-        _at_least(1, recipe.segments, f"{where}: segments")
+    if recipe.num_segments != "auto":
+        _at_least(1, recipe.num_segments, f"{where}: num_segments")
     if not recipe.min_drop >= 0:
         raise UserError(f"{where}: min_drop must not be negative, not {recipe.min_drop!r}")
     return recipe
@@ -185,6 +190,10 @@ def _convert(value: object, hint: Any, where: str) -> Any:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise UserError(f"{where} must be a list of texts, not {value!r}")
+    if hint == dict[str, dict[str, Any]]:
+        if isinstance(value, Mapping) and all(isinstance(inner, Mapping) for inner in value.values()):
+            return {str(name): dict(inner) for name, inner in value.items()}
+        raise UserError(f"{where} must be settings by criterion, such as {{angular: {{tokens: all}}}}, not {value!r}")
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     allowed: list[str] = []
     for option in options:
@@ -197,7 +206,7 @@ def _convert(value: object, hint: Any, where: str) -> Any:
         elif option is float and type(value) is int:
             return float(value)
         elif option is not type(None):
-            allowed.append({str: "text", int: "a whole number", float: "a number"}[option])
+            allowed.append({str: "text", int: "a whole number", float: "a number", bool: "true or false"}[option])
     raise UserError(f"{where} must be {' or '.join(allowed)}, not {value!r}")
 
 

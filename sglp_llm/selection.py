@@ -39,11 +39,41 @@ def layers_to_remove(
         removed = lowest_scores(n, segments, scores, protect)
         if params_left(removed) <= budget.target_params:
             return removed
-    least = params_left(lowest_scores(sum(capacities), segments, scores, protect))
-    raise UserError(
-        f"target_params {budget.target_params:,} cannot be reached: with the {sum(capacities)} layers that can go removed, "
-        f"{least:,} parameters are left"
-    )
+    raise _unreachable(budget, sum(capacities), params_left(lowest_scores(sum(capacities), segments, scores, protect)))
+
+
+def set_to_remove(
+    budget: Budget,
+    num_layers: int,
+    choose: Callable[[int, Sequence[int]], Sequence[int]],
+    protect: tuple[int, int] = (0, 0),
+    params_left: Callable[[tuple[int, ...]], int] | None = None,
+) -> tuple[int, ...]:
+    """The layers that a criterion removes which judges sets.
+
+    Args:
+        budget: How much to remove.
+        num_layers: Number of decoder layers.
+        choose: Gives, for a number of layers and those that may go, the layers that go.
+        protect: How many layers at the front and at the end may not go.
+        params_left: As for `layers_to_remove`.
+
+    Returns:
+        Indices of the removed layers, in the criterion's own order.
+
+    Raises:
+        UserError: The budget removes no layer, or more than can go.
+    """
+    everything = [Segment(0, num_layers)]
+    removable, capacity = _removable(everything[0], num_layers, protect), sum(segment_capacities(everything, protect))
+    if budget.target_params is None:
+        return tuple(choose(number_to_remove(budget, num_layers, capacity), removable))
+    assert params_left is not None
+    for n in range(1, capacity + 1):
+        removed = tuple(choose(n, removable))
+        if params_left(removed) <= budget.target_params:
+            return removed
+    raise _unreachable(budget, capacity, params_left(tuple(choose(capacity, removable))))
 
 
 def check_budget(budget: Budget, num_layers: int, protect: tuple[int, int] = (0, 0), segments: int = 1) -> None:
@@ -108,6 +138,13 @@ def lowest_scores(
         candidates = _removable(segment, segments[-1].stop, protect)
         removed += sorted(candidates, key=lambda layer: (scores[layer], layer))[:share]
     return tuple(sorted(removed))
+
+
+def _unreachable(budget: Budget, capacity: int, least: int) -> UserError:
+    return UserError(
+        f"target_params {budget.target_params:,} cannot be reached: with the {capacity} layers that can go removed, "
+        f"{least:,} parameters are left"
+    )
 
 
 def _removable(segment: Segment, num_layers: int, protect: tuple[int, int]) -> range:

@@ -11,13 +11,24 @@ from collections.abc import Sequence
 
 import torch
 
-from sglp_llm.errors import UserError
+from sglp_llm.errors import UserError, unknown
 from sglp_llm.records import SimilarityMatrix
 
 KERNELS = ("cosine", "linear")
 
 # A self-similarity this small, relative to the terms it is the difference of, is rounding error.
 _CANCELLED = 1e-12
+
+
+def check_kernel(kernel: str) -> str:
+    """The kernel's name itself.
+
+    Raises:
+        UserError: It is not one of `KERNELS`.
+    """
+    if kernel not in KERNELS:
+        raise unknown("CKA kernel", kernel, KERNELS)
+    return kernel
 
 
 def gram_matrix(rows: torch.Tensor, kernel: str) -> torch.Tensor:
@@ -61,7 +72,7 @@ class CKAAccumulator:
     """Streams over minibatches; its memory is one minibatch's kernel matrices, whatever their number."""
 
     def __init__(self, kernel: str = "cosine") -> None:
-        self.kernel = kernel
+        self.kernel = check_kernel(kernel)
         self._sum: torch.Tensor | None = None
         self._scale: torch.Tensor | None = None  # what the self-similarities would be if no term cancelled
         self._minibatches = 0

@@ -36,7 +36,8 @@ RECIPES = st.builds(
     kernel=st.sampled_from(["cosine", "linear"]),
     minibatch_sequences=POSITIVE,
     minibatch_positions=POSITIVE,
-    segments=st.just("auto") | POSITIVE,
+    segments=st.none() | st.booleans(),
+    num_segments=st.just("auto") | POSITIVE,
     features=st.sampled_from(["column_sum", "rows"]),
     min_drop=st.floats(0, 1),
     protect=st.builds(Protect, st.integers(0, 99), st.integers(0, 99)),
@@ -62,7 +63,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 
 
 def test_nested_protect(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("protect:\n  first: 4\nratio: 1\nalso: [bi, magnitude]\nsegments: auto\n")
+    (tmp_path / "mine.yaml").write_text("protect:\n  first: 4\nratio: 1\nalso: [bi, magnitude]\nnum_segments: auto\n")
     recipe = load_recipe(tmp_path / "mine.yaml")
     assert recipe == Recipe(protect=Protect(4, 0), ratio=1.0, also=("bi", "magnitude"))
     assert type(recipe.ratio) is float
@@ -88,9 +89,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"minibatch_sequences": 0}, "minibatch_sequences must be at least 1, not 0"),
     ({"minibatch_positions": -1}, "minibatch_positions must be at least 1, not -1"),
     ({"seq_len": 1}, "seq_len must be at least 2, not 1"),
-    ({"segments": 0}, "segments must be at least 1, not 0"),
-    ({"segments": "many"}, "segments must be a whole number or auto, not 'many'"),
-    ({"segments": 2.5}, "segments must be a whole number or auto, not 2.5"),
+    ({"num_segments": 0}, "num_segments must be at least 1, not 0"),
+    ({"num_segments": "many"}, "num_segments must be a whole number or auto, not 'many'"),
+    ({"num_segments": 2.5}, "num_segments must be a whole number or auto, not 2.5"),
     ({"min_drop": -0.1}, "min_drop must not be negative, not -0.1"),
     ({"min_drop": float("nan")}, "min_drop must not be negative, not nan"),
     ({"min_drop": "5%"}, "min_drop must be a number, not '5%'"),
@@ -148,7 +149,7 @@ def test_no_such_recipe(tmp_path: Path) -> None:
 def test_changes_that_are_none_change_nothing_and_the_others_are_checked() -> None:
     recipe = Recipe(samples=4, ratio=0.5, also=("bi",))
     assert recipe.with_changes(samples=None, seed=3, also=[]) == Recipe(samples=4, ratio=0.5, seed=3, also=())
-    assert recipe.with_changes(segments=5, protect=Protect(1, 2)).protect == Protect(1, 2)
+    assert recipe.with_changes(num_segments=5, protect=Protect(1, 2)).protect == Protect(1, 2)
     with pytest.raises(UserError, match="settings: unknown key 'sample'; did you mean 'samples'"):
         recipe.with_changes(sample=3)
     with pytest.raises(UserError, match="settings: samples must be a whole number, not '3'"):

@@ -5,10 +5,15 @@ A new criterion is one new file with a `CRITERION` class; the contract tests pic
 
 from __future__ import annotations
 
-from sglp_llm.criteria.base import Criterion
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from sglp_llm.criteria.base import Criterion, ScoreCriterion, SetCriterion
+from sglp_llm.errors import unknown
 from sglp_llm.registry import member, member_names
 
-__all__ = ["Criterion", "criterion_names", "get_criterion"]
+__all__ = ["Criterion", "ScoreCriterion", "SetCriterion", "criterion_names", "get_criterion", "make_criterion"]
 
 
 def criterion_names() -> list[str]:
@@ -24,3 +29,24 @@ def get_criterion(name: str) -> type[Criterion]:
     """
     criterion: type[Criterion] = member(__name__, __path__, name, "criterion").CRITERION
     return criterion
+
+
+def make_criterion(name: str, num_layers: int, seed: int = 0, options: Mapping[str, Any] | None = None) -> Criterion:
+    """A criterion with its options.
+
+    Args:
+        name: Its name.
+        num_layers: Number of decoder layers.
+        seed: Of anything that is drawn.
+        options: The criterion's own settings, by name.
+
+    Raises:
+        UserError: There is no such criterion or option, or the option's value is not one of those it knows.
+    """
+    criterion = get_criterion(name)
+    parameters = inspect.signature(criterion).parameters.values()
+    known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    for option in options or {}:
+        if option not in known:
+            raise unknown(f"option of the criterion {name}", option, known or ["(it has none)"])
+    return criterion(num_layers, seed, **(options or {}))

@@ -1,14 +1,16 @@
-"""What a criterion is: an observer of the engine's pass that ends with one score a decoder layer."""
+"""What a criterion is: an observer of the engine's pass that ends with one score a decoder layer, or with a set of layers."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from sglp_llm.engine.observer import Observer
+from sglp_llm.engine.trials import Trials
 
 
-class Criterion(Observer):
-    """Judges the decoder layers. It says what it needs, watches one pass, and is asked for its scores afterwards.
+class Criterion(Observer, ABC):
+    """Judges the decoder layers. It says what it needs, watches one pass, and is asked for its verdict afterwards.
 
     Args:
         num_layers: Number of decoder layers L.
@@ -19,6 +21,48 @@ class Criterion(Observer):
         self.num_layers = num_layers
         self.seed = seed
 
+    def on_trials(self, trials: Trials) -> None:
+        """After the pass: lets the criterion remove layers tentatively (`Need.TRIALS`)."""
+
+
+class ScoreCriterion(Criterion):
+    """Gives one number a layer, so that layers can be compared inside segments."""
+
     @abstractmethod
     def scores(self) -> list[float]:
         """One number a layer, length L; larger = keep."""
+
+
+class SetCriterion(Criterion):
+    """Judges sets of layers: what it removes depends on how many go."""
+
+    @abstractmethod
+    def choose(self, n: int, removable: Sequence[int]) -> list[int]:
+        """The layers that go, in the order in which the criterion removes them.
+
+        Args:
+            n: How many; at most ``len(removable)``.
+            removable: Layers that may go, ascending and without gaps.
+        """
+
+
+class GreedyCriterion(SetCriterion):
+    """Removes the layer that costs least, scores what is left again, and repeats."""
+
+    def __init__(self, num_layers: int, seed: int = 0) -> None:
+        super().__init__(num_layers, seed)
+        self._order: list[int] = []
+        self._among: Sequence[int] = ()
+
+    @abstractmethod
+    def costs(self, removed: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
+        """What each candidate's removal would cost on top of those that are removed already; the least goes."""
+
+    def choose(self, n: int, removable: Sequence[int]) -> list[int]:
+        if list(removable) != list(self._among):
+            self._order, self._among = [], removable
+        while len(self._order) < n:
+            candidates = [layer for layer in removable if layer not in self._order]
+            costs = self.costs(self._order, candidates)
+            self._order.append(min(candidates, key=lambda layer: (costs[layer], layer)))
+        return self._order[:n]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from sglp_llm.criteria.base import Criterion
+from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine.observer import Batch, Need
 
 
-class BlockInfluence(Criterion):
+class BlockInfluence(ScoreCriterion):
     """``1 - mean over tokens of cos(x_l, x_{l+1})``; padding positions are left out."""
 
     needs = Need.HIDDEN_STATES

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from sglp_llm.criteria.base import Criterion
+from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine.observer import Batch, Need
 
 
-class GradNorm(Criterion):
+class GradNorm(ScoreCriterion):
     """``g_l = mean over sequences of sqrt(sum over the layer's parameters p of ||dLoss/dp||^2)``.
 
     Loss is the mean token negative log-likelihood of one sequence. The unit matters: the norm of a sum over several
@@ -23,7 +23,7 @@ class GradNorm(Criterion):
         self._totals = [0.0] * num_layers
         self._sequences = 0
 
-    def on_gradient(self, layer: int, batch: Batch, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+    def on_gradient(self, layer: int, batch: Batch, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         # Row by row, because a float32 sum over a whole matrix loses up to 1e-3 of it.
         rows = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
         self._norms[layer].append(torch.linalg.vector_norm(rows, dtype=torch.float64))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from sglp_llm.criteria.base import Criterion
+from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine.observer import Need
 
 
-class Magnitude(Criterion):
+class Magnitude(ScoreCriterion):
     """``sum of abs(W)`` over the layer's parameters W of two or more dimensions."""
 
     needs = Need.WEIGHTS

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from random import Random
 
-from sglp_llm.criteria.base import Criterion
+from sglp_llm.criteria.base import ScoreCriterion
 
 
-class RandomScores(Criterion):
+class RandomScores(ScoreCriterion):
     """Uniform in [0, 1), the same for the same seed on every machine."""
 
     def scores(self) -> list[float]:

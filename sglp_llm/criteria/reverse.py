@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sglp_llm.criteria.base import Criterion
+from sglp_llm.criteria.base import ScoreCriterion
 
 
-class Reverse(Criterion):
+class Reverse(ScoreCriterion):
     """``L - 1 - l``."""
 
     def scores(self) -> list[float]:

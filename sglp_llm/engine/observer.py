@@ -16,6 +16,7 @@ class Need(Flag):
     WEIGHTS = auto()
     HIDDEN_STATES = auto()
     GRADIENTS = auto()
+    TRIALS = auto()
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Observer:
     def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
         """The hidden states around a decoder layer, both ``[batch, tokens, hidden]`` (`Need.HIDDEN_STATES`)."""
 
-    def on_gradient(self, layer: int, batch: Batch, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+    def on_gradient(self, layer: int, batch: Batch, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         """The gradient of one sequence's mean loss by one parameter of a layer, same shape as it (`Need.GRADIENTS`).
 
-        It is freed when this returns.
+        ``name`` is the parameter's inside its layer. The gradient is freed when this returns.
         """
 
     def on_batch_end(self, batch: Batch) -> None:

@@ -9,11 +9,30 @@ from sglp_llm.records import SimilarityMatrix
 from sglp_llm.similarity import CKAAccumulator
 
 
+def chosen_positions(batch: Batch, index: int, tokens: int, count: int, last: bool = False) -> torch.Tensor:
+    """The positions of one sequence that stand for it: position i of m is ``floor(i * T / m)`` of its T real ones.
+
+    Args:
+        batch: The sequences.
+        index: Which of them.
+        tokens: Length of the sequences, padding included.
+        count: m; a sequence with fewer real positions gives all of them.
+        last: Take the last real position instead.
+
+    Returns:
+        ``[positions]`` int64 on the CPU.
+    """
+    valid = torch.arange(tokens) if batch.mask is None else batch.mask[index].nonzero().flatten().cpu()
+    if last:
+        return valid[-1:]
+    count = min(count, len(valid))
+    return valid[torch.arange(count) * len(valid) // max(count, 1)]
+
+
 class CKAObserver(Observer):
     """A CKA minibatch is some consecutive calibration sequences x some evenly spaced positions of each.
 
-    Position i of m is ``floor(i * T / m)`` of the T positions that are not padding, the first included; a sequence with
-    fewer positions gives all of them. The last minibatch may be smaller; it counts like the others (our choice).
+    Positions are those of `chosen_positions`. The last minibatch may be smaller; it counts like the others (our choice).
 
     Args:
         num_layers: Number of decoder layers.
@@ -34,12 +53,7 @@ class CKAObserver(Observer):
 
     def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
         for index in range(batch.size):
-            if batch.mask is None:
-                valid = torch.arange(leaving.shape[1])
-            else:
-                valid = batch.mask[index].nonzero().flatten().cpu()
-            count = min(self._positions, len(valid))
-            chosen = valid[torch.arange(count) * len(valid) // max(count, 1)]
+            chosen = chosen_positions(batch, index, leaving.shape[1], self._positions)
             self._rows[layer].append(leaving[index, chosen.to(leaving.device)].detach())
 
     def on_batch_end(self, batch: Batch) -> None:

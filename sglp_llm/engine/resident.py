@@ -60,7 +60,7 @@ def run_pass(
             stack.enter_context(_gradient_hooks(model, observers, current))
         stack.enter_context(torch.enable_grad() if differentiate else torch.inference_mode())
         advance = stack.enter_context(progress("Analysing", len(calibration.input_ids)))
-        for batch, ids, mask in _batches(calibration, batch_size, model.input_device):
+        for batch, ids, mask in batches(calibration, batch_size, model.input_device):
             current[:] = [batch]
             if differentiate:
                 logits = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -80,9 +80,10 @@ def run_pass(
     return loss_sum / len(calibration.input_ids) if differentiate else None
 
 
-def _batches(
+def batches(
     calibration: CalibrationSet, batch_size: int, device: torch.device
 ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor | None]]:
+    """The calibration set in steps: the batch, its ids ``[batch, tokens]`` and its mask, ``None`` without padding."""
     for first in range(0, len(calibration.input_ids), batch_size):
         ids = calibration.input_ids[first : first + batch_size].to(device)
         mask = calibration.mask[first : first + batch_size].to(device)
@@ -126,11 +127,11 @@ def _gradient_hooks(model: DecoderModel, observers: Sequence[Observer], current:
     # Gradients that wait for somebody's optimiser must neither be lost nor be added to.
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.model.parameters()]
 
-    def hook_for(index: int) -> Any:
+    def hook_for(index: int, name: str) -> Any:
         def hook(weight: torch.Tensor) -> None:
             assert weight.grad is not None
             for observer in watching:
-                observer.on_gradient(index, current[0], weight.detach(), weight.grad)
+                observer.on_gradient(index, current[0], name, weight.detach(), weight.grad)
             weight.grad = None
 
         return hook
@@ -139,9 +140,9 @@ def _gradient_hooks(model: DecoderModel, observers: Sequence[Observer], current:
     model.model.zero_grad(set_to_none=True)
     handles = []
     for index, layer in enumerate(model.layers):
-        for parameter in layer.parameters():
+        for name, parameter in layer.named_parameters():
             parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(hook_for(index)))
+            handles.append(parameter.register_post_accumulate_grad_hook(hook_for(index, name)))
     try:
         yield
     finally:

@@ -33,7 +33,12 @@ Samples = Annotated[int | None, typer.Option(help="Calibration sequences. Defaul
 SeqLen = Annotated[int | None, typer.Option(help="Tokens in each. Default: 512.")]
 Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn. Default: 0.")]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences a forward-only pass computes at once. Default: 8.")]
-Segments = Annotated[str | None, typer.Option(help="Number of CKA segments, or auto.")]
+Segments = Annotated[
+    bool | None,
+    typer.Option("--segments/--no-segments", help="Compare scores inside CKA segments. Default: sglp does."),
+]
+NumSegments = Annotated[str | None, typer.Option(help="Number of CKA segments, or auto (default).")]
+Option = Annotated[list[str] | None, typer.Option(help="CRITERION.KEY=VALUE, such as angular.tokens=all; repeatable.")]
 Kernel = Annotated[str | None, typer.Option(help="CKA kernel: cosine (default) or linear (the paper's).")]
 ProtectFirst = Annotated[int | None, typer.Option(help="Layers at the front that are never removed. Default: 0.")]
 ProtectLast = Annotated[int | None, typer.Option(help="Layers at the end that are never removed. Default: 0.")]
@@ -45,7 +50,9 @@ DECIDING = [
     "target_params",
     "criterion",
     "also",
+    "option",
     "segments",
+    "num_segments",
     "kernel",
     "protect_first",
     "protect_last",
@@ -58,21 +65,33 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
     from sglp_llm.sizes import parse_count
 
     names = (
-        "ratio drop criterion also calibration samples seq_len seed batch_size kernel "
+        "ratio drop criterion also segments calibration samples seq_len seed batch_size kernel "
         "revision dtype device_map max_shard_size"
     )
     settings = {name: arguments.get(name) for name in names.split()}
     settings["also"] = settings["also"] or None
     if (target := arguments["target_params"]) is not None:
         target = parse_count(target)
-    segments = arguments["segments"]
+    number = arguments["num_segments"]
     protect = {"first": arguments["protect_first"], "last": arguments["protect_last"]}
     return {
         **settings,
         "target_params": target,
-        "segments": int(segments) if segments is not None and re.fullmatch("-?[0-9]+", segments) else segments,
+        "num_segments": int(number) if number is not None and re.fullmatch("-?[0-9]+", number) else number,
+        "options": _options(arguments["option"] or []) or None,
         "protect": {end: number for end, number in protect.items() if number is not None} or None,
     }
+
+
+def _options(given: list[str]) -> dict[str, dict[str, Any]]:
+    options: dict[str, dict[str, Any]] = {}
+    for text in given:
+        match = re.fullmatch(r"(\w+)\.(\w+)=(.+)", text)
+        if match is None:
+            raise UserError(f"--option {text!r} is not of the form CRITERION.KEY=VALUE")
+        name, key, value = match.groups()
+        options.setdefault(name, {})[key] = int(value) if re.fullmatch("-?[0-9]+", value) else value
+    return options
 
 
 def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = None) -> Any:

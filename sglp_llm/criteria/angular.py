@@ -1,0 +1,69 @@
+"""The contiguous layers over which the hidden states turn least (Gromov et al., arXiv 2403.17887)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from sglp_llm.criteria.base import SetCriterion
+from sglp_llm.engine.observer import Batch, Need
+from sglp_llm.engine.representations import chosen_positions
+from sglp_llm.errors import UserError, unknown
+
+TOKENS = ("last", "all")
+
+
+class Angular(SetCriterion):
+    """The n layers from l on with the least mean of ``arccos(cos(x_l, x_{l+n})) / pi``; ties go to the lower l.
+
+    Args:
+        num_layers: Number of decoder layers.
+        seed: Not used.
+        tokens: ``last``: the last token of each sequence, as in the paper; ``all``: its tokens, evenly spaced ones where there
+            are more than ``positions``.
+        positions: See ``tokens``.
+    """
+
+    needs = Need.HIDDEN_STATES
+
+    def __init__(self, num_layers: int, seed: int = 0, *, tokens: str = "last", positions: int = 64) -> None:
+        super().__init__(num_layers, seed)
+        if tokens not in TOKENS:
+            raise unknown("tokens of angular", tokens, TOKENS)
+        self._last, self._positions = tokens == "last", positions
+        self._states: list[torch.Tensor] = []  # x_0 ... of the batch that is under way, [tokens, hidden] each
+        self._distances = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
+        self._tokens = 0
+
+    def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
+        if layer == 0:
+            self._states = [self._picked(batch, entering)]
+        self._states.append(self._picked(batch, leaving))
+
+    def on_batch_end(self, batch: Batch) -> None:
+        states = torch.nn.functional.normalize(
+            torch.stack(self._states, dim=1).double(), dim=-1
+        )  # [tokens, L + 1, hidden]
+        cosines = (states @ states.transpose(1, 2)).clamp(-1, 1)
+        self._distances += torch.arccos(cosines).sum(dim=0) / math.pi
+        self._tokens += len(states)
+        self._states = []
+
+    def choose(self, n: int, removable: Sequence[int]) -> list[int]:
+        starts = [first for first in removable if first + n - 1 <= removable[-1]]
+        if not starts:
+            raise UserError(f"angular removes {n} contiguous layers, and only {len(removable)} may go")
+        first = min(starts, key=lambda start: (float(self._distances[start, start + n]), start))
+        return list(range(first, first + n))
+
+    def _picked(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for index in range(batch.size):
+            positions = chosen_positions(batch, index, states.shape[1], self._positions, last=self._last)
+            rows.append(states[index, positions.to(states.device)].cpu())
+        return torch.cat(rows)
+
+
+CRITERION = Angular

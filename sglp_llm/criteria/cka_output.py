@@ -1,0 +1,42 @@
+"""Greedy removal by the CKA between the model's output with and without the layer (Pons et al., arXiv 2405.17081)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sglp_llm.criteria.base import GreedyCriterion
+from sglp_llm.engine.measures import OutputCKA
+from sglp_llm.engine.observer import Need
+from sglp_llm.engine.trials import Trials
+from sglp_llm.similarity import check_kernel
+
+
+class GreedyOutputCKA(GreedyCriterion):
+    """Compares x_L, before the final norm, of the current model with x_L without one more layer; the most similar goes.
+
+    Args:
+        num_layers: Number of decoder layers.
+        seed: Not used.
+        kernel: CKA kernel.
+        sequences: Calibration sequences a CKA minibatch.
+        positions: Positions of each.
+    """
+
+    needs = Need.TRIALS
+
+    def __init__(
+        self, num_layers: int, seed: int = 0, *, kernel: str = "cosine", sequences: int = 8, positions: int = 64
+    ) -> None:
+        super().__init__(num_layers, seed)
+        self._settings = check_kernel(kernel), sequences, positions
+
+    def on_trials(self, trials: Trials) -> None:
+        self._trials = trials
+
+    def costs(self, removed: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
+        measure = OutputCKA(*self._settings)
+        self._trials.run(removed, candidates, measure)
+        return {layer: -similarity for layer, similarity in measure.similarities().items()}
+
+
+CRITERION = GreedyOutputCKA

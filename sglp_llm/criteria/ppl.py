@@ -1,0 +1,28 @@
+"""Perplexity of the model without the layer (Shortened LLaMA, arXiv 2402.02834)."""
+
+from __future__ import annotations
+
+import math
+
+from sglp_llm.criteria.base import ScoreCriterion
+from sglp_llm.engine.measures import LossMeasure
+from sglp_llm.engine.observer import Need
+from sglp_llm.engine.trials import Trials
+
+
+class PerplexityWithout(ScoreCriterion):
+    """exp of the mean loss of the sequences with that one layer removed; each layer is tried once."""
+
+    needs = Need.TRIALS
+
+    def on_trials(self, trials: Trials) -> None:
+        measure = LossMeasure()
+        trials.run((), range(self.num_layers), measure)
+        self._losses = measure.means()
+
+    def scores(self) -> list[float]:
+        # A layer without which the model is broken: the largest number there is, not an overflow.
+        return [math.exp(min(self._losses[layer], 700.0)) for layer in range(self.num_layers)]
+
+
+CRITERION = PerplexityWithout

@@ -1,0 +1,90 @@
+"""Removes the later layer of the pair whose outputs are most alike, again and again (similarity-based layer pruning)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sglp_llm.criteria.base import SetCriterion
+from sglp_llm.engine.observer import Batch, Need
+from sglp_llm.engine.representations import CKAObserver, chosen_positions
+from sglp_llm.errors import unknown
+
+METRICS = ("cosine", "euclidean", "cka")
+
+
+class SimilarPairs(SetCriterion):
+    """Of all pairs of remaining layers the one with the most similar outputs loses its later layer.
+
+    The similarity of two layers' outputs is the mean over tokens of their cosine (``cosine``), of minus their distance
+    (``euclidean``), or the CKA of METHOD's minibatches (``cka``). Tokens are evenly spaced positions, as for CKA.
+
+    Args:
+        num_layers: Number of decoder layers.
+        seed: Not used.
+        metric: One of the three.
+        kernel: Of ``cka``.
+        sequences: Calibration sequences a minibatch of ``cka``.
+        positions: Positions of each sequence.
+    """
+
+    needs = Need.HIDDEN_STATES
+
+    def __init__(
+        self,
+        num_layers: int,
+        seed: int = 0,
+        *,
+        metric: str = "cosine",
+        kernel: str = "cosine",
+        sequences: int = 8,
+        positions: int = 64,
+    ) -> None:
+        super().__init__(num_layers, seed)
+        if metric not in METRICS:
+            raise unknown("metric of slp", metric, METRICS)
+        self._metric, self._positions = metric, positions
+        self._cka = CKAObserver(num_layers, kernel, sequences, positions) if metric == "cka" else None
+        self._states: list[torch.Tensor] = []  # the outputs of the batch that is under way, [tokens, hidden] each
+        self._sums = torch.zeros(num_layers, num_layers, dtype=torch.float64)
+        self._tokens = 0
+
+    def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
+        if self._cka is not None:
+            self._cka.on_layer(layer, batch, entering, leaving)
+            return
+        rows = []
+        for index in range(batch.size):
+            positions = chosen_positions(batch, index, leaving.shape[1], self._positions)
+            rows.append(leaving[index, positions.to(leaving.device)].cpu())
+        self._states.append(torch.cat(rows))
+
+    def on_batch_end(self, batch: Batch) -> None:
+        if self._cka is not None:
+            self._cka.on_batch_end(batch)
+            return
+        states = torch.stack(self._states, dim=1).double()  # [tokens, L, hidden]
+        if self._metric == "cosine":
+            states = torch.nn.functional.normalize(states, dim=-1)
+            self._sums += (states @ states.transpose(1, 2)).sum(dim=0)
+        else:
+            self._sums -= torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=0)
+        self._tokens += len(states)
+        self._states = []
+
+    def choose(self, n: int, removable: Sequence[int]) -> list[int]:
+        similarity = self._sums / max(self._tokens, 1) if self._cka is None else self._cka.result().values
+        remaining, removed = list(range(self.num_layers)), list[int]()
+        while len(removed) < n:
+            pairs = [(i, j) for j in remaining if j in removable for i in remaining if i < j]
+            if pairs:
+                later = min(pairs, key=lambda pair: (-float(similarity[pair]), pair))[1]
+            else:  # nothing but layer 0 may go any more, and it is nobody's later layer
+                later = next(layer for layer in remaining if layer in removable)
+            remaining.remove(later)
+            removed.append(later)
+        return removed
+
+
+CRITERION = SimilarPairs

@@ -1,0 +1,92 @@
+"""Runs the decoder layers of a model one by one, each with the arguments that the model itself would give it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglp_llm.engine.modes import entering_states, leaving_states
+from sglp_llm.loading import DecoderModel
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a model hands to one decoder layer beside the hidden states: masks, rotary embeddings, and so on."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Replay:
+    """One batch of sequences, ready to go through any of the decoder layers in any order.
+
+    The model runs once with its layers handing on what they receive, which records each layer's own arguments: they differ by
+    layer (sliding windows) and do not depend on the hidden states. Replaying all layers in order is bit for bit the model.
+
+    Args:
+        model: The model.
+        ids: ``[batch, tokens]`` on the model's input device.
+        mask: ``[batch, tokens]`` bool, or ``None`` without padding.
+
+    Attributes:
+        ids: The token ids.
+        first_states: ``[batch, tokens, hidden]``: what enters layer 0.
+    """
+
+    def __init__(self, model: DecoderModel, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        self._model, self.ids, self._mask = model, ids, mask
+        self._calls: list[Call] = []
+        seen: list[torch.Tensor] = []
+
+        def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            states: torch.Tensor = entering_states(args, kwargs)
+            seen.append(states)
+            rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            self._calls.append(Call(args[1:], rest))
+            return states
+
+        with _layers_replaced(model, [record] * model.num_layers):
+            model.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        self.first_states = seen[0]
+
+    def layer(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        """What leaves a decoder layer, ``[batch, tokens, hidden]``, when ``states`` of the same shape enter it."""
+        call = self._calls[index]
+        result: torch.Tensor = leaving_states(self._model.layers[index](states, *call.args, **call.kwargs))
+        return result
+
+    def layers(self, start: int, removed: frozenset[int], states: torch.Tensor) -> torch.Tensor:
+        """Runs the layers from ``start`` to the last, without the removed ones."""
+        for index in range(start, self._model.num_layers):
+            if index not in removed:
+                states = self.layer(index, states)
+        return states
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """``[batch, tokens, vocabulary]``: final norm, head and whatever else the family has behind its last layer."""
+        with _layers_replaced(self._model, [lambda args, kwargs: states] * self._model.num_layers):
+            logits: torch.Tensor = self._model.model(
+                input_ids=self.ids, attention_mask=self._mask, use_cache=False
+            ).logits
+        return logits
+
+
+@contextmanager
+def _layers_replaced(model: DecoderModel, functions: list[Any]) -> Iterator[None]:
+    """Inside the block each decoder layer is a function of its arguments that returns hidden states."""
+    layers = list(model.layers)
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer, function in zip(layers, functions, strict=True):
+        vars(layer)["forward"] = lambda *args, _function=function, **kwargs: _function(args, kwargs)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del vars(layer)["forward"]
+            else:
+                vars(layer)["forward"] = forward

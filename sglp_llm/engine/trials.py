@@ -1,0 +1,104 @@
+"""Trials: what would the model compute without this layer, for every layer, at the cost of the suffixes only.
+
+Removing layer l leaves the hidden states that enter it unchanged, so the layers in front of it run once for all trials. The head
+and the loss run once a trial; over all L layers that is L(L-1)/2 + L layer passes and L heads instead of L(L-1) and L.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from sglp_llm.calibration import CalibrationSet
+from sglp_llm.engine.modes import evaluating
+from sglp_llm.engine.observer import Batch
+from sglp_llm.engine.replay import Replay
+from sglp_llm.engine.resident import batches
+from sglp_llm.loading import DecoderModel
+from sglp_llm.progress import Progress, silent
+
+
+class TrialObserver(ABC):
+    """Watches the trials of one round."""
+
+    needs_dense: ClassVar[bool] = False
+
+    def on_batch(  # noqa: B027 - not every measure looks at it
+        self, batch: Batch, replay: Replay, current: torch.Tensor, dense: torch.Tensor
+    ) -> None:
+        """Before the trials of a batch.
+
+        Args:
+            batch: The sequences.
+            replay: For ids and logits.
+            current: ``[batch, tokens, hidden]``: what leaves the last layer of the model as it is in this round.
+            dense: The same for the whole model where ``needs_dense`` asks for it, otherwise ``current``.
+        """
+
+    @abstractmethod
+    def on_trial(self, layer: int, batch: Batch, replay: Replay, final: torch.Tensor) -> None:
+        """One trial: ``final`` ``[batch, tokens, hidden]`` leaves the last layer when ``layer`` is removed as well."""
+
+
+class Trials:
+    """Removes one more layer, tentatively, wherever it is asked to.
+
+    Args:
+        model: The model.
+        calibration: The sequences.
+        batch_size: Sequences computed at once.
+        progress: Told the trials that are done, in sequences.
+    """
+
+    def __init__(
+        self, model: DecoderModel, calibration: CalibrationSet, batch_size: int = 1, progress: Progress = silent
+    ) -> None:
+        self.model = model
+        self._calibration = calibration
+        self._batch_size = batch_size
+        self._progress = progress
+
+    def run(
+        self, removed: Sequence[int], candidates: Sequence[int], observer: TrialObserver, description: str = "Trials"
+    ) -> None:
+        """Shows the observer every candidate's removal on top of those that are removed already.
+
+        Args:
+            removed: Layers that are gone in this round.
+            candidates: Layers to try, none of them removed.
+            observer: Told what comes out.
+            description: For the progress bar.
+        """
+        gone, order = frozenset(removed), sorted(candidates)
+        # Up to the first removed layer the whole model computes what the current one does.
+        branch = {min(gone)} if gone and observer.needs_dense else set()
+        wanted = sorted({*order, *branch})
+        with (
+            torch.inference_mode(),
+            evaluating(self.model.model),
+            self._progress(description, len(order) * len(self._calibration.input_ids)) as advance,
+        ):
+            for batch, ids, mask in batches(self._calibration, self._batch_size, self.model.input_device):
+                replay = Replay(self.model, ids, mask)
+                entering = self._entering(replay, gone, wanted)
+                current = replay.layers(wanted[-1], gone, entering[wanted[-1]])
+                dense = current
+                for first in branch:
+                    dense = replay.layers(first, frozenset(), entering[first])
+                observer.on_batch(batch, replay, current, dense)
+                for layer in order:
+                    observer.on_trial(layer, batch, replay, replay.layers(layer + 1, gone, entering[layer]))
+                    advance(batch.size)
+
+    def _entering(self, replay: Replay, gone: frozenset[int], wanted: Sequence[int]) -> dict[int, torch.Tensor]:
+        """The hidden states that enter each of the given layers, ascending, of the current model."""
+        states, result = replay.first_states, {}
+        for index in range(wanted[-1] + 1):
+            if index in wanted:
+                result[index] = states
+            if index not in gone and index < wanted[-1]:
+                states = replay.layer(index, states)
+        return result
