@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sglp_llm.recipe import Recipe, load_recipe
     from sglp_llm.records import Analysis, PrunePlan, RunReport
 
-__version__ = "0.1.0"
+from sglp_llm.version import __version__
 
 __all__ = [
     "Analysis",

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from sglp_llm import __version__
 from sglp_llm.errors import UserError
 from sglp_llm.verbs.analyze import analyze
 from sglp_llm.verbs.evaluate import evaluate
 from sglp_llm.verbs.members import list_members
 from sglp_llm.verbs.prune import prune
+from sglp_llm.version import __version__
 
 app = typer.Typer(
     help="Make a large language model shorter: remove whole decoder layers from a Hugging Face checkpoint.",

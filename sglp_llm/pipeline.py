@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-import math
-import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglp_llm import __version__
+from sglp_llm.analysis import check_criteria, is_segmented, run_analysis, software_versions
 from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
 from sglp_llm.checkpoint.export import check_plan, drop_layers, export_from_files, export_from_model
 from sglp_llm.checkpoint.publish import atomic_folder, check_output
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS, expected_logits, verify_checkpoint
-from sglp_llm.criteria import Criterion, ScoreCriterion, SetCriterion, get_criterion, make_criterion
-from sglp_llm.engine.observer import Need
-from sglp_llm.engine.representations import CKAObserver
-from sglp_llm.engine.resident import run_pass
-from sglp_llm.engine.trials import Trials
 from sglp_llm.errors import UserError
-from sglp_llm.loading import DecoderModel
 from sglp_llm.plans import PLAN_FILE_NAME, save_plan
 from sglp_llm.progress import Progress, silent
 from sglp_llm.recipe import RECIPE_FILE_NAME, Recipe, save_recipe
-from sglp_llm.records import Analysis, PrunePlan, RunReport, Segment, SimilarityMatrix
+from sglp_llm.records import Analysis, PrunePlan, RunReport
 from sglp_llm.report.model_card import write_model_card
-from sglp_llm.segmentation import segment_layers
-from sglp_llm.selection import check_budget, layers_to_remove, set_to_remove
+from sglp_llm.selection import check_budget
 from sglp_llm.sizes import parse_bytes
 from sglp_llm.subject import Subject
 from sglp_llm.texts import check_spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-SGLP = "sglp"
-"""The paper's pipeline: CKA segments, and GradNorm inside them."""
-
-CKA_COLUMN_SUM = "cka_column_sum"
 
 
 def analyze(
@@ -71,7 +56,7 @@ def analyze(
     if not recipe.budget.to_dict():
         recipe = replace(recipe, ratio=0.25)
     subject = _open(model, recipe, tokenizer)
-    return _analyze(subject, recipe, _calibration(subject, recipe, calibration), progress)
+    return run_analysis(subject, recipe, _calibration(subject, recipe, calibration), progress)
 
 
 def prune(
@@ -128,9 +113,9 @@ def prune(
     if plan is None:
         assert sequences is not None
         with _timed(seconds, "analysis"):
-            analysis = _analyze(subject, recipe, sequences, progress)
+            analysis = run_analysis(subject, recipe, sequences, progress)
         plan = analysis.plan
-    plan = replace(plan, source=plan.source or subject.identity, versions=plan.versions or _versions())
+    plan = replace(plan, source=plan.source or subject.identity, versions=plan.versions or software_versions())
     expected = None
     if verify:
         assert sequences is not None
@@ -167,12 +152,12 @@ def _recipe(recipe: Recipe | None, calibration: CalibrationSet | str | None, set
 def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = None) -> Subject:
     """Everything that can be known to be wrong before the weights are loaded is found out here."""
     if plan is None:
-        _check_criteria(recipe)
+        check_criteria(recipe)
     subject = Subject(model, recipe.revision, recipe.dtype, recipe.device_map, tokenizer)
     if plan is not None:
         check_plan(plan, subject.identity, subject.num_layers, stored=subject.source is not None)
         return subject
-    segments = recipe.num_segments if isinstance(recipe.num_segments, int) and _segmented(recipe) else 1
+    segments = recipe.num_segments if isinstance(recipe.num_segments, int) and is_segmented(recipe) else 1
     if segments > subject.num_layers:
         raise UserError(
             f"num_segments: {segments} segments are more than the model's {subject.num_layers} decoder layers"
@@ -184,16 +169,6 @@ def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = N
             f"seq_len {recipe.seq_len} is longer than the {longest} positions that {subject.identity.name} has"
         )
     return subject
-
-
-def _check_criteria(recipe: Recipe) -> None:
-    names = (_deciding(recipe), *recipe.also)
-    for name in (*names, *recipe.options):
-        make_criterion(name, 1, recipe.seed, recipe.options.get(name))
-    if idle := [name for name in recipe.options if name not in names]:
-        raise UserError(f"options: {idle[0]} is not among the criteria of this run ({', '.join(names)})")
-    if _segmented(recipe) and issubclass(get_criterion(_deciding(recipe)), SetCriterion):
-        raise UserError(f"{recipe.criterion} gives a set of layers, not scores: it cannot be used inside segments")
 
 
 def _calibration(subject: Subject, recipe: Recipe, given: CalibrationSet | str | None) -> CalibrationSet:
@@ -212,84 +187,6 @@ def _enough_for_the_check(recipe: Recipe, subject: Subject) -> Recipe:
     return replace(recipe, samples=CHECK_SEQUENCES, seq_len=min(recipe.seq_len, CHECK_TOKENS, longest))
 
 
-def _analyze(subject: Subject, recipe: Recipe, calibration: CalibrationSet, progress: Progress) -> Analysis:
-    model = subject.load()
-    names = dict.fromkeys((_deciding(recipe), *recipe.also))
-    criteria = {name: make_criterion(name, model.num_layers, recipe.seed, recipe.options.get(name)) for name in names}
-    cka = CKAObserver(model.num_layers, recipe.kernel, recipe.minibatch_sequences, recipe.minibatch_positions)
-    observers = [*criteria.values(), *([cka] if _segmented(recipe) else [])]
-    loss = run_pass(model, calibration, observers, batch_size=recipe.batch_size, progress=progress)
-    trials = Trials(model, calibration, progress=progress)
-    for criterion in criteria.values():
-        if Need.TRIALS in criterion.needs:
-            criterion.on_trials(trials)
-    scores = {
-        name: _finite(name, criterion.scores())
-        for name, criterion in criteria.items()
-        if isinstance(criterion, ScoreCriterion)
-    }
-    similarity = None
-    segments: tuple[Segment, ...] = (Segment(0, model.num_layers),)
-    if _segmented(recipe):
-        similarity = cka.result()
-        segments = _segments(similarity, recipe)
-        scores[CKA_COLUMN_SUM] = tuple(similarity.column_sums)
-    removed = _removed(recipe, model, criteria[_deciding(recipe)], segments, scores)
-    settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": _deciding(recipe)}
-    for key in ("model", "revision", "max_shard_size", *recipe.budget.to_dict()):  # said elsewhere, or of the export
-        settings.pop(key, None)
-    if list(removed) != sorted(removed):
-        settings["removal_order"] = list(removed)
-    plan = PrunePlan(
-        num_layers=model.num_layers,
-        kept=tuple(layer for layer in range(model.num_layers) if layer not in removed),
-        source=subject.identity,
-        revision=subject.revision,
-        segments=segments,
-        scores=scores,
-        budget=recipe.budget.to_dict(),
-        settings=settings,
-        versions=_versions(),
-    )
-    return Analysis(plan, similarity, loss, model.num_parameters, model.parameters_without(removed))
-
-
-def _deciding(recipe: Recipe) -> str:
-    return "gradnorm" if recipe.criterion == SGLP else recipe.criterion
-
-
-def _segmented(recipe: Recipe) -> bool:
-    return recipe.criterion == SGLP if recipe.segments is None else recipe.segments
-
-
-def _removed(
-    recipe: Recipe,
-    model: DecoderModel,
-    criterion: Criterion,
-    segments: tuple[Segment, ...],
-    scores: Mapping[str, Sequence[float]],
-) -> tuple[int, ...]:
-    protect = (recipe.protect.first, recipe.protect.last)
-    if isinstance(criterion, SetCriterion):
-        return set_to_remove(recipe.budget, model.num_layers, criterion.choose, protect, model.parameters_without)
-    return layers_to_remove(recipe.budget, segments, scores[_deciding(recipe)], protect, model.parameters_without)
-
-
-def _segments(similarity: SimilarityMatrix, recipe: Recipe) -> tuple[Segment, ...]:
-    k = None if recipe.num_segments == "auto" else recipe.num_segments
-    return segment_layers(similarity, k, recipe.features, recipe.min_drop)
-
-
-def _finite(name: str, scores: Sequence[float]) -> tuple[float, ...]:
-    for layer, score in enumerate(scores):
-        if not math.isfinite(score):
-            raise UserError(
-                f"the {name} score of decoder layer {layer} is not finite ({score}): are the weights damaged, "
-                "or is the dtype too small (try --dtype float32)?"
-            )
-    return tuple(scores)
-
-
 def _export(subject: Subject, plan: PrunePlan, folder: Path, max_shard_size: int | None, progress: Progress) -> None:
     if subject.source is not None and subject.source.format == "safetensors":
         export_from_files(subject.source, plan, folder, max_shard_size, progress)
@@ -299,11 +196,6 @@ def _export(subject: Subject, plan: PrunePlan, folder: Path, max_shard_size: int
         carry_over_files(subject.source.path, folder)
     else:
         subject.save_tokenizer(folder)
-
-
-def _versions() -> dict[str, str]:
-    libraries = {name: version(name) for name in ("torch", "transformers")}
-    return {"sglp-llm": __version__, **libraries, "python": platform.python_version()}
 
 
 @contextmanager

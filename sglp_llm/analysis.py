@@ -1,0 +1,185 @@
+"""From a model and calibration sequences to a plan: observe once, then choose layers for any criterion and budget."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from sglp_llm.calibration import CalibrationSet
+from sglp_llm.criteria import Criterion, ScoreCriterion, SetCriterion, get_criterion, make_criterion
+from sglp_llm.engine.observer import Need
+from sglp_llm.engine.representations import CKAObserver
+from sglp_llm.engine.resident import run_pass
+from sglp_llm.engine.trials import Trials
+from sglp_llm.errors import UserError
+from sglp_llm.loading import DecoderModel
+from sglp_llm.progress import Progress, silent
+from sglp_llm.recipe import Recipe
+from sglp_llm.records import Analysis, PrunePlan, Segment, SimilarityMatrix
+from sglp_llm.segmentation import segment_layers
+from sglp_llm.selection import layers_to_remove, set_to_remove
+from sglp_llm.subject import Subject
+from sglp_llm.version import __version__
+
+SGLP = "sglp"
+"""The paper's pipeline: CKA segments, and GradNorm inside them."""
+
+CKA_COLUMN_SUM = "cka_column_sum"
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What one pass over the calibration set, and the trials after it, have shown.
+
+    Attributes:
+        criteria: The criteria that watched, by name.
+        similarity: The CKA matrix; ``None`` when nobody needed it.
+        loss: Mean loss of the calibration sequences in nats a token; ``None`` when no gradients were taken.
+    """
+
+    criteria: Mapping[str, Criterion]
+    similarity: SimilarityMatrix | None
+    loss: float | None
+
+    def scores(self) -> dict[str, tuple[float, ...]]:
+        """One number a layer from each criterion that gives scores, and the column sums of the CKA matrix.
+
+        Raises:
+            UserError: A score is not finite.
+        """
+        scores = {
+            name: _finite(name, criterion.scores())
+            for name, criterion in self.criteria.items()
+            if isinstance(criterion, ScoreCriterion)
+        }
+        if self.similarity is not None:
+            scores[CKA_COLUMN_SUM] = tuple(self.similarity.column_sums)
+        return scores
+
+
+def deciding_criterion(recipe: Recipe) -> str:
+    """The criterion whose verdict decides: ``sglp`` is CKA segments with GradNorm inside them."""
+    return "gradnorm" if recipe.criterion == SGLP else recipe.criterion
+
+
+def is_segmented(recipe: Recipe) -> bool:
+    """Whether layers are compared inside CKA segments only."""
+    return recipe.criterion == SGLP if recipe.segments is None else recipe.segments
+
+
+def check_criteria(recipe: Recipe) -> None:
+    """Refuses, before any work is done, criteria and options that do not exist or do not fit together.
+
+    Raises:
+        UserError: One does not.
+    """
+    names = (deciding_criterion(recipe), *recipe.also)
+    for name in (*names, *recipe.options):
+        make_criterion(name, 1, recipe.seed, recipe.options.get(name))
+    if idle := [name for name in recipe.options if name not in names]:
+        raise UserError(f"options: {idle[0]} is not among the criteria of this run ({', '.join(names)})")
+    if is_segmented(recipe) and issubclass(get_criterion(deciding_criterion(recipe)), SetCriterion):
+        raise UserError(f"{recipe.criterion} gives a set of layers, not scores: it cannot be used inside segments")
+
+
+def observe(
+    model: DecoderModel,
+    calibration: CalibrationSet,
+    recipe: Recipe,
+    names: Sequence[str],
+    similarity: bool,
+    progress: Progress = silent,
+) -> Observations:
+    """Runs the union of what the criteria need once, and then each criterion's own trials.
+
+    Args:
+        model: The model.
+        calibration: The sequences.
+        recipe: For the settings; its criterion and budget are not used.
+        names: The criteria.
+        similarity: Whether the CKA matrix is wanted.
+        progress: Told the sequences that are done.
+    """
+    criteria = {
+        name: make_criterion(name, model.num_layers, recipe.seed, recipe.options.get(name))
+        for name in dict.fromkeys(names)
+    }
+    cka = CKAObserver(model.num_layers, recipe.kernel, recipe.minibatch_sequences, recipe.minibatch_positions)
+    observers = [*criteria.values(), *([cka] if similarity else [])]
+    loss = run_pass(model, calibration, observers, batch_size=recipe.batch_size, progress=progress)
+    trials = Trials(model, calibration, progress=progress)
+    for criterion in criteria.values():
+        if Need.TRIALS in criterion.needs:
+            criterion.on_trials(trials)
+    return Observations(criteria, cka.result() if similarity else None, loss)
+
+
+def choose_layers(
+    recipe: Recipe, model: DecoderModel, observations: Observations
+) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
+    """The layers that the recipe's criterion removes for the recipe's budget, and the segments it looked at.
+
+    Returns:
+        The layers in the criterion's own order, and the segments (one of all layers without segmentation).
+
+    Raises:
+        UserError: The budget cannot be met.
+    """
+    criterion = observations.criteria[deciding_criterion(recipe)]
+    protect = (recipe.protect.first, recipe.protect.last)
+    segments: tuple[Segment, ...] = (Segment(0, model.num_layers),)
+    if is_segmented(recipe):
+        assert observations.similarity is not None
+        k = None if recipe.num_segments == "auto" else recipe.num_segments
+        segments = segment_layers(observations.similarity, k, recipe.features, recipe.min_drop)
+    if isinstance(criterion, SetCriterion):
+        left = model.parameters_without
+        return set_to_remove(recipe.budget, model.num_layers, criterion.choose, protect, left), segments
+    scores = observations.scores()[deciding_criterion(recipe)]
+    return layers_to_remove(recipe.budget, segments, scores, protect, model.parameters_without), segments
+
+
+def run_analysis(subject: Subject, recipe: Recipe, calibration: CalibrationSet, progress: Progress) -> Analysis:
+    """Observes, chooses, and writes down why."""
+    model = subject.load()
+    names = (deciding_criterion(recipe), *recipe.also)
+    observations = observe(model, calibration, recipe, names, is_segmented(recipe), progress)
+    scores = observations.scores()
+    removed, segments = choose_layers(recipe, model, observations)
+    settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding_criterion(recipe)}
+    for key in ("model", "revision", "max_shard_size", *recipe.budget.to_dict()):  # said elsewhere, or of the export
+        settings.pop(key, None)
+    if list(removed) != sorted(removed):
+        settings["removal_order"] = list(removed)
+    plan = PrunePlan(
+        num_layers=model.num_layers,
+        kept=tuple(layer for layer in range(model.num_layers) if layer not in removed),
+        source=subject.identity,
+        revision=subject.revision,
+        segments=segments,
+        scores=scores,
+        budget=recipe.budget.to_dict(),
+        settings=settings,
+        versions=software_versions(),
+    )
+    left = model.parameters_without(removed)
+    return Analysis(plan, observations.similarity, observations.loss, model.num_parameters, left)
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    libraries = {name: version(name) for name in ("torch", "transformers")}
+    return {"sglp-llm": __version__, **libraries, "python": platform.python_version()}
+
+
+def _finite(name: str, scores: Sequence[float]) -> tuple[float, ...]:
+    for layer, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UserError(
+                f"the {name} score of decoder layer {layer} is not finite ({score}): are the weights damaged, "
+                "or is the dtype too small (try --dtype float32)?"
+            )
+    return tuple(scores)
