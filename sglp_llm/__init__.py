@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sglp_llm.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from sglp_llm.calibration import CalibrationSet
     from sglp_llm.checkpoint.export import drop_layers
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
     from sglp_llm.recipe import Recipe, load_recipe
     from sglp_llm.records import Analysis, PrunePlan, RunReport
 
-from sglp_llm.version import __version__
 
 __all__ = [
     "Analysis",

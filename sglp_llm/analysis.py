@@ -110,7 +110,7 @@ def observe(
     cka = CKAObserver(model.num_layers, recipe.kernel, recipe.minibatch_sequences, recipe.minibatch_positions)
     observers = [*criteria.values(), *([cka] if similarity else [])]
     loss = run_pass(model, calibration, observers, batch_size=recipe.batch_size, progress=progress)
-    trials = Trials(model, calibration, progress=progress)
+    trials = Trials(model, calibration.first(recipe.trial_samples), progress=progress)
     for criterion in criteria.values():
         if Need.TRIALS in criterion.needs:
             criterion.on_trials(trials)

@@ -11,7 +11,7 @@ import hashlib
 import math
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,6 +67,13 @@ class CalibrationSet:
     seed: int
     hash: str
     bos: bool
+
+    def first(self, samples: int | None) -> CalibrationSet:
+        """The first sequences, as a set of its own; all of them for ``None``."""
+        if samples is None or samples >= len(self.input_ids):
+            return self
+        ids, mask = self.input_ids[:samples], self.mask[:samples]
+        return replace(self, input_ids=ids, mask=mask, hash=_hash(ids, mask))
 
 
 @dataclass(frozen=True)

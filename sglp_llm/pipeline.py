@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -55,8 +55,8 @@ def analyze(
     recipe = _recipe(recipe, calibration, settings)
     if not recipe.budget.to_dict():
         recipe = replace(recipe, ratio=0.25)
-    subject = _open(model, recipe, tokenizer)
-    return run_analysis(subject, recipe, _calibration(subject, recipe, calibration), progress)
+    subject = open_subject(model, recipe, tokenizer)
+    return run_analysis(subject, recipe, read_calibration(subject, recipe, calibration), progress)
 
 
 def prune(
@@ -100,14 +100,18 @@ def prune(
     max_shard_size = None if recipe.max_shard_size is None else parse_bytes(recipe.max_shard_size)
     if plan is None and not recipe.budget.to_dict():
         raise UserError("how much to remove? Give a ratio, a number of layers to drop, target_params, or a plan")
-    subject = _open(model, recipe, tokenizer, plan)
+    if plan is None:
+        subject = open_subject(model, recipe, tokenizer)
+    else:
+        subject = _open(model, recipe, tokenizer)
+        check_plan(plan, subject.identity, subject.num_layers, stored=subject.source is not None)
     if subject.source is not None:
         subject.source.check_apart(output)
     sequences = None
     if plan is None:
-        sequences = _calibration(subject, recipe, calibration)
+        sequences = read_calibration(subject, recipe, calibration)
     elif verify:
-        sequences = _calibration(subject, _enough_for_the_check(recipe, subject), calibration)
+        sequences = read_calibration(subject, _enough_for_the_check(recipe, subject), calibration)
     seconds: dict[str, float] = {}
     analysis = None
     if plan is None:
@@ -149,20 +153,29 @@ def _recipe(recipe: Recipe | None, calibration: CalibrationSet | str | None, set
     return (recipe or Recipe()).with_changes(**settings)
 
 
-def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = None) -> Subject:
-    """Everything that can be known to be wrong before the weights are loaded is found out here."""
-    if plan is None:
-        check_criteria(recipe)
-    subject = Subject(model, recipe.revision, recipe.dtype, recipe.device_map, tokenizer)
-    if plan is not None:
-        check_plan(plan, subject.identity, subject.num_layers, stored=subject.source is not None)
-        return subject
-    segments = recipe.num_segments if isinstance(recipe.num_segments, int) and is_segmented(recipe) else 1
-    if segments > subject.num_layers:
-        raise UserError(
-            f"num_segments: {segments} segments are more than the model's {subject.num_layers} decoder layers"
-        )
-    check_budget(recipe.budget, subject.num_layers, (recipe.protect.first, recipe.protect.last), segments)
+def open_subject(model: Any, recipe: Recipe, tokenizer: Any, criteria: Sequence[str] | None = None) -> Subject:
+    """Opens a model for an analysis. Everything that can be known to be wrong before the weights are loaded is found here.
+
+    Args:
+        model: See `analyze`.
+        recipe: The settings.
+        tokenizer: See `analyze`.
+        criteria: The criteria of the run; ``None`` means the recipe's.
+
+    Raises:
+        UserError: Something is wrong with the model or the settings.
+    """
+    recipes = [recipe] if criteria is None else [replace(recipe, criterion=name, options={}) for name in criteria]
+    for each in recipes:
+        check_criteria(each)
+    subject = _open(model, recipe, tokenizer)
+    for each in recipes:
+        segments = each.num_segments if isinstance(each.num_segments, int) and is_segmented(each) else 1
+        if segments > subject.num_layers:
+            raise UserError(
+                f"num_segments: {segments} segments are more than the model's {subject.num_layers} decoder layers"
+            )
+        check_budget(each.budget, subject.num_layers, (each.protect.first, each.protect.last), segments)
     longest = getattr(subject.config, "max_position_embeddings", None)
     if longest is not None and recipe.seq_len > longest:
         raise UserError(
@@ -171,7 +184,16 @@ def _open(model: Any, recipe: Recipe, tokenizer: Any, plan: PrunePlan | None = N
     return subject
 
 
-def _calibration(subject: Subject, recipe: Recipe, given: CalibrationSet | str | None) -> CalibrationSet:
+def _open(model: Any, recipe: Recipe, tokenizer: Any) -> Subject:
+    return Subject(model, recipe.revision, recipe.dtype, recipe.device_map, tokenizer)
+
+
+def read_calibration(subject: Subject, recipe: Recipe, given: CalibrationSet | str | None) -> CalibrationSet:
+    """The calibration set that was given, or the one that the recipe names.
+
+    Raises:
+        UserError: The text cannot be read, there is too little of it, or its tokens are not the model's.
+    """
     if not isinstance(given, CalibrationSet):
         check_spec(recipe.calibration)
         given = calibration_set(

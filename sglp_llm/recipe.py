@@ -40,6 +40,8 @@ class Recipe:
         samples: Number of calibration sequences.
         seq_len: Tokens a sequence.
         seed: Of everything that is drawn.
+        trial_samples: How many of the sequences the criteria use that try removals (ppl, sleb, kl, cka_output), the first ones;
+            none = all of them.
         batch_size: Sequences a forward-only pass computes at once; gradients are taken one sequence at a time. No result
             depends on it.
         criterion: ``sglp`` (CKA segments + gradnorm inside them, the paper's pipeline) or a name from ``criteria/``.
@@ -68,6 +70,7 @@ class Recipe:
     samples: int = 32
     seq_len: int = 512
     seed: int = 0
+    trial_samples: int | None = None
     batch_size: int = 8
     criterion: str = "sglp"
     also: tuple[str, ...] = ()
@@ -124,6 +127,8 @@ def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
         if layers < 0:
             raise UserError(f"{where}: protect: {key} must not be negative, not {layers}")
     _at_least(2, recipe.seq_len, f"{where}: seq_len")
+    if recipe.trial_samples is not None:
+        _at_least(1, recipe.trial_samples, f"{where}: trial_samples")
     if recipe.num_segments != "auto":
         _at_least(1, recipe.num_segments, f"{where}: num_segments")
     if not recipe.min_drop >= 0:

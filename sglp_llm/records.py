@@ -187,3 +187,44 @@ class RunReport:
     verification: Mapping[str, Any] | None
     seconds: Mapping[str, float]
     analysis: Analysis | None
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One criterion at one depth.
+
+    Attributes:
+        criterion: Its name.
+        ratio: Share of the layers that are removed.
+        removed: Original indices of the layers that are removed, ascending.
+        results: Numbers by measurement and name.
+    """
+
+    criterion: str
+    ratio: float
+    removed: tuple[int, ...]
+    results: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` returns.
+
+    Attributes:
+        model: Name of the model.
+        num_layers: Its depth.
+        dense: Numbers of the whole model, by measurement and name.
+        rows: One a criterion and depth, in the order in which they were asked for.
+        selection_seconds: Wall time of each criterion's selection. Criteria that share the pass share its time, which stands
+            under ``shared pass``.
+        settings: What led to the numbers.
+        versions: The software.
+    """
+
+    model: str
+    num_layers: int
+    dense: dict[str, dict[str, float]]
+    rows: tuple[ComparisonRow, ...]
+    selection_seconds: dict[str, float]
+    settings: dict[str, Any]
+    versions: dict[str, str]

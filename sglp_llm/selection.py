@@ -119,6 +119,11 @@ def segment_capacities(segments: Sequence[Segment], protect: tuple[int, int] = (
     return [min(len(segment) - 1, len(_removable(segment, segments[-1].stop, protect))) for segment in segments]
 
 
+def removable_layers(num_layers: int, protect: tuple[int, int] = (0, 0)) -> range:
+    """The layers that are not protected, of which all but one can go when nothing is protected."""
+    return _removable(Segment(0, num_layers), num_layers, protect)
+
+
 def spread(n: int, capacities: Sequence[int]) -> list[int]:
     """Shares n in proportion to the capacities by largest remainder, in exact arithmetic; ties go to the earlier segment."""
     total = sum(capacities)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from sglp_llm.records import ModelIdentity, PrunePlan
 from sglp_llm.source import Source
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 # Everything beside weights and configuration that belongs to a checkpoint: tokenizer, chat template, generation, terms.
@@ -171,13 +173,45 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
         plan = plan_from_indices(wrapped.num_layers, plan)
     check_depth(plan, wrapped.num_layers, "the model")
     layers = nn.ModuleList(wrapped.layers[layer] for layer in plan.kept)
-    for new_index, layer in enumerate(layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # the slot of the KV cache
-                setattr(module, "layer_idx", new_index)  # noqa: B010 - typed as a parameter otherwise
+    _number(layers)
     model.set_submodule(wrapped.adapter.layers, layers)
     shorten_config(model.config, wrapped.adapter, plan.kept)
     return model
+
+
+@contextmanager
+def shortened(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[PreTrainedModel]:
+    """Inside the block the live model is as `drop_layers` leaves it; afterwards it is whole again.
+
+    Args:
+        model: A causal language model of a known family.
+        removed: 0-based indices of the layers to remove; none leaves the model alone.
+    """
+    from sglp_llm.loading import wrap_model
+
+    gone = list(removed)
+    if not gone:
+        yield model
+        return
+    wrapped = wrap_model(model)
+    layers = wrapped.layers
+    everything = range(wrapped.num_layers)
+    before = _shortened_values(model.config, wrapped.adapter, everything)
+    drop_layers(model, gone)
+    try:
+        yield model
+    finally:
+        model.set_submodule(wrapped.adapter.layers, layers)
+        _number(layers)
+        for key, value in before.items():
+            setattr(model.config, key, value)
+
+
+def _number(layers: Iterable[nn.Module]) -> None:
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # the slot of the KV cache
+                setattr(module, "layer_idx", index)  # noqa: B010 - typed as a parameter otherwise
 
 
 def _shortened_values(config: PretrainedConfig, adapter: DecoderAdapter, kept: Sequence[int]) -> dict[str, Any]:

@@ -58,6 +58,10 @@ class GreedyCriterion(SetCriterion):
     def costs(self, removed: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
         """What each candidate's removal would cost on top of those that are removed already; the least goes."""
 
+    def continue_from(self, order: Sequence[int], removable: Sequence[int]) -> None:
+        """Takes over what an earlier run with the same sequences has removed already, in its order."""
+        self._order, self._among = list(order), removable
+
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
         if list(removable) != list(self._among):
             self._order, self._among = [], removable

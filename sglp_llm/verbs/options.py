@@ -32,6 +32,9 @@ Calibration = Annotated[
 Samples = Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens in each. Default: 512.")]
 Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn. Default: 0.")]
+TrialSamples = Annotated[
+    int | None, typer.Option(help="Sequences that ppl, sleb, kl and cka_output try removals on. Default: all.")
+]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences a forward-only pass computes at once. Default: 8.")]
 Segments = Annotated[
     bool | None,
@@ -65,14 +68,14 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
     from sglp_llm.sizes import parse_count
 
     names = (
-        "ratio drop criterion also segments calibration samples seq_len seed batch_size kernel "
+        "ratio drop criterion also segments calibration samples seq_len seed trial_samples batch_size kernel "
         "revision dtype device_map max_shard_size"
     )
     settings = {name: arguments.get(name) for name in names.split()}
     settings["also"] = settings["also"] or None
-    if (target := arguments["target_params"]) is not None:
+    if (target := arguments.get("target_params")) is not None:
         target = parse_count(target)
-    number = arguments["num_segments"]
+    number = arguments.get("num_segments")
     protect = {"first": arguments["protect_first"], "last": arguments["protect_last"]}
     return {
         **settings,

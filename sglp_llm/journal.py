@@ -1,0 +1,57 @@
+"""Finished pieces of long work on disk, so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sglp_llm.errors import UserError
+
+
+class Journal:
+    """One small JSON file a finished piece, each written whole or not at all.
+
+    Args:
+        folder: Where the files are kept; made when it is missing.
+        setting: Everything that all pieces depend on. A folder of another setting is refused.
+
+    Raises:
+        UserError: The folder holds pieces of another setting.
+    """
+
+    def __init__(self, folder: Path, setting: Mapping[str, Any]) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = self._file("setting")
+        if not kept.exists():
+            self._write(kept, {"piece": "setting", "value": dict(setting)})
+        known = json.loads(kept.read_text(encoding="utf-8"))["value"]
+        plain = json.loads(json.dumps(setting))
+        if changed := sorted(key for key in {*known, *plain} if known.get(key) != plain.get(key)):
+            raise UserError(
+                f"{folder.parent} holds an unfinished or finished run with another {changed[0]} "
+                f"({known.get(changed[0])!r}, now {plain.get(changed[0])!r}); choose another output folder"
+            )
+
+    def get(self, piece: str) -> Any:
+        """What was kept under this name; ``None`` when the piece is not finished."""
+        file = self._file(piece)
+        return json.loads(file.read_text(encoding="utf-8"))["value"] if file.exists() else None
+
+    def once(self, piece: str, compute: Callable[[], Any]) -> Any:
+        """What was kept under this name, or else what ``compute`` returns (plain data), which is kept then."""
+        if (known := self.get(piece)) is not None:
+            return known
+        self._write(self._file(piece), {"piece": piece, "value": compute()})
+        return self.get(piece)  # as it will be read after an interruption, so that both runs see the same
+
+    def _file(self, piece: str) -> Path:
+        return self._folder / f"{hashlib.sha256(piece.encode()).hexdigest()[:24]}.json"
+
+    def _write(self, file: Path, data: Mapping[str, Any]) -> None:
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(data), encoding="utf-8")
+        partial.replace(file)

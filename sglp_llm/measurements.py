@@ -1,0 +1,40 @@
+"""What a comparison can measure on a model in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from sglp_llm.calibration import evaluation_windows
+from sglp_llm.comparison import Measurement
+from sglp_llm.evaluation.perplexity import perplexity
+from sglp_llm.subject import Subject
+from sglp_llm.texts import check_spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def perplexity_measurement(subject: Subject, spec: str, window: int, max_windows: int | None) -> Measurement:
+    """Perplexity on a text, whose windows are cut once.
+
+    Args:
+        subject: The model, for its tokenizer.
+        spec: See `sglp_llm.texts.load_documents`; the test split by default.
+        window: Tokens in one window.
+        max_windows: Only the first ones.
+
+    Raises:
+        UserError: The text cannot be read, is too short, or the tokenizer is not the model's.
+    """
+    check_spec(spec)
+    windows = evaluation_windows(subject.tokenizer, spec, window=window, max_windows=max_windows)
+    subject.check_tokens(windows.input_ids)
+    ids = hashlib.sha256(windows.input_ids.numpy().tobytes()).hexdigest()
+
+    def measure(model: PreTrainedModel) -> dict[str, float]:
+        result = perplexity(model, windows)
+        return {"perplexity": result.perplexity, "perplexity_standard_error": result.perplexity_standard_error}
+
+    count, length = windows.input_ids.shape
+    return Measurement(f"{windows.source} ({count} x {length})", f"perplexity of {ids}", measure)

@@ -1,0 +1,107 @@
+"""``sglp-llm compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sglp_llm.errors import UserError
+from sglp_llm.verbs.options import (
+    Calibration,
+    DeviceMap,
+    Dtype,
+    Json,
+    Kernel,
+    Model,
+    Option,
+    ProtectFirst,
+    ProtectLast,
+    RecipeName,
+    Revision,
+    Samples,
+    Seed,
+    SeqLen,
+    TrialSamples,
+    model_of,
+    recipe_of,
+    settings_of,
+)
+from sglp_llm.verbs.quiet import prepare
+
+
+def compare(
+    model: Model = None,
+    criteria: Annotated[str, typer.Option(help="Names, separated by commas; sglp among them.")] = "sglp,bi",
+    ratios: Annotated[
+        str | None, typer.Option(help="Shares to remove, separated by commas. Default: 0.1,0.2,0.3.")
+    ] = None,
+    drops: Annotated[str | None, typer.Option(help="Numbers of layers to remove, instead of ratios.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for tables, plots and the journal.")
+    ] = None,
+    evaluate: Annotated[
+        list[str] | None, typer.Option("--eval", help="Text for perplexity, as for eval --data; repeatable.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens in one window of it.")] = 512,
+    max_windows: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
+    recipe: RecipeName = None,
+    option: Option = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
+    trial_samples: TrialSamples = None,
+    kernel: Kernel = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    as_json: Json = False,
+) -> None:
+    """Compare criteria on one model: each at every depth, measured in memory. Goes on where it was interrupted."""
+    settings = settings_of(locals())
+    if output is None:
+        raise UserError("where to? Give --output FOLDER")
+    console = prepare()
+    from dataclasses import asdict
+
+    from sglp_llm.comparison import compare
+    from sglp_llm.measurements import perplexity_measurement
+    from sglp_llm.pipeline import open_subject, read_calibration
+    from sglp_llm.report.comparison_tables import to_markdown, write_tables
+    from sglp_llm.report.plots import check_plotting, plot_perplexity
+
+    check_plotting()
+    if output.exists() and not (output / "journal").is_dir() and any(output.iterdir()):
+        raise UserError(f"{output}: exists and holds no comparison; choose another folder")
+    budgets = _budgets(ratios, drops)
+    names = [name.strip() for name in criteria.split(",") if name.strip()]
+    chosen = recipe_of(recipe, settings, model).with_changes(**budgets[0].to_dict())
+    subject = open_subject(model_of(model, chosen), chosen, None, names)
+    sequences = read_calibration(subject, chosen, None)
+    texts = evaluate or ["wikitext2"]
+    measurements = [perplexity_measurement(subject, text, window, max_windows) for text in texts]
+    result = compare(subject, sequences, chosen, names, budgets, measurements, output, console.progress_bar)
+    write_tables(result, output)
+    plot_perplexity(result, output)
+    if as_json:
+        console.print_json(asdict(result))
+    else:
+        print(to_markdown(result), end="")
+
+
+def _budgets(ratios: str | None, drops: str | None) -> list[Any]:
+    from sglp_llm.records import Budget
+
+    if ratios is not None and drops is not None:
+        raise UserError("give --ratios or --drops, not both")
+    try:
+        if drops is not None:
+            return [Budget(drop=int(number)) for number in drops.split(",")]
+        return [Budget(ratio=float(number)) for number in (ratios or "0.1,0.2,0.3").split(",")]
+    except ValueError:
+        what, given = ("--ratios", ratios) if drops is None else ("--drops", drops)
+        raise UserError(f"{what} {given!r} must be numbers separated by commas") from None
