@@ -36,6 +36,8 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/analysis.py
+	$(BIN)/python benchmarks/criteria.py
+	$(BIN)/python benchmarks/trials.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info

@@ -37,9 +37,11 @@ def plot_perplexity(comparison: Comparison, folder: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(names), figsize=(6.5 * len(names), 4.5), squeeze=False)
+    shades = matplotlib.colormaps["tab20"](range(20))
+    colors = [*shades[::2], *shades[1::2]]  # the strong ones first
     criteria = list(dict.fromkeys(row.criterion for row in comparison.rows))
     for axis, name in zip(axes[0], names, strict=True):
-        axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors[::2] + pyplot.get_cmap("tab20").colors[1::2])
+        axis.set_prop_cycle(color=colors)
         for number, criterion in enumerate(criteria):
             rows = sorted((row for row in comparison.rows if row.criterion == criterion), key=lambda row: row.ratio)
             ratios = [0.0, *(row.ratio for row in rows)]

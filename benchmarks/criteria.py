@@ -1,0 +1,60 @@
+"""Wall time of one analysis with gradnorm, taylor, bi, angular and CKA over the analysis with gradnorm alone.
+
+Gradients by autograd in both, on SmolLM2-135M in float32; the two alternate in one process.
+
+    python benchmarks/criteria.py [--samples 8] [--seq-len 512] [--pairs 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from fetch_smollm2 import fetch
+from machine import describe
+
+from sglp_llm.analysis import observe
+from sglp_llm.calibration import calibration_set
+from sglp_llm.criteria import SetCriterion
+from sglp_llm.recipe import Recipe
+from sglp_llm.subject import Subject
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--pairs", type=int, default=3)
+    options = parser.parse_args()
+    subject = Subject(str(fetch()), dtype="float32")
+    text = calibration_set(subject.tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
+    model, recipe = subject.load(), Recipe()
+
+    def seconds(*names: str, similarity: bool) -> float:
+        start = time.perf_counter()
+        observations = observe(model, text, recipe, names, similarity)
+        observations.scores()
+        for criterion in observations.criteria.values():
+            if isinstance(criterion, SetCriterion):
+                criterion.choose(6, range(model.num_layers))
+        return time.perf_counter() - start
+
+    print(f"{describe()}; {options.samples} x {options.seq_len} tokens, {options.pairs} pairs after one warm-up pair")
+    ratios = []
+    for pair in range(options.pairs + 1):
+        alone = seconds("gradnorm", similarity=False)
+        together = seconds("gradnorm", "taylor", "bi", "angular", similarity=True)
+        if pair > 0:
+            ratios.append(together / alone)
+            print(f"pair {pair}: gradnorm {alone:.2f} s, all {together:.2f} s, ratio {ratios[-1]:.3f}", flush=True)
+    print(
+        f"all criteria / gradnorm alone: median {median(ratios):.3f}, {min(ratios):.3f}..{max(ratios):.3f} (target 1.25)"
+    )
+
+
+if __name__ == "__main__":
+    main()
