@@ -1,6 +1,6 @@
 """Wall time of trials that share prefixes over the naive loop, which runs the whole shortened model for every layer.
 
-`ppl` over all layers of SmolLM2-135M (a large head: the floor is 0.675) and of a random Llama whose head is small; `sleb` for some
+`ppl` over all layers of SmolLM2-135M (a large head: the floor is 0.675) and of a random Llama with a small head; `sleb` for some
 removals, against the naive greedy. Both give the same scores, which is checked; they alternate in one process.
 
     python benchmarks/trials.py [--samples 2] [--seq-len 512] [--pairs 3] [--removals 6]

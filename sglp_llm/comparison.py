@@ -20,8 +20,7 @@ from sglp_llm.analysis import (
 )
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.checkpoint.export import shortened
-from sglp_llm.criteria import get_criterion, make_criterion
-from sglp_llm.criteria.base import GreedyCriterion
+from sglp_llm.criteria import GreedyCriterion, get_criterion, make_criterion
 from sglp_llm.engine.observer import Need
 from sglp_llm.engine.trials import Trials
 from sglp_llm.errors import UserError

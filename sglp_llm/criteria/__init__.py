@@ -9,11 +9,19 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from sglp_llm.criteria.base import Criterion, ScoreCriterion, SetCriterion
+from sglp_llm.criteria.base import Criterion, GreedyCriterion, ScoreCriterion, SetCriterion
 from sglp_llm.errors import unknown
 from sglp_llm.registry import member, member_names
 
-__all__ = ["Criterion", "ScoreCriterion", "SetCriterion", "criterion_names", "get_criterion", "make_criterion"]
+__all__ = [
+    "Criterion",
+    "GreedyCriterion",
+    "ScoreCriterion",
+    "SetCriterion",
+    "criterion_names",
+    "get_criterion",
+    "make_criterion",
+]
 
 
 def criterion_names() -> list[str]:
