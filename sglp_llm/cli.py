@@ -12,6 +12,7 @@ import typer
 from sglp_llm import __version__
 from sglp_llm.errors import UserError
 from sglp_llm.verbs.analyze import analyze
+from sglp_llm.verbs.bench import bench
 from sglp_llm.verbs.evaluate import evaluate
 from sglp_llm.verbs.members import list_members
 from sglp_llm.verbs.prune import prune
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(analyze)
 app.command()(prune)
 app.command(name="eval")(evaluate)
+app.command()(bench)
 app.command(name="ls")(list_members)
 
 _INTERRUPTED = 130
