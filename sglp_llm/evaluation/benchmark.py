@@ -96,7 +96,7 @@ class ModelBenchmark:
     Attributes:
         model: Its name.
         dtype: What it was computed in.
-        device: Where its layers lie, e.g. ``"cpu"`` or ``"cuda:0 cuda:1"``.
+        device: Where its parameters lie, e.g. ``"cpu"``, ``"cuda:0 cuda:1"`` or ``"cuda:0 offloaded"``.
         costs: The counts, at a context of prompt and new tokens.
         speeds: One a batch size.
         peak_host_bytes: See ``host_method``; ``None`` where the system does not say.
@@ -242,7 +242,7 @@ def _timed(runner: _Runner, batch: int, new_tokens: int) -> tuple[float, float]:
 
 def _result(runner: _Runner, settings: BenchmarkSettings) -> ModelBenchmark:
     model = runner.decoder.model
-    places = sorted({str(parameter.device) for parameter in model.parameters()})
+    places = sorted({str(parameter.device).replace("meta", "offloaded") for parameter in model.parameters()})
     return ModelBenchmark(
         model=runner.name,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -23,7 +23,8 @@ def devices_of(model: PreTrainedModel) -> list[torch.device]:
     """The CUDA devices that a model computes on."""
     devices = {parameter.device for parameter in model.parameters()}
     # What accelerate offloads is on "meta" between calls, and comes to a device of its map.
-    devices |= {torch.device(place) for place in getattr(model, "hf_device_map", {}).values() if place != "disk"}
+    places = [place for place in getattr(model, "hf_device_map", {}).values() if place != "disk"]
+    devices |= {torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in places}
     indexed = {torch.device("cuda", device.index or 0) for device in devices if device.type == "cuda"}
     return sorted(indexed, key=lambda device: device.index)
 
