@@ -11,6 +11,7 @@ import typer
 
 from sglp_llm.errors import UserError
 from sglp_llm.verbs.analyze import analyze
+from sglp_llm.verbs.bench import bench
 from sglp_llm.verbs.compare import compare
 from sglp_llm.verbs.evaluate import evaluate
 from sglp_llm.verbs.members import list_members
@@ -28,6 +29,7 @@ app.command()(analyze)
 app.command()(prune)
 app.command(name="eval")(evaluate)
 app.command()(compare)
+app.command()(bench)
 app.command(name="ls")(list_members)
 
 _INTERRUPTED = 130

@@ -24,6 +24,8 @@ class DecoderAdapter:
         refuse: Configuration key -> why a model that sets it (to something truthy) cannot be pruned.
         native_remote_classes: Classes that a checkpoint's ``auto_map`` may name although transformers brings the very same
             ones, left over from before the family was merged there.
+        active_experts_key: In a mixture of experts, whose matrices transformers stacks as ``[experts, ...]``: the configuration
+            key of how many of them a token meets.
         tiny_configs: Configurations of a few thousand parameters for the contract tests, each one a quirk of the family.
     """
 
@@ -35,6 +37,7 @@ class DecoderAdapter:
     obsolete_keys: tuple[str, ...] = ()
     refuse: Mapping[str, str] = field(default_factory=dict)
     native_remote_classes: tuple[str, ...] = ()
+    active_experts_key: str | None = None
     tiny_configs: tuple[Mapping[str, Any], ...] = ()
 
     @property

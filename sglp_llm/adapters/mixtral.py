@@ -4,5 +4,6 @@ from sglp_llm.adapters.base import TINY_LLAMA, DecoderAdapter
 
 ADAPTER = DecoderAdapter(
     display_name="Mixtral",
+    active_experts_key="num_experts_per_tok",
     tiny_configs=({**TINY_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},),
 )

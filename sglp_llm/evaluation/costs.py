@@ -1,0 +1,101 @@
+"""What a model costs by count alone: parameters, bytes, operations, cache. Nothing is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from sglp_llm.loading import DecoderModel
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The counts of a model.
+
+    Attributes:
+        layers: Number of decoder layers.
+        parameters: Number of parameters, tied ones once.
+        layer_parameters: Those of the decoder layers.
+        weight_bytes: Bytes of the parameters as they were loaded, tied ones once.
+        context: Tokens that attention sees, the current one included, in the two counts below that depend on it.
+        flops_per_token: Floating-point operations of computing one token, head included, when it sees ``context`` tokens: 2
+            for each multiplication with a weight, and 2 for each of attention's two products. A mixture of experts counts
+            the active experts. Norms, activations and rotary embeddings are left out, as is usual.
+        kv_cache_bytes_per_token: Bytes by which the KV cache of a sequence grows with a token, before any sliding window is
+            full.
+        kv_cache_bytes: Bytes of the KV cache of one sequence after ``context`` tokens, sliding windows considered.
+    """
+
+    layers: int
+    parameters: int
+    layer_parameters: int
+    weight_bytes: int
+    context: int
+    flops_per_token: int
+    kv_cache_bytes_per_token: int
+    kv_cache_bytes: int
+
+
+def count_costs(decoder: DecoderModel, context: int) -> Costs:
+    """Counts, from the parameters' shapes and the configuration; parameters on ``meta`` count too.
+
+    Args:
+        decoder: The model.
+        context: See `Costs`; at least 1.
+    """
+    config = decoder.model.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    entry = 2 * key_heads * head_size * decoder.model.dtype.itemsize  # a key and a value
+    windows = _windows(decoder)
+    seen = sum(context if window is None else min(context, window) for window in windows)
+    # A sliding layer keeps what the next token will see beside itself.
+    kept = sum(context if window is None else min(context, window - 1) for window in windows)
+    parameters = list(decoder.model.parameters())
+    return Costs(
+        layers=decoder.num_layers,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        layer_parameters=sum(parameter.numel() for parameter in decoder.layers.parameters()),
+        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        context=context,
+        flops_per_token=2 * _active_weights(decoder) + 4 * config.num_attention_heads * head_size * seen,
+        kv_cache_bytes_per_token=entry * len(windows),
+        kv_cache_bytes=entry * kept,
+    )
+
+
+def _windows(decoder: DecoderModel) -> list[int | None]:
+    """How many tokens each decoder layer's attention sees, the current one included; None where there is no limit.
+
+    The cache that transformers makes for the configuration knows: families say it in many ways.
+    """
+    cache = DynamicCache(config=decoder.model.config)
+    assert len(cache.layers) == decoder.num_layers
+    return [int(layer.sliding_window) if layer.is_sliding else None for layer in cache.layers]
+
+
+def _active_weights(decoder: DecoderModel) -> int:
+    """How many weights one token is multiplied with."""
+    return sum(_multiplied(module, decoder) for module in decoder.model.modules())
+
+
+def _multiplied(module: nn.Module, decoder: DecoderModel) -> int:
+    if isinstance(module, nn.Embedding):  # looked up; a head that is tied to it is a module of its own
+        return 0
+    weights = 0
+    for parameter in module.parameters(recurse=False):
+        if parameter.ndim == 2:
+            weights += parameter.numel()
+        elif parameter.ndim > 2:
+            weights += _active_experts(parameter, decoder)
+    return weights
+
+
+def _active_experts(stacked: torch.Tensor, decoder: DecoderModel) -> int:
+    """How many weights of matrices ``[experts, ...]`` one token meets."""
+    key = decoder.adapter.active_experts_key
+    assert key is not None, "a family with stacked matrices must say how many of them a token meets"
+    return stacked[0].numel() * int(getattr(decoder.model.config, key))

@@ -1,0 +1,140 @@
+"""The most memory that a phase of work held, on the host and on CUDA devices."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+PHASE_PEAK = "peak resident memory while running, less what the process held before loading (VmHWM)"
+PROCESS_PEAK = "peak resident memory of the whole process so far, loading included (ru_maxrss)"
+
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def devices_of(model: PreTrainedModel) -> list[torch.device]:
+    """The CUDA devices that a model computes on."""
+    devices = {parameter.device for parameter in model.parameters()}
+    # What accelerate offloads is on "meta" between calls, and comes to a device of its map.
+    places = [place for place in getattr(model, "hf_device_map", {}).values() if place != "disk"]
+    devices |= {torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in places}
+    indexed = {torch.device("cuda", device.index or 0) for device in devices if device.type == "cuda"}
+    return sorted(indexed, key=lambda device: device.index)
+
+
+def synchronize(devices: Iterable[torch.device]) -> None:
+    """Waits until the CUDA devices have done what they were given: their work is asynchronous."""
+    for device in devices:
+        torch.cuda.synchronize(device)
+
+
+def wake() -> None:
+    """Makes torch set up its libraries, whose memory would otherwise count as that of the model that needs them first."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    square = torch.ones(256, 256, device=device)
+    (square @ square).sum().item()
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the process held at some moment.
+
+    Attributes:
+        host: Resident bytes; ``None`` where the system does not say.
+        cuda: Bytes that torch had allocated, by device index.
+    """
+
+    host: int | None
+    cuda: dict[int, int]
+
+
+def held() -> Held:
+    """What the process holds now, without what was freed."""
+    _give_back_freed()
+    cuda = {}
+    if torch.cuda.is_available():
+        cuda = {index: torch.cuda.memory_allocated(index) for index in range(torch.cuda.device_count())}
+    return Held(_status_bytes("VmRSS"), cuda)
+
+
+@dataclass
+class Peak:
+    """The peak of a phase; complete when the phase is over.
+
+    Attributes:
+        host: Bytes; ``None`` where the system does not say.
+        host_method: What ``host`` is: `PHASE_PEAK` or `PROCESS_PEAK`.
+        device: Bytes allocated on all CUDA devices of the model, each at its own peak; ``None`` without any.
+    """
+
+    host: int | None = None
+    host_method: str = PROCESS_PEAK
+    device: int | None = None
+
+
+@contextmanager
+def watch_peak(devices: list[torch.device], before: Held) -> Iterator[Peak]:
+    """Measures the peak of what happens inside the block.
+
+    Args:
+        devices: The CUDA devices to watch.
+        before: What the process held before the model was loaded; it is subtracted, so that another model in memory does not
+            count.
+    """
+    peak = Peak()
+    _give_back_freed()
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    by_phase = _reset_host_peak() and before.host is not None
+    yield peak
+    synchronize(devices)
+    if devices:
+        peak.device = sum(torch.cuda.max_memory_allocated(device) - before.cuda[device.index] for device in devices)
+    high = _status_bytes("VmHWM") if by_phase else None
+    if high is not None and before.host is not None:
+        peak.host, peak.host_method = max(high - before.host, 0), PHASE_PEAK
+    else:
+        peak.host = _process_peak()
+
+
+def _give_back_freed() -> None:
+    """Freed memory goes back to the system; otherwise what loading left behind would hide what the next model takes."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl has none and keeps little
+        if trim is not None:
+            trim(0)
+
+
+def _reset_host_peak() -> bool:
+    """Makes the kernel count the process's peak from now on; false where it does not let us."""
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status_bytes(key: str) -> int | None:
+    """A line of Linux's own account of the process, such as ``VmHWM:  12 kB``."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _process_peak() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
