@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import straight_line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sglp_llm import prune
+from sglp_llm import analyze, prune
 from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.criteria import get_criterion
 from sglp_llm.engine.representations import CKAObserver
@@ -89,3 +90,24 @@ def test_gguf_to_shortened_checkpoint(gguf: Path, tmp_path: Path) -> None:
         if parts[1] == "layers":
             parts[2] = str(kept[int(parts[2])])
         assert torch.equal(tensor, source_tensors[".".join(parts)])
+
+
+def test_criteria_choose_what_the_straight_line_script_chooses(
+    model: DecoderModel, calibration: CalibrationSet
+) -> None:
+    few = CalibrationSet(calibration.input_ids[:3, :96], calibration.mask[:3, :96], "three", 0, "", False)
+    ids, live, drop = few.input_ids, model.model, 6
+    expected = {
+        "ppl": straight_line.ppl(live, ids),
+        "taylor": straight_line.taylor(live, ids),
+        "magnitude": straight_line.magnitude(live),
+        "bi": straight_line.bi(live, ids),
+    }
+    for name, scores in expected.items():
+        plan = analyze(live, calibration=few, criterion=name, drop=drop).plan
+        assert plan.scores[name] == pytest.approx(scores, rel=1e-3), name
+        assert list(plan.removed) == sorted(straight_line.lowest(scores, drop)), name
+    first = straight_line.lowest(straight_line.angular(live, ids, drop), 1)[0]
+    assert analyze(live, calibration=few, criterion="angular", drop=drop).plan.removed == tuple(
+        range(first, first + drop)
+    )
