@@ -37,4 +37,5 @@ def perplexity_measurement(subject: Subject, spec: str, window: int, max_windows
         return {"perplexity": result.perplexity, "perplexity_standard_error": result.perplexity_standard_error}
 
     count, length = windows.input_ids.shape
-    return Measurement(f"{windows.source} ({count} x {length})", f"perplexity of {ids}", measure)
+    name = windows.source if "/" not in windows.source else windows.source.rpartition("/")[2].partition(":")[0]
+    return Measurement(f"{name} ({count} x {length})", f"perplexity of {ids}", measure)
