@@ -115,7 +115,7 @@ def evaluate_tasks(
         tasks = open_suite(tasks, data_dir)
     suite = tasks.suite
     arguments = {"pretrained": name or model.config.name_or_path or type(model).__name__}
-    with _quiet(), evaluating(model), offline_when_unreachable():
+    with _quiet(), evaluating(model), offline_when_unreachable(), _shots_kept(tasks):
         tracker = EvaluationTracker(output_path=None if output is None else str(output))
         tracker.general_config_tracker.log_experiment_args("hf", arguments, None, None, True)
         results = simple_evaluate(
@@ -239,8 +239,7 @@ def _dataset(index: Mapping[str, Any], name: str) -> str | None:
 
 def _checked_metric(name: str, task: Any, metric: str) -> str:
     """The metric that was asked for, or the task's own; a wrong one is found before anything is computed."""
-    leaves = task.get_all_tasks() if isinstance(task, Group) else [task]
-    known = [_metrics(leaf) for leaf in leaves]
+    known = [_metrics(leaf) for leaf in _leaves(task)]
     if not metric:
         first = known[0] or ["acc"]
         return "acc_norm" if all("acc_norm" in names for names in known) and not isinstance(task, Group) else first[0]
@@ -248,6 +247,23 @@ def _checked_metric(name: str, task: Any, metric: str) -> str:
         if names and metric.partition(",")[0] not in names:
             raise UserError(f"{name}: {unknown('metric', metric, names)}")
     return metric
+
+
+def _leaves(task: Any) -> list[Any]:
+    """The tasks of a group, or the task."""
+    return list(task.get_all_tasks()) if isinstance(task, Group) else [task]
+
+
+@contextmanager
+def _shots_kept(opened: OpenSuite) -> Iterator[None]:
+    """Takes back what lm-eval writes into a task: a 0 left there by one model would overrule the next one's num_fewshot."""
+    leaves = [leaf for task in opened.tasks.values() for leaf in _leaves(task)]
+    before = [leaf.get_config("num_fewshot") for leaf in leaves]
+    try:
+        yield
+    finally:
+        for leaf, shots in zip(leaves, before, strict=True):
+            leaf.set_config("num_fewshot", shots)
 
 
 def _metrics(task: Any) -> list[str]:
