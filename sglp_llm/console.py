@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from sglp_llm.evaluation.comparison import Row
+from sglp_llm.evaluation.side_by_side import Row
 from sglp_llm.pipeline import CKA_COLUMN_SUM
 from sglp_llm.plans import plan_to_dict
 from sglp_llm.progress import Advance

@@ -117,7 +117,7 @@ def _score_tasks(
     as_json: bool,
 ) -> None:
     """Runs the tasks on one model after the other, and prints the table."""
-    from sglp_llm.evaluation.comparison import compare
+    from sglp_llm.evaluation.side_by_side import compare
     from sglp_llm.evaluation.harness import evaluate_tasks, scores
 
     results = []
@@ -156,7 +156,7 @@ def _score_text(
     from dataclasses import asdict
 
     from sglp_llm.calibration import evaluation_windows
-    from sglp_llm.evaluation.comparison import compare, perplexity_score
+    from sglp_llm.evaluation.side_by_side import compare, perplexity_score
     from sglp_llm.evaluation.perplexity import perplexity
 
     results = []

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sglp_llm.evaluation.comparison import average, compare
+from sglp_llm.evaluation.side_by_side import average, compare
 from sglp_llm.records import TaskScore
 
 
