@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sglp_llm.calibration import CalibrationSet
     from sglp_llm.checkpoint.export import drop_layers
     from sglp_llm.errors import UserError
+    from sglp_llm.evaluation.harness import evaluate_tasks
     from sglp_llm.pipeline import analyze, prune
     from sglp_llm.plans import load_plan
     from sglp_llm.recipe import Recipe, load_recipe
@@ -26,6 +27,7 @@ __all__ = [
     "UserError",
     "analyze",
     "drop_layers",
+    "evaluate_tasks",
     "load_plan",
     "load_recipe",
     "prune",
@@ -41,6 +43,7 @@ _HOMES = {
     "UserError": "errors",
     "analyze": "pipeline",
     "drop_layers": "checkpoint.export",
+    "evaluate_tasks": "evaluation.harness",
     "load_plan": "plans",
     "load_recipe": "recipe",
     "prune": "pipeline",

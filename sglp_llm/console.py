@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -20,9 +21,10 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from sglp_llm.analysis import CKA_COLUMN_SUM
+from sglp_llm.evaluation.side_by_side import Row
 from sglp_llm.plans import plan_to_dict
 from sglp_llm.progress import Advance
-from sglp_llm.records import Analysis, EvalResult, PrunePlan, RunReport
+from sglp_llm.records import Analysis, EvalResult, PrunePlan, RunReport, TaskScore
 from sglp_llm.sizes import show_count
 
 
@@ -134,6 +136,38 @@ def print_perplexity(result: EvalResult, model: str) -> None:
     )
     print(f"Tokens      {result.tokens} predicted")
     print(f"Perplexity  {result.perplexity:.3f} ± {result.perplexity_standard_error:.3f} (standard error)")
+
+
+def scores_to_dict(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The table of scores as plain data, for ``--json``."""
+    return [
+        {
+            **asdict(row.score),
+            "baseline": None if row.baseline is None else {"value": row.baseline.value, "stderr": row.baseline.stderr},
+            "ratio": row.ratio,
+        }
+        for row in rows
+    ]
+
+
+def print_scores(rows: Sequence[Row], model: str, baseline: str | None = None) -> None:
+    """Scores, with their standard errors, beside the baseline's where there is one."""
+    columns = ["task", "metric", "baseline", "±", "model", "±", "model/baseline"]
+    table = []
+    for row in rows:
+        others = ["", ""] if row.baseline is None else _number_and_error(row.baseline)
+        ratio = "" if row.ratio is None else f"{row.ratio:.1%}"
+        table.append([row.score.task, row.score.metric, *others, *_number_and_error(row.score), ratio])
+    if baseline is None:
+        columns, table = [*columns[:2], *columns[4:6]], [[*line[:2], *line[4:6]] for line in table]
+    print(f"Model     {model}")
+    if baseline is not None:
+        print(f"Baseline  {baseline}")
+    print_table("", columns, table, range(2, len(columns)))
+
+
+def _number_and_error(score: TaskScore) -> list[str]:
+    return [f"{score.value:.4f}", "" if score.stderr is None else f"{score.stderr:.4f}"]
 
 
 def _print_layers(plan: PrunePlan) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sglp_llm.errors import UserError
@@ -61,6 +63,27 @@ def download(repo: str, revision: str | None) -> tuple[Path, str]:
             "give a local folder or .gguf file, or check the name and the connection"
         ) from None
     return folder, folder.name
+
+
+@contextmanager
+def offline_when_unreachable() -> Iterator[None]:
+    """Asks once, briefly, whether the Hub is there; where it is not, the libraries inside look into their caches only.
+
+    Otherwise each file costs six attempts and 23 seconds, with two lines of complaint for each.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not before:
+            get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # no name, no route, no answer, a proxy that refuses: one class each, in every version another
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:

@@ -1,4 +1,7 @@
-"""Recipe <-> YAML: every setting of a run in one record. An unknown key is an error that names its nearest neighbour."""
+"""Recipe <-> YAML: every setting of a run in one record. An unknown key is an error that names its nearest neighbour.
+
+Other rooms read their YAML files through `read_yaml` and `record_from_dict`.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +123,7 @@ def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
     Raises:
         UserError: A key is unknown (the message names the nearest one) or a value has the wrong type.
     """
-    recipe: Recipe = _build(Recipe, data, where)
+    recipe: Recipe = record_from_dict(Recipe, data, where)
     for key in ("samples", "batch_size", "minibatch_sequences", "minibatch_positions"):
         _at_least(1, getattr(recipe, key), f"{where}: {key}")
     for key, layers in vars(recipe.protect).items():
@@ -145,21 +148,38 @@ def load_recipe(name: str | Path) -> Recipe:
     path = Path(name)
     shipped = _shipped()
     if str(name) in shipped:
-        text = shipped[str(name)].read_text(encoding="utf-8")
+        data = _parse(shipped[str(name)].read_text(encoding="utf-8"), str(name))
     elif path.suffix in (".yaml", ".yml"):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot read the recipe ({error})") from None
+        data = read_yaml(path, "recipe")
     else:
         raise unknown("recipe", str(name), shipped)
+    return recipe_from_dict({} if data is None else data, str(name))
+
+
+def read_yaml(path: Path, kind: str) -> object:
+    """The plain data of a YAML file; None when there is nothing in it.
+
+    Args:
+        path: The file.
+        kind: What it should be, for the message.
+
+    Raises:
+        UserError: It cannot be read, or it is not YAML.
+    """
     try:
-        data = yaml.safe_load(text)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the {kind} ({error})") from None
+    return _parse(text, str(path))
+
+
+def _parse(text: str, name: str) -> object:
+    try:
+        return yaml.safe_load(text)
     except RecursionError:
         raise UserError(f"{name}: not a YAML file that can be read (nested too deeply)") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that does not exist
         raise UserError(f"{name}: not a YAML file ({' '.join(str(error).split())})") from None
-    return recipe_from_dict({} if data is None else data, str(name))
 
 
 def recipe_names() -> list[str]:
@@ -177,20 +197,28 @@ def _shipped() -> dict[str, Any]:
     return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
 
 
-def _build(cls: type, data: object, where: str) -> Any:
+def record_from_dict(cls: type, data: object, where: str) -> Any:
+    """Checks plain data against the annotations of a dataclass, and makes one of it.
+
+    Raises:
+        UserError: A key is unknown (the message names the nearest one) or missing, or a value has the wrong type.
+    """
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: expected 'key: value' lines, not {type(data).__name__}")
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:
             raise UserError(f"{where}: {unknown('key', str(key), hints)}")
+    for field_ in dataclasses.fields(cls):
+        if field_.name not in data and field_.default is field_.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}: the key {field_.name!r} is missing")
     return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in data.items()})
 
 
 def _convert(value: object, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         cls = typing.cast(type, hint)
-        return _build(cls, vars(value) if isinstance(value, cls) else value, where)
+        return record_from_dict(cls, vars(value) if isinstance(value, cls) else value, where)
     if hint == tuple[str, ...]:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)
@@ -199,6 +227,10 @@ def _convert(value: object, hint: Any, where: str) -> Any:
         if isinstance(value, Mapping) and all(isinstance(inner, Mapping) for inner in value.values()):
             return {str(name): dict(inner) for name, inner in value.items()}
         raise UserError(f"{where} must be settings by criterion, such as {{angular: {{tokens: all}}}}, not {value!r}")
+    if hint == dict[str, str]:
+        if isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair):
+            return dict(value)
+        raise UserError(f"{where} must be 'name: text' lines, not {value!r}")
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     allowed: list[str] = []
     for option in options:

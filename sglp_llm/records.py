@@ -150,6 +150,25 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """One number that a model got.
+
+    Attributes:
+        task: The task, group of tasks or data set.
+        metric: What was measured, such as ``acc_norm``.
+        value: The number.
+        stderr: Its standard error; ``None`` where there is none.
+        higher_is_better: Whether more of it is better, as of accuracy and not of perplexity.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
 class Analysis:
     """What `analyze` returns: the plan, and what it was made from.
 

@@ -2,46 +2,182 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from sglp_llm.errors import UserError
 from sglp_llm.verbs.options import DeviceMap, Json, RequiredModel, Revision, recipe_of
 from sglp_llm.verbs.quiet import prepare
+
+PERPLEXITY_ONLY = ("data", "window", "max_windows", "bos")
+TASKS_ONLY = ("limit", "num_fewshot", "data_dir", "output")
 
 
 def evaluate(
     model: RequiredModel,
     data: Annotated[
-        str, typer.Option(help="Text to score: as for --calibration, NAME:train or NAME:test picks a split.")
-    ] = "wikitext2",
-    window: Annotated[int, typer.Option(help="Tokens in one non-overlapping window.")] = 2048,
+        str | None,
+        typer.Option(
+            help="Text to score: as for --calibration, NAME:train or NAME:test picks a split. Default: wikitext2."
+        ),
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens in one non-overlapping window. Default: 2048.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
     bos: Annotated[
         bool | None, typer.Option(help="Begin every window with BOS. Default: as the tokenizer does.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows computed at once.")] = 1,
+    suite: Annotated[
+        Path | None, typer.Option(help="Run lm-eval tasks instead: a YAML file such as eval/commonsense.yaml.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Run these lm-eval tasks instead, as in piqa,arc_easy.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first examples of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt of a task.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the JSONL files of eval/offline.yaml. Default: $SGLP_EVAL_DATA.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for lm-eval's MODEL/results_TIME.json.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="Score this model too, and print both side by side.")
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option(metavar="N|auto", help="Windows, or sequences of a task, computed at once.")
+    ] = "1",
     revision: Revision = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of a model, with data set, window, tokens and standard error."""
+    """Perplexity of a model, with data set, window, tokens and standard error; or its scores in tasks of lm-eval."""
+    arguments = dict(locals())
+    if suite is not None and tasks is not None:
+        raise UserError("--suite already says which tasks: leave out --tasks")
+    in_tasks = suite is not None or tasks is not None
+    for name in PERPLEXITY_ONLY if in_tasks else TASKS_ONLY:
+        if arguments[name] is not None:
+            other = "is about perplexity: leave it out" if in_tasks else "is about tasks: give --suite or --tasks too"
+            raise UserError(f"--{name.replace('_', '-')} {other}")
+    number = int(batch_size) if batch_size.isdecimal() else batch_size
     console = prepare()
+    chosen = recipe_of(None, {"dtype": dtype, "revision": revision, "device_map": device_map})
+    models = [(model, chosen.revision), *([] if baseline is None else [(baseline, None)])]
+    if in_tasks:
+        opened = _open_suite(suite, tasks, limit, num_fewshot, number, data_dir)
+        subjects = _open_models(models, chosen)
+        _score_tasks(console, subjects, opened, limit, num_fewshot, number, output, as_json)
+        return
+    if isinstance(number, str):
+        raise UserError(f"--batch-size must be a number of windows, not {batch_size!r}")
+    from sglp_llm.texts import check_spec
+
+    text = "wikitext2" if data is None else data
+    check_spec(text)
+    subjects = _open_models(models, chosen)
+    options = {"window": 2048 if window is None else window, "max_windows": max_windows, "bos": bos}
+    _score_text(console, subjects, text, options, number, as_json)
+
+
+def _open_models(models: list[tuple[str, str | None]], chosen: Any) -> list[Any]:
+    """Opens both models before the first is scored, which can take hours; their weights are loaded in turn."""
+    from sglp_llm.subject import Subject
+
+    return [Subject(name, revision, chosen.dtype, chosen.device_map) for name, revision in models]
+
+
+def _open_suite(
+    suite: Path | None,
+    tasks: str | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int | str,
+    data_dir: Path | None,
+) -> Any:
+    """The tasks that were asked for, with their data."""
+    from sglp_llm.evaluation.suites import check_batch_size, check_counts, load_suite, suite_of
+
+    check_counts(limit, num_fewshot)
+    check_batch_size(batch_size)
+    wanted = load_suite(suite) if suite is not None else suite_of(tasks or "")
+    from sglp_llm.evaluation.harness import open_suite
+
+    return open_suite(wanted, data_dir)
+
+
+def _score_tasks(
+    console: Any,
+    subjects: list[Any],
+    opened: Any,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int | str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Runs the tasks on one model after the other, and prints the table."""
+    from sglp_llm.evaluation.harness import evaluate_tasks, scores
+    from sglp_llm.evaluation.side_by_side import compare
+
+    results = []
+    for subject in subjects:
+        results.append(
+            evaluate_tasks(
+                subject.load().model,
+                subject.tokenizer,
+                opened,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                batch_size=batch_size,
+                name=subject.identity.name,
+                output=output,
+            )
+        )
+        subject.release()
+    names = [subject.identity.name for subject in subjects]
+    both = [scores(result, opened) for result in results]
+    rows = compare(*both) if len(both) > 1 else compare(both[0], None)
+    if as_json:
+        report = {"suite": opened.suite.name, "scores": console.scores_to_dict(rows), "results": results[0]}
+        if len(names) > 1:
+            report |= {"baseline": names[1], "baseline_results": results[1]}
+        console.print_json({"model": names[0], **report})
+    else:
+        console.print_scores(rows, *names)
+        if output is not None:
+            print(f"\nWritten   {output}")
+
+
+def _score_text(
+    console: Any, subjects: list[Any], data: str, options: dict[str, Any], batch_size: int, as_json: bool
+) -> None:
+    """Measures the perplexity of one model after the other, and prints it."""
     from dataclasses import asdict
 
     from sglp_llm.calibration import evaluation_windows
     from sglp_llm.evaluation.perplexity import perplexity
-    from sglp_llm.subject import Subject
-    from sglp_llm.texts import check_spec
+    from sglp_llm.evaluation.side_by_side import compare, perplexity_score
 
-    check_spec(data)
-    chosen = recipe_of(None, {"dtype": dtype, "revision": revision, "device_map": device_map})
-    subject = Subject(model, chosen.revision, chosen.dtype, chosen.device_map)
-    windows = evaluation_windows(subject.tokenizer, data, window=window, max_windows=max_windows, bos=bos)
-    subject.check_tokens(windows.input_ids)
-    result = perplexity(subject.load().model, windows, batch_size=batch_size, progress=console.progress_bar)
+    results = []
+    for subject in subjects:
+        windows = evaluation_windows(subject.tokenizer, data, **options)
+        subject.check_tokens(windows.input_ids)
+        results.append(perplexity(subject.load().model, windows, batch_size=batch_size, progress=console.progress_bar))
+        subject.release()
+    names = [subject.identity.name for subject in subjects]
+    reports = [{"model": name, **asdict(result)} for name, result in zip(names, results, strict=True)]
+    if len(names) == 1:
+        if as_json:
+            console.print_json(reports[0])
+        else:
+            console.print_perplexity(results[0], names[0])
+        return
+    rows = compare(*([perplexity_score(result)] for result in results))
     if as_json:
-        console.print_json({"model": model, **asdict(result)})
-    else:
-        console.print_perplexity(result, model)
+        console.print_json({**reports[0], "baseline": reports[1], "ratio": rows[0].ratio})
+        return
+    for result, name in zip(results, names, strict=True):
+        console.print_perplexity(result, name)
+        print()
+    console.print_scores(rows, *names)
