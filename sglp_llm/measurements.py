@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglp_llm.calibration import evaluation_windows
@@ -13,6 +14,8 @@ from sglp_llm.texts import check_spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_TASK_BATCH = 8
 
 
 def perplexity_measurement(subject: Subject, spec: str, window: int, max_windows: int | None) -> Measurement:
@@ -39,3 +42,34 @@ def perplexity_measurement(subject: Subject, spec: str, window: int, max_windows
     count, length = windows.input_ids.shape
     name = windows.source if "/" not in windows.source else windows.source.rpartition("/")[2].partition(":")[0]
     return Measurement(f"{name} ({count} x {length})", f"perplexity of {ids}", measure)
+
+
+def suite_measurement(subject: Subject, suite: Path, limit: int | None, data_dir: Path | None) -> Measurement:
+    """The tasks of a suite, each with its metric.
+
+    Args:
+        subject: The model, for its tokenizer.
+        suite: The suite's YAML file.
+        limit: Only the first examples of each task.
+        data_dir: Where tasks that read local files find them.
+
+    Raises:
+        UserError: The suite, a task or its data cannot be had.
+    """
+    from sglp_llm.evaluation.harness import evaluate_tasks, open_suite, scores
+    from sglp_llm.evaluation.suites import check_counts, load_suite
+
+    check_counts(limit, None)
+    opened = open_suite(load_suite(suite), data_dir)
+
+    def measure(model: PreTrainedModel) -> dict[str, float]:
+        results = evaluate_tasks(model, subject.tokenizer, opened, limit=limit, batch_size=_TASK_BATCH)
+        numbers: dict[str, float] = {}
+        for score in scores(results, opened):
+            numbers[f"{score.task} {score.metric}"] = score.value
+            if score.stderr is not None:
+                numbers[f"{score.task} {score.metric}_standard_error"] = score.stderr
+        return numbers
+
+    examples = "" if limit is None else f" (first {limit})"
+    return Measurement(f"{opened.suite.name}{examples}", f"suite {opened.suite} in {data_dir}, limit {limit}", measure)

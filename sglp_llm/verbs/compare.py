@@ -46,6 +46,11 @@ def compare(
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens in one window of it.")] = 512,
     max_windows: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
+    suite: Annotated[
+        Path | None, typer.Option(help="Suite of lm-eval tasks to score too, such as eval/generated.yaml.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only the first examples of each task.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the files that the suite's tasks read.")] = None,
     recipe: RecipeName = None,
     option: Option = None,
     calibration: Calibration = None,
@@ -65,11 +70,13 @@ def compare(
     settings = settings_of(locals())
     if output is None:
         raise UserError("where to? Give --output FOLDER")
+    if suite is None and (limit is not None or data_dir is not None):
+        raise UserError("--limit and --data-dir are about tasks: give --suite too")
     console = prepare()
     from dataclasses import asdict
 
     from sglp_llm.comparison import compare
-    from sglp_llm.measurements import perplexity_measurement
+    from sglp_llm.measurements import perplexity_measurement, suite_measurement
     from sglp_llm.pipeline import open_subject, read_calibration
     from sglp_llm.report.comparison_tables import to_markdown, write_tables
     from sglp_llm.report.plots import check_plotting, plot_perplexity
@@ -84,6 +91,8 @@ def compare(
     sequences = read_calibration(subject, chosen, None)
     texts = evaluate or ["wikitext2"]
     measurements = [perplexity_measurement(subject, text, window, max_windows) for text in texts]
+    if suite is not None:
+        measurements.append(suite_measurement(subject, suite, limit, data_dir))
     result = compare(subject, sequences, chosen, names, budgets, measurements, output, console.progress_bar)
     write_tables(result, output)
     plot_perplexity(result, output)
