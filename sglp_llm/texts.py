@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sglp_llm.errors import UserError, unknown
+from sglp_llm.hub import offline_when_unreachable
 
 Split = Literal["train", "test"]
 
@@ -242,7 +243,9 @@ def _hub_rows(source: str, path: str, columns: list[str], **arguments: Any) -> I
     import datasets
 
     try:
-        for row in datasets.load_dataset(path, **arguments):
+        with offline_when_unreachable():
+            rows = datasets.load_dataset(path, **arguments)
+        for row in rows:
             yield {column: row[column] for column in columns}
     except Exception as error:  # offline, gone, renamed, a broken download: each layer below has errors of its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())
