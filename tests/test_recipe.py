@@ -10,9 +10,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sglp_llm.analysis import SGLP
 from sglp_llm.criteria import criterion_names
 from sglp_llm.errors import UserError
-from sglp_llm.pipeline import SGLP
 from sglp_llm.recipe import Protect, Recipe, load_recipe, recipe_from_dict, recipe_names, save_recipe
 from sglp_llm.selection import check_budget
 from sglp_llm.sizes import parse_bytes
