@@ -33,6 +33,7 @@ from sglp_llm.subject import Subject
 Timed = tuple[float, list[float]]
 
 
+@torch.inference_mode()
 def naive_loss(model: DecoderModel, calibration: CalibrationSet, removed: tuple[int, ...]) -> float:
     """The layers taken out of the model, which then runs whole: what a straight-line script does."""
     decoder = model.model.model
@@ -47,7 +48,6 @@ def naive_loss(model: DecoderModel, calibration: CalibrationSet, removed: tuple[
     return sum(losses) / len(losses)
 
 
-@torch.inference_mode()
 def naive_ppl(model: DecoderModel, calibration: CalibrationSet) -> Timed:
     start = time.perf_counter()
     scores = [math.exp(naive_loss(model, calibration, (layer,))) for layer in range(model.num_layers)]
@@ -62,7 +62,6 @@ def shared_ppl(model: DecoderModel, calibration: CalibrationSet) -> Timed:
     return time.perf_counter() - start, criterion.scores()
 
 
-@torch.inference_mode()
 def naive_sleb(model: DecoderModel, calibration: CalibrationSet, removals: int) -> Timed:
     start = time.perf_counter()
     order: list[int] = []
@@ -77,7 +76,8 @@ def shared_sleb(model: DecoderModel, calibration: CalibrationSet, removals: int)
     criterion = make_criterion("sleb", model.num_layers)
     assert isinstance(criterion, GreedyCriterion)
     criterion.on_trials(Trials(model, calibration))
-    return time.perf_counter() - start, list(map(float, criterion.choose(removals, range(model.num_layers))))
+    order = criterion.choose(removals, range(model.num_layers))
+    return time.perf_counter() - start, list(map(float, order))
 
 
 def report(what: str, naive: Callable[[], Timed], shared: Callable[[], Timed], pairs: int, target: str) -> None:
