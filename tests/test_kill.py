@@ -25,7 +25,8 @@ MOMENTS = 10
 START = """
 import sys
 from sglp_llm import cli, pipeline
-cli._prepare()
+from sglp_llm.verbs.quiet import prepare
+prepare()
 print("ready", flush=True)
 cli.main()
 """
