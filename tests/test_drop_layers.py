@@ -29,6 +29,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sglp_llm import CalibrationSet, UserError, drop_layers, prune
+from sglp_llm.checkpoint.export import shortened
 from sglp_llm.plans import plan_from_indices
 
 TINY = pytest.mark.parametrize("tiny", every_tiny(), ids=str)
@@ -88,10 +89,10 @@ def test_all_layers_of_one_kind_of_attention_removed(tiny: Tiny, kind: str, tmp_
     source = save_tiny(model, tmp_path / "source")
     expected = shortened_logits(model, tiny.adapter.layers, removed)
     prune(source, tmp_path / "out", plan=plan_from_indices(tiny.depth, removed))
-    for shortened in (load_plain(tmp_path / "out"), drop_layers(model, removed)):
-        assert kind not in shortened.config.layer_types
-        assert torch.equal(logits_of(shortened), expected)
-        assert_cache_changes_nothing(shortened)
+    for shorter in (load_plain(tmp_path / "out"), drop_layers(model, removed)):
+        assert kind not in shorter.config.layer_types
+        assert torch.equal(logits_of(shorter), expected)
+        assert_cache_changes_nothing(shorter)
 
 
 @pytest.mark.parametrize("tiny", [Tiny("opt", 0), Tiny("gpt2", 0), Tiny("llama", 0)], ids=str)
@@ -185,3 +186,13 @@ def test_buffers_that_old_releases_stored_do_not_disturb(
     prune(source, tmp_path / "out", plan=plan_from_indices(tiny.depth, REMOVED))
     expected = shortened_logits(model, tiny.adapter.layers, REMOVED)
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected)
+
+
+@pytest.mark.parametrize("tiny", every_tiny(), ids=str)
+def test_a_model_that_was_shortened_for_a_while_is_what_it_was(tiny: Tiny) -> None:
+    model = tiny_model(tiny)
+    logits, config = logits_of(model), model.config.to_dict()
+    with shortened(model, (1, 3)) as shorter:
+        assert torch.equal(logits_of(shorter), logits_of(drop_layers(tiny_model(tiny), (1, 3))))
+    assert torch.equal(logits_of(model), logits)
+    assert model.config.to_dict() == config

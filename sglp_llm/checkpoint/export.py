@@ -195,8 +195,8 @@ def shortened(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[PreTra
         return
     wrapped = wrap_model(model)
     layers = wrapped.layers
-    everything = range(wrapped.num_layers)
-    before = _shortened_values(model.config, wrapped.adapter, everything)
+    changed = _shortened_values(model.config, wrapped.adapter, range(wrapped.num_layers))
+    before = {key: getattr(model.config, key) for key in changed}
     drop_layers(model, gone)
     try:
         yield model
