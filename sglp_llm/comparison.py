@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglp_llm.analysis import (
-    SGLP,
     Observations,
     check_criteria,
     choose_layers,
@@ -78,7 +78,8 @@ def compare(
     Raises:
         UserError: A criterion or budget does not fit.
     """
-    check_names(criteria)
+    if len(set(criteria)) != len(criteria):
+        raise UserError(f"criteria: a name stands twice in {', '.join(criteria)}")
     recipes = {name: [_recipe_of(recipe, name, budget) for budget in budgets] for name in criteria}
     protect = (recipe.protect.first, recipe.protect.last)
     for each in recipes.values():
@@ -122,17 +123,17 @@ def _choices(
     chosen: dict[str, list[list[int]]] = {}
     seconds: dict[str, float] = {}
 
-    def shared() -> dict[str, Any]:
+    def together(group: Sequence[str]) -> dict[str, Any]:
         start = time.perf_counter()
-        segmented = any(is_segmented(recipes[name][0]) for name in watching)
-        everyone = [names[name] for name in watching]
-        observations = observe(subject.load(), calibration, recipe, everyone, segmented, progress)
-        choices = {name: _chosen(subject, recipes[name], observations) for name in watching}
+        segmented = any(is_segmented(recipes[name][0]) for name in group)
+        deciding = [names[name] for name in group]
+        observations = observe(subject.load(), calibration, recipe, deciding, segmented, progress)
+        choices = {name: _chosen(subject, recipes[name], observations) for name in group}
         return {"choices": choices, "seconds": time.perf_counter() - start}
 
     depths = [each.budget.to_dict() for each in next(iter(recipes.values()))]
     if watching:
-        kept = journal.once(f"pass of {watching} at {depths}", shared)
+        kept = journal.once(f"pass of {watching} at {depths}", lambda: together(watching))
         chosen |= kept["choices"]
         seconds["shared pass"] = kept["seconds"]
     for name in recipes:
@@ -141,15 +142,9 @@ def _choices(
         if issubclass(get_criterion(name), GreedyCriterion):
             chosen[name], seconds[name] = _greedy(name, subject, calibration, recipes[name], journal, progress)
             continue
-
-        def alone(name: str = name) -> dict[str, Any]:
-            start = time.perf_counter()
-            observations = observe(subject.load(), calibration, recipe, [name], False, progress)
-            choices = _chosen(subject, recipes[name], observations)
-            return {"choices": choices, "seconds": time.perf_counter() - start}
-
-        kept = journal.once(f"trials of {name} at {depths}", alone)
-        chosen[name], seconds[name] = kept["choices"], kept["seconds"]
+        kept = journal.once(f"trials of {name} at {depths}", partial(together, [name]))
+        chosen |= kept["choices"]
+        seconds[name] = kept["seconds"]
     return chosen, seconds
 
 
@@ -209,16 +204,3 @@ def _measured(
                 results[plan][measurement.name] = journal.once(piece, numbers)
                 advance(1)
     return results[()], results
-
-
-def check_names(criteria: Sequence[str]) -> None:
-    """Refuses names that do not exist, or that stand twice.
-
-    Raises:
-        UserError: One does.
-    """
-    for name in criteria:
-        if name != SGLP:
-            get_criterion(name)
-    if len(set(criteria)) != len(criteria):
-        raise UserError(f"criteria: a name stands twice in {', '.join(criteria)}")

@@ -42,7 +42,7 @@ def main(source_a: str, source_b: str, output: str, mode: str, step: str = "") -
                 shutil.rmtree(trash, ignore_errors=True)
                 if Path(output).exists():
                     Path(output).rename(trash)
-            with writer.atomic_folder(Path(output), overwrite=mode != "anew") as folder:
+            with publish.atomic_folder(Path(output), overwrite=mode != "anew") as folder:
                 shards = writer.group_by_size(index.tensors.items(), 10 * 2**20)
                 writer.write_shards(folder, shards, index.metadata, passed)
                 shutil.copy(source / "config.json", folder)

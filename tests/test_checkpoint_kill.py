@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from sglp_llm.checkpoint.publish import atomic_folder
 from sglp_llm.checkpoint.reader import read_index
-from sglp_llm.checkpoint.writer import atomic_folder
 
 Content = dict[str, str]
 """What tells two checkpoints apart: what is in the config and a digest of every tensor."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sglp_llm.checkpoint import publish
-from sglp_llm.checkpoint.writer import atomic_folder
+from sglp_llm.checkpoint.publish import atomic_folder
 from sglp_llm.errors import UserError
 
 

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sglp_llm.checkpoint import writer
+from sglp_llm.checkpoint.publish import atomic_folder
 from sglp_llm.checkpoint.reader import DTYPE_BYTES, read_index
-from sglp_llm.checkpoint.writer import atomic_folder, write_safetensors, write_shards
+from sglp_llm.checkpoint.writer import write_safetensors, write_shards
 from sglp_llm.errors import UserError
 
 TORCH_DTYPES = {

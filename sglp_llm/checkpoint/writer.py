@@ -12,12 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from sglp_llm.checkpoint.publish import atomic_folder
 from sglp_llm.checkpoint.reader import DTYPE_BYTES, INDEX_FILE_NAME, SINGLE_FILE_NAME, TensorEntry
 from sglp_llm.errors import UserError
 from sglp_llm.progress import Advance
-
-__all__ = ["atomic_folder", "group_by_size", "write_safetensors", "write_shards"]
 
 NamedEntry = tuple[str, TensorEntry]
 """A tensor's name in the new file, and where its bytes are now."""

@@ -54,6 +54,9 @@ class GreedyCriterion(SetCriterion):
         self._order: list[int] = []
         self._among: Sequence[int] = ()
 
+    def on_trials(self, trials: Trials) -> None:
+        self._trials = trials
+
     @abstractmethod
     def costs(self, removed: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
         """What each candidate's removal would cost on top of those that are removed already; the least goes."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from sglp_llm.criteria.base import GreedyCriterion
 from sglp_llm.engine.measures import OutputCKA
 from sglp_llm.engine.observer import Need
-from sglp_llm.engine.trials import Trials
 from sglp_llm.similarity import check_kernel
 
 
@@ -29,9 +28,6 @@ class GreedyOutputCKA(GreedyCriterion):
     ) -> None:
         super().__init__(num_layers, seed)
         self._settings = check_kernel(kernel), sequences, positions
-
-    def on_trials(self, trials: Trials) -> None:
-        self._trials = trials
 
     def costs(self, removed: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
         measure = OutputCKA(*self._settings)

@@ -7,16 +7,12 @@ from collections.abc import Sequence
 from sglp_llm.criteria.base import GreedyCriterion
 from sglp_llm.engine.measures import KLMeasure
 from sglp_llm.engine.observer import Need
-from sglp_llm.engine.trials import Trials
 
 
 class GreedyKL(GreedyCriterion):
     """Like `sleb`, with KL(dense next-token distribution || pruned), the mean over all positions of a sequence."""
 
     needs = Need.TRIALS
-
-    def on_trials(self, trials: Trials) -> None:
-        self._trials = trials
 
     def costs(self, removed: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
         measure = KLMeasure()

@@ -7,16 +7,12 @@ from collections.abc import Sequence
 from sglp_llm.criteria.base import GreedyCriterion
 from sglp_llm.engine.measures import LossMeasure
 from sglp_llm.engine.observer import Need
-from sglp_llm.engine.trials import Trials
 
 
 class GreedyLoss(GreedyCriterion):
     """Removes the layer whose removal hurts the mean loss of the sequences least, then tries the others again."""
 
     needs = Need.TRIALS
-
-    def on_trials(self, trials: Trials) -> None:
-        self._trials = trials
 
     def costs(self, removed: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
         measure = LossMeasure()
