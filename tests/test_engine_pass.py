@@ -213,7 +213,7 @@ def test_scores_can_be_taken_inside_no_grad() -> None:
 class LiveTensors(Observer):
     """The bytes of all tensors that are alive after every eighth sequence."""
 
-    needs = Need.NOTHING
+    needs = Need.HIDDEN_STATES
 
     def __init__(self) -> None:
         self.bytes: list[int] = []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine.observer import Batch, Need
+from sglp_llm.processes import Processes
 
 
 class GradNorm(ScoreCriterion):
@@ -15,28 +18,34 @@ class GradNorm(ScoreCriterion):
     sequences gives another ranking.
     """
 
-    needs = Need.GRADIENTS
+    needs = Need.GRADIENT_NORMS
 
     def __init__(self, num_layers: int, seed: int = 0) -> None:
         super().__init__(num_layers, seed)
-        self._norms: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
-        self._totals = [0.0] * num_layers
-        self._sequences = 0
+        self._squares: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]  # of the sequence that is under way
+        self._sequence: list[int | None] = [None] * num_layers
+        self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum of norms, and how many
+        self._means = [0.0] * num_layers
 
-    def on_gradient(self, layer: int, batch: Batch, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        # Row by row, because a float32 sum over a whole matrix loses up to 1e-3 of it.
-        rows = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
-        self._norms[layer].append(torch.linalg.vector_norm(rows, dtype=torch.float64))
-
-    def on_batch_end(self, batch: Batch) -> None:
+    def on_gradient_norm(self, layer: int, batch: Batch, name: str, squared: torch.Tensor) -> None:
         assert batch.size == 1, "a gradient norm is that of one sequence"
-        for layer, norms in enumerate(self._norms):
-            self._totals[layer] += float(torch.linalg.vector_norm(torch.stack(norms)))
-            norms.clear()
-        self._sequences += 1
+        if self._sequence[layer] != batch.first:
+            self._finish_sequence(layer)
+            self._sequence[layer] = batch.first
+        self._squares[layer].append(squared)
+
+    def on_gradients_end(self, layer: int, weights: Mapping[str, torch.Tensor], processes: Processes) -> None:
+        self._finish_sequence(layer)
+        total, count = processes.sum(self._totals[layer]).tolist()
+        self._means[layer] = total / count
+
+    def _finish_sequence(self, layer: int) -> None:
+        if squares := self._squares[layer]:
+            self._totals[layer] += torch.stack([torch.stack(squares).sum().sqrt().cpu(), torch.ones(())])
+            squares.clear()
 
     def scores(self) -> list[float]:
-        return [total / self._sequences for total in self._totals]
+        return self._means
 
 
 CRITERION = GradNorm

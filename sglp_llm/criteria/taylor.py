@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine.observer import Batch, Need
 from sglp_llm.errors import unknown
+from sglp_llm.processes import Processes
 
 ACCUMULATORS = ("device", "host")
 
@@ -29,8 +32,8 @@ class Taylor(ScoreCriterion):
         if accumulator not in ACCUMULATORS:
             raise unknown("accumulator of taylor", accumulator, ACCUMULATORS)
         self._on_host = accumulator == "host"
-        self._weights: list[dict[str, torch.Tensor]] = [{} for _ in range(num_layers)]
         self._sums: list[dict[str, torch.Tensor]] = [{} for _ in range(num_layers)]
+        self._scores = [0.0] * num_layers
 
     def on_gradient(self, layer: int, batch: Batch, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         if weight.ndim < 2:
@@ -38,14 +41,19 @@ class Taylor(ScoreCriterion):
         if name in self._sums[layer]:
             self._sums[layer][name] += gradient.to(self._sums[layer][name].device)
         else:
-            copy = gradient.to("cpu" if self._on_host else gradient.device, torch.float32, copy=True)
-            self._weights[layer][name], self._sums[layer][name] = weight, copy
+            place = "cpu" if self._on_host else gradient.device
+            self._sums[layer][name] = gradient.to(place, torch.float32, copy=True)
+
+    def on_gradients_end(self, layer: int, weights: Mapping[str, torch.Tensor], processes: Processes) -> None:
+        sums, self._sums[layer] = self._sums[layer], {}
+        for name, weight in weights.items():
+            if weight.ndim < 2:
+                continue
+            mine = sums.pop(name) if name in sums else torch.zeros_like(weight, dtype=torch.float32)
+            self._scores[layer] += self._score(weight, processes.sum(mine))
 
     def scores(self) -> list[float]:
-        return [
-            sum(self._score(weights[name], gradient) for name, gradient in sums.items())
-            for weights, sums in zip(self._weights, self._sums, strict=True)
-        ]
+        return self._scores
 
     @staticmethod
     def _score(weight: torch.Tensor, gradient: torch.Tensor) -> float:

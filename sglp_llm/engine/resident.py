@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 from torch import nn
 
 from sglp_llm.calibration import CalibrationSet
+from sglp_llm.engine.gradients import watched_gradients
 from sglp_llm.engine.loss import sequence_loss
 from sglp_llm.engine.modes import entering_states, evaluating, leaving_states
 from sglp_llm.engine.observer import Batch, Need, Observer
 from sglp_llm.errors import UserError
 from sglp_llm.loading import DecoderModel
+from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 
 
@@ -25,12 +28,13 @@ def run_pass(
     *,
     batch_size: int = 8,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> float | None:
     """Shows the observers what they need: one forward pass, and one backward pass where gradients are wanted.
 
     With gradients one sequence is a step: a decoder layer's gradients are shown and freed as soon as autograd has them, and
     embeddings, final norm and head take none. Without, ``batch_size`` sequences are a step and the head does not run. When
-    no observer looks at hidden states or gradients, nothing runs.
+    no observer looks at hidden states or gradients, nothing runs. Each process takes its share of the sequences.
 
     Returns:
         The mean loss of the calibration sequences in nats a token when gradients were taken, otherwise ``None``.
@@ -44,23 +48,51 @@ def run_pass(
         needs |= observer.needs
     if Need.WEIGHTS in needs:
         _show_weights(model.layers, observers)
-    if not needs & (Need.HIDDEN_STATES | Need.GRADIENTS):
-        return None
-    differentiate = Need.GRADIENTS in needs
-    if differentiate:
-        batch_size = 1
-        _refuse_offloaded(model)
+    differentiate = bool(needs & (Need.GRADIENTS | Need.GRADIENT_NORMS))
+    loss = None
+    if differentiate or Need.HIDDEN_STATES in needs:
+        if differentiate:
+            batch_size = 1
+            _refuse_offloaded(model)
+        share = processes.share(len(calibration.input_ids), math.lcm(*(observer.together for observer in observers)))
+        loss_sum = _run(model, calibration, observers, needs, batch_size, share, progress)
+        if differentiate:
+            total = processes.sum(torch.tensor(loss_sum, dtype=torch.float64))
+            loss = float(total) / len(calibration.input_ids)
+            for index, layer in enumerate(model.layers):
+                weights = {name: weight.detach() for name, weight in layer.named_parameters()}
+                for observer in observers:
+                    if observer.needs & (Need.GRADIENTS | Need.GRADIENT_NORMS):
+                        observer.on_gradients_end(index, weights, processes)
+    for observer in observers:
+        observer.on_pass_end(processes)
+    return loss
+
+
+def _run(
+    model: DecoderModel,
+    calibration: CalibrationSet,
+    observers: Sequence[Observer],
+    needs: Need,
+    batch_size: int,
+    share: range,
+    progress: Progress,
+) -> float:
+    """Runs this process's share of the sequences; the sum of their losses where gradients are taken."""
+    differentiate = bool(needs & (Need.GRADIENTS | Need.GRADIENT_NORMS))
+    watching = [observer for observer in observers if Need.HIDDEN_STATES in observer.needs]
     current: list[Batch] = []  # the hooks' view of the step they belong to
     loss_sum = 0.0
     with ExitStack() as stack:
         stack.enter_context(evaluating(model.model))
-        if Need.HIDDEN_STATES in needs:
-            stack.enter_context(_layer_hooks(model.layers, observers, current))
+        if watching:
+            stack.enter_context(_layer_hooks(model.layers, watching, current))
         if differentiate:
-            stack.enter_context(_gradient_hooks(model, observers, current))
+            stack.enter_context(_frozen(model.model))
+            stack.enter_context(watched_gradients(dict(enumerate(model.layers)), observers, current))
         stack.enter_context(torch.enable_grad() if differentiate else torch.inference_mode())
-        advance = stack.enter_context(progress("Analysing", len(calibration.input_ids)))
-        for batch, ids, mask in batches(calibration, batch_size, model.input_device):
+        advance = stack.enter_context(progress("Analysing", len(share)))
+        for batch, ids, mask in batches(calibration, batch_size, model.input_device, share):
             current[:] = [batch]
             if differentiate:
                 logits = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -74,19 +106,20 @@ def run_pass(
                 del loss
             else:
                 model.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-            for observer in observers:
+            for observer in watching:
                 observer.on_batch_end(batch)
             advance(batch.size)
-    return loss_sum / len(calibration.input_ids) if differentiate else None
+    return loss_sum
 
 
 def batches(
-    calibration: CalibrationSet, batch_size: int, device: torch.device
+    calibration: CalibrationSet, batch_size: int, device: torch.device, share: range | None = None
 ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor | None]]:
     """The calibration set in steps: the batch, its ids ``[batch, tokens]`` and its mask, ``None`` without padding."""
-    for first in range(0, len(calibration.input_ids), batch_size):
-        ids = calibration.input_ids[first : first + batch_size].to(device)
-        mask = calibration.mask[first : first + batch_size].to(device)
+    share = range(len(calibration.input_ids)) if share is None else share
+    for first in share[::batch_size]:
+        end = min(first + batch_size, share.stop)
+        ids, mask = calibration.input_ids[first:end].to(device), calibration.mask[first:end].to(device)
         # Without a mask transformers takes its fast causal path.
         padded = None if mask.all() else mask
         yield Batch(first, len(ids), padded), ids, padded
@@ -101,9 +134,7 @@ def _show_weights(layers: nn.ModuleList, observers: Sequence[Observer]) -> None:
 
 
 @contextmanager
-def _layer_hooks(layers: nn.ModuleList, observers: Sequence[Observer], current: list[Batch]) -> Iterator[None]:
-    watching = [observer for observer in observers if Need.HIDDEN_STATES in observer.needs]
-
+def _layer_hooks(layers: nn.ModuleList, watching: Sequence[Observer], current: list[Batch]) -> Iterator[None]:
     def hook_for(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             entering, leaving = entering_states(args, kwargs).detach(), leaving_states(output).detach()
@@ -122,32 +153,14 @@ def _layer_hooks(layers: nn.ModuleList, observers: Sequence[Observer], current: 
 
 
 @contextmanager
-def _gradient_hooks(model: DecoderModel, observers: Sequence[Observer], current: list[Batch]) -> Iterator[None]:
-    watching = [observer for observer in observers if Need.GRADIENTS in observer.needs]
-    # Gradients that wait for somebody's optimiser must neither be lost nor be added to.
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.model.parameters()]
-
-    def hook_for(index: int, name: str) -> Any:
-        def hook(weight: torch.Tensor) -> None:
-            assert weight.grad is not None
-            for observer in watching:
-                observer.on_gradient(index, current[0], name, weight.detach(), weight.grad)
-            weight.grad = None
-
-        return hook
-
-    model.model.requires_grad_(False)
-    model.model.zero_grad(set_to_none=True)
-    handles = []
-    for index, layer in enumerate(model.layers):
-        for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(hook_for(index, name)))
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside the block no parameter takes gradients, and none holds any."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
@@ -172,7 +185,6 @@ def _not_finite(
             if not broken and not torch.isfinite(leaving).all():
                 broken.append(layer)
 
-    Finder.needs = Need.HIDDEN_STATES
     with _layer_hooks(model.layers, [Finder()], [Batch(sequence, 1, mask)]), torch.no_grad():
         model.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     place = (
