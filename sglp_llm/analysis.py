@@ -11,8 +11,8 @@ from importlib.metadata import version
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import Criterion, ScoreCriterion, SetCriterion, get_criterion, make_criterion
 from sglp_llm.engine.observer import Need
+from sglp_llm.engine.passes import run_pass
 from sglp_llm.engine.representations import CKAObserver
-from sglp_llm.engine.resident import run_pass
 from sglp_llm.engine.trials import Trials
 from sglp_llm.errors import UserError
 from sglp_llm.loading import DecoderModel

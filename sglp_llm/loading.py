@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sglp_llm.adapters import DecoderAdapter, get_adapter
 from sglp_llm.errors import UserError
+from sglp_llm.layer_weights import LayerWeights
 from sglp_llm.source import Source
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -28,11 +31,13 @@ class DecoderModel:
         adapter: The family's adapter.
         unused_tensors: Names of the checkpoint's tensors that transformers did not know what to do with, such as the causal
             masks that old releases stored.
+        weights: Where the decoder layers' weights come from when they are in memory one at a time; ``None`` when all are.
     """
 
     model: PreTrainedModel
     adapter: DecoderAdapter
-    unused_tensors: frozenset[str] = frozenset()
+    unused_tensors: Set[str] = frozenset()
+    weights: LayerWeights | None = None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -115,6 +120,45 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
     return DecoderModel(model.eval(), source.adapter, frozenset(report["unexpected_keys"]))
+
+
+def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = None) -> DecoderModel:
+    """A model whose decoder layers' weights stay in the files until they are needed.
+
+    Embeddings, final norm and head are there at once; on the CPU they too are views of the files.
+
+    Args:
+        source: What `find_source` found.
+        dtype: See `load_model`.
+        scratch: Folder for what engines keep between layers; ``None`` keeps it in memory.
+
+    Raises:
+        UserError: The checkpoint is not safetensors, or a tensor is missing or has the wrong shape.
+    """
+    from accelerate import init_empty_weights
+
+    if source.index is None:
+        raise UserError(
+            f"{source.identity.name}: the streamed engine reads safetensors files, and this is a {source.format} checkpoint; "
+            "use --engine resident, or save it as safetensors first"
+        )
+    # Without buffers: rotary frequencies and embedding scales stand in no file.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(source.config, dtype=DTYPES.get(dtype) or _stored_dtype(source))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = LayerWeights(source, model.eval(), device, scratch)
+    return DecoderModel(model, source.adapter, weights.unused_tensors, weights)
+
+
+def _stored_dtype(source: Source) -> torch.dtype:
+    """What transformers' ``dtype="auto"`` is: the configuration's, otherwise that of the first floating point tensor."""
+    assert source.index is not None
+    if isinstance(named := getattr(source.config, "dtype", None), torch.dtype):
+        return named
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+    return next(
+        (dtypes[entry.dtype] for entry in source.index.tensors.values() if entry.dtype in dtypes), torch.float32
+    )
 
 
 def load_tokenizer(source: Source) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +35,12 @@ class Replay:
 
     Attributes:
         ids: The token ids.
+        mask: As it was given.
         first_states: ``[batch, tokens, hidden]``: what enters layer 0.
     """
 
     def __init__(self, model: DecoderModel, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        self._model, self.ids, self._mask = model, ids, mask
+        self._model, self.ids, self.mask = model, ids, mask
         self._calls: list[Call] = []
         seen: list[torch.Tensor] = []
 
@@ -66,13 +68,32 @@ class Replay:
                 states = self.layer(index, states)
         return states
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """``[batch, tokens, vocabulary]``: final norm, head and whatever else the family has behind its last layer."""
+    def logits(self, states: torch.Tensor, positions: slice = slice(None)) -> torch.Tensor:
+        """``[batch, tokens, vocabulary]``: final norm, head and whatever else the family has behind its last layer.
+
+        Args:
+            states: ``[batch, tokens, hidden]``, of these positions alone.
+            positions: Which ones.
+        """
+        mask = None if self.mask is None else self.mask[:, positions]
         with _layers_replaced(self._model, [lambda args, kwargs: states] * self._model.num_layers):
             logits: torch.Tensor = self._model.model(
-                input_ids=self.ids, attention_mask=self._mask, use_cache=False
+                input_ids=self.ids[:, positions], attention_mask=mask, use_cache=False
             ).logits
         return logits
+
+    def with_ids(self, ids: torch.Tensor) -> Replay:
+        """The same layer arguments for other sequences of the same shape, without padding; `first_states` is not theirs."""
+        assert self.mask is None
+        assert ids.shape == self.ids.shape
+        other = copy(self)
+        other.ids = ids
+        return other
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits a token."""
+        return int(self._model.model.config.vocab_size)
 
 
 @contextmanager

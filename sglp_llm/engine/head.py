@@ -1,0 +1,64 @@
+"""From the hidden states that leave the last decoder layer to the loss, over chunks of tokens.
+
+The logits of a whole sequence are as large as tokens times vocabulary; a chunk of them is enough at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglp_llm.engine.loss import token_nll
+from sglp_llm.engine.replay import Replay
+
+_CHUNK_BYTES = 64 * 2**20  # of float32 logits; the loss and its gradient hold about three times as much
+
+
+def losses(replay: Replay, states: torch.Tensor) -> torch.Tensor:
+    """The mean loss of each sequence, ``[batch]`` float64; see `sglp_llm.engine.loss.sequence_loss`.
+
+    Args:
+        replay: The batch.
+        states: ``[batch, tokens, hidden]``, before the final norm.
+    """
+    total = torch.zeros(len(states), dtype=torch.float64, device=states.device)
+    for first, end in _chunks(replay, states):
+        total += _chunk_nll(replay, states[:, first:end], first, end).double().sum(dim=1)
+    return total / _predictions(replay, states)
+
+
+def loss_and_gradient(replay: Replay, states: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """The mean loss of one sequence, and its gradient by ``states``, ``[1, tokens, hidden]``, in their dtype."""
+    count = _predictions(replay, states)
+    gradient = torch.zeros_like(states)
+    total = 0.0
+    for first, end in _chunks(replay, states):
+        part = states[:, first:end].detach().requires_grad_(True)
+        with torch.enable_grad():
+            loss = (_chunk_nll(replay, part, first, end).sum(dim=1) / count).sum()
+        total += loss.item()
+        (part_gradient,) = torch.autograd.grad(loss, part)
+        gradient[:, first:end] += part_gradient
+    return total, gradient
+
+
+def _chunks(replay: Replay, states: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Half open ranges of positions that overlap by one: what the last of a chunk predicts belongs to the next."""
+    batch, tokens, _ = states.shape
+    length = max(2, _CHUNK_BYTES // (4 * batch * replay.vocabulary))
+    for first in range(0, tokens - 1, length - 1):
+        yield first, min(first + length, tokens)
+
+
+def _chunk_nll(replay: Replay, states: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    mask = None if replay.mask is None else replay.mask[:, first:end]
+    return token_nll(replay.logits(states, slice(first, end)), replay.ids[:, first:end], mask)
+
+
+def _predictions(replay: Replay, states: torch.Tensor) -> torch.Tensor:
+    """How many predictions of each sequence count, ``[batch]``, at least 1."""
+    if replay.mask is None:
+        return torch.full((len(states),), max(states.shape[1] - 1, 1), device=states.device)
+    real = replay.mask.to(device=states.device, dtype=torch.bool)
+    return (real[:, 1:] & real[:, :-1]).sum(dim=1).clamp(min=1)

@@ -1,0 +1,210 @@
+"""The engine for a model that does not fit: one decoder layer is in memory at a time, and sees all sequences while it is.
+
+Forward front to back, then the loss, then backward back to front, each layer recomputed from the hidden states that entered it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sglp_llm.calibration import CalibrationSet
+from sglp_llm.engine.gradients import watched_gradients
+from sglp_llm.engine.head import loss_and_gradient
+from sglp_llm.engine.modes import evaluating
+from sglp_llm.engine.observer import Batch, Need, Observer
+from sglp_llm.engine.replay import Replay
+from sglp_llm.engine.resident import batches
+from sglp_llm.engine.states import StateStore, state_store
+from sglp_llm.errors import UserError
+from sglp_llm.loading import DecoderModel
+from sglp_llm.processes import ALONE, Processes
+from sglp_llm.progress import Progress, silent
+
+_LOSS = "loss"  # the slot of the gradient by the hidden states between two layers
+
+
+@dataclass(frozen=True)
+class Step:
+    """Some sequences that go through a layer together: ``[batch, tokens]``; the mask is None without padding."""
+
+    batch: Batch
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+
+
+class Replays:
+    """The arguments of every layer for every step.
+
+    Without padding they are the same for all steps of one shape. With padding each step has masks of its own, as large as
+    tokens squared: they are made again when they are needed, which costs a pass without layers.
+    """
+
+    def __init__(self, model: DecoderModel) -> None:
+        self._model = model
+        self._plain: dict[torch.Size, Replay] = {}
+
+    def first_states(self, step: Step) -> torch.Tensor:
+        """What enters layer 0, ``[batch, tokens, hidden]``."""
+        replay = Replay(self._model, step.ids, step.mask)
+        if step.mask is None:
+            self._plain.setdefault(step.ids.shape, replay)
+        return replay.first_states
+
+    def of(self, step: Step) -> Replay:
+        """For running layers and the head on this step."""
+        if step.mask is None:
+            return self._plain[step.ids.shape].with_ids(step.ids)
+        return Replay(self._model, step.ids, step.mask)
+
+
+def run_streamed(
+    model: DecoderModel,
+    calibration: CalibrationSet,
+    observers: Sequence[Observer],
+    *,
+    batch_size: int = 8,
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> float | None:
+    """What `sglp_llm.engine.resident.run_pass` does, for a model with streamed layers; the results are the same.
+
+    Hidden states of all layers wait in host memory, ``[layers + 1, sequences, tokens, hidden]`` in the model's dtype, or in
+    the model's scratch folder.
+
+    Raises:
+        UserError: The loss is not finite (the message names the first layer whose output is not).
+    """
+    needs = Need.NOTHING
+    for observer in observers:
+        needs |= observer.needs
+    differentiate = bool(needs & (Need.GRADIENTS | Need.GRADIENT_NORMS))
+    forward = differentiate or Need.HIDDEN_STATES in needs
+    if not forward and Need.WEIGHTS not in needs:
+        return _end(observers, processes, None)
+    assert model.weights is not None
+    share = processes.share(len(calibration.input_ids), math.lcm(*(observer.together for observer in observers)))
+    steps = steps_of(model, calibration, 1 if differentiate else batch_size, share) if forward else []
+    replays = Replays(model)
+    work = model.num_layers * ((1 if forward else 0) + (2 if differentiate else 0))
+    loss = None
+    with (
+        evaluating(model.model),
+        state_store(model.input_device, model.weights.scratch) as store,
+        torch.no_grad(),
+        progress("Analysing", work or model.num_layers) as advance,
+    ):
+        for step in steps:
+            store.put(0, step.batch, replays.first_states(step))
+        for index, layer in streamed_layers(model, range(model.num_layers)):
+            _show_weights(index, layer, observers)
+            for step in steps:
+                store.put(index + 1, step.batch, replays.of(step).layer(index, store.get(index, step.batch)))
+            advance(1)
+        _show_states(model, steps, store, observers)
+        if differentiate:
+            loss_sum = _loss(model, steps, replays, store)
+            loss = float(processes.sum(torch.tensor(loss_sum, dtype=torch.float64))) / len(calibration.input_ids)
+            store.drop(model.num_layers)
+            watching = [o for o in observers if o.needs & (Need.GRADIENTS | Need.GRADIENT_NORMS)]
+            for index, layer in streamed_layers(model, range(model.num_layers - 1, -1, -1)):
+                _backward(index, layer, steps, replays, store, watching)
+                store.drop(index)
+                weights = {name: weight.detach() for name, weight in layer.named_parameters()}
+                for observer in watching:
+                    observer.on_gradients_end(index, weights, processes)
+                advance(2)
+    return _end(observers, processes, loss)
+
+
+def steps_of(
+    model: DecoderModel, calibration: CalibrationSet, batch_size: int, share: range | None = None
+) -> list[Step]:
+    """The sequences in steps."""
+    return [Step(*step) for step in batches(calibration, batch_size, model.input_device, share)]
+
+
+def streamed_layers(model: DecoderModel, order: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
+    """Brings the layers into memory in this order, each while the caller works on the one before it."""
+    assert model.weights is not None
+    indices = list(order)
+    try:
+        for index, following in zip(indices, [*indices[1:], None], strict=True):
+            with model.weights.layer(index, following) as layer:
+                yield index, layer
+    finally:
+        model.weights.close()
+
+
+def _end(observers: Sequence[Observer], processes: Processes, loss: float | None) -> float | None:
+    for observer in observers:
+        observer.on_pass_end(processes)
+    return loss
+
+
+def _show_weights(index: int, layer: nn.Module, observers: Sequence[Observer]) -> None:
+    for weight in layer.parameters():
+        for observer in observers:
+            if Need.WEIGHTS in observer.needs:
+                observer.on_weight(index, weight.detach())
+
+
+def _show_states(model: DecoderModel, steps: Sequence[Step], store: StateStore, observers: Sequence[Observer]) -> None:
+    watching = [observer for observer in observers if Need.HIDDEN_STATES in observer.needs]
+    if not watching:
+        return
+    for step in steps:
+        entering = store.get(0, step.batch)
+        for index in range(model.num_layers):
+            leaving = store.get(index + 1, step.batch)
+            for observer in watching:
+                observer.on_layer(index, step.batch, entering, leaving)
+            entering = leaving
+        for observer in watching:
+            observer.on_batch_end(step.batch)
+
+
+def _loss(model: DecoderModel, steps: Sequence[Step], replays: Replays, store: StateStore) -> float:
+    """The sum of the sequences' losses; their gradients by what leaves the last layer go into the store."""
+    total = 0.0
+    for step in steps:
+        loss, gradient = loss_and_gradient(replays.of(step), store.get(model.num_layers, step.batch))
+        if not math.isfinite(loss):
+            raise _not_finite(model, step, store, loss)
+        store.put(_LOSS, step.batch, gradient)
+        total += loss
+    return total
+
+
+def _backward(
+    index: int,
+    layer: nn.Module,
+    steps: Sequence[Step],
+    replays: Replays,
+    store: StateStore,
+    observers: Sequence[Observer],
+) -> None:
+    current: list[Batch] = []
+    with watched_gradients({index: layer}, observers, current), torch.enable_grad():
+        for step in steps:
+            current[:] = [step.batch]
+            entering = store.get(index, step.batch).detach().requires_grad_(True)
+            leaving = replays.of(step).layer(index, entering)
+            leaving.backward(store.get(_LOSS, step.batch))
+            assert entering.grad is not None
+            store.put(_LOSS, step.batch, entering.grad)
+
+
+def _not_finite(model: DecoderModel, step: Step, store: StateStore, loss: float) -> UserError:
+    broken = [index for index in range(model.num_layers) if not torch.isfinite(store.get(index + 1, step.batch)).all()]
+    place = (
+        f"decoder layer {broken[0]} is the first whose output is not" if broken else "every decoder layer's output is"
+    )
+    return UserError(
+        f"the loss is not finite ({loss}) on calibration sequence {step.batch.first}: {place}; "
+        "the weights are damaged, or the dtype is too small (try --dtype float32)"
+    )
