@@ -115,7 +115,6 @@ class LayerWeights:
 
     def _bring(self, index: int | None) -> None:
         """Puts the tensors of one layer, or of everything outside the layers, where transformers puts them."""
-        tensors = {entry.name: mapped_tensor(entry) for entry in self._entries[index]}
         settings = LoadStateDictConfig(
             device_map={"": self._device},
             dtype=self._model.dtype,
@@ -123,6 +122,7 @@ class LayerWeights:
             weight_mapping=self._conversions,
         )
         with _no_progress_bar, torch.inference_mode(False):
+            tensors = {entry.name: mapped_tensor(entry) for entry in self._entries[index]}
             report, _ = convert_and_load_state_dict_in_model(self._model, tensors, settings)
         if report.conversion_errors:
             name, error = next(iter(report.conversion_errors.items()))

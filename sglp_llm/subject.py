@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sglp_llm.errors import UserError
-from sglp_llm.loading import DecoderModel, load_model, load_tokenizer, wrap_model
+from sglp_llm.loading import DecoderModel, load_model, load_streamed, load_tokenizer, wrap_model
 from sglp_llm.records import ModelIdentity
 from sglp_llm.source import Source, find_source, fingerprint
 
@@ -22,6 +22,8 @@ class Subject:
         revision: Of a model on the Hub.
         dtype: See `load_model`.
         device_map: See `load_model`.
+        streamed: One decoder layer in memory at a time; see `load_streamed`.
+        scratch: Folder for what a streamed model keeps between layers.
         tokenizer: Instead of the checkpoint's own; needed with a live model, where text must be read.
 
     Attributes:
@@ -40,8 +42,11 @@ class Subject:
         dtype: str = "auto",
         device_map: str | None = None,
         tokenizer: Any = None,
+        streamed: bool = False,
+        scratch: Path | None = None,
     ) -> None:
         self._dtype, self._device_map, self._tokenizer = dtype, device_map, tokenizer
+        self._streamed, self._scratch = streamed, scratch
         self._loaded: DecoderModel | None = None
         self.source: Source | None = None
         if isinstance(model, PreTrainedModel):
@@ -77,7 +82,10 @@ class Subject:
         """The model in memory; loaded on the first call."""
         if self._loaded is None:
             assert self.source is not None
-            self._loaded = load_model(self.source, self._dtype, self._device_map)
+            if self._streamed:
+                self._loaded = load_streamed(self.source, self._dtype, self._scratch)
+            else:
+                self._loaded = load_model(self.source, self._dtype, self._device_map)
         return self._loaded
 
     def release(self) -> None:

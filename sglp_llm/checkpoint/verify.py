@@ -13,9 +13,12 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from sglp_llm.adapters import get_adapter
 from sglp_llm.checkpoint.export import renamed
 from sglp_llm.engine.modes import evaluating, skipped
-from sglp_llm.loading import DecoderModel
+from sglp_llm.errors import UserError
+from sglp_llm.loading import DecoderModel, load_streamed
+from sglp_llm.source import find_source
 
 HALF_PRECISION_TOLERANCE = 0.02
 """Largest difference of logits in bfloat16 and float16, relative to the largest logit. In float32 they must be equal."""
@@ -77,12 +80,15 @@ def expected_logits(model: DecoderModel, removed: tuple[int, ...], input_ids: to
     """
     ids = input_ids[:CHECK_SEQUENCES, :CHECK_TOKENS].to(model.input_device)
     kept = [layer for layer in range(model.num_layers) if layer not in removed]
-    unused = (renamed(tensor, model.adapter, kept) for tensor in model.unused_tensors)
     with evaluating(model.model), skipped(model.layers, removed), _buffers_as_loaded(model.model):
-        return Expected(ids.cpu(), _logits(model.model, ids), frozenset(name for name in unused if name))
+        logits = _logits(model.model, ids)
+    unused = (renamed(tensor, model.adapter, kept) for tensor in model.unused_tensors)
+    return Expected(ids.cpu(), logits, frozenset(name for name in unused if name))
 
 
-def verify_checkpoint(folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str) -> Verification:
+def verify_checkpoint(
+    folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str, streamed: bool = False
+) -> Verification:
     """Loads the folder with plain transformers and compares.
 
     Args:
@@ -90,27 +96,18 @@ def verify_checkpoint(folder: Path, expected: Expected, dtype: torch.dtype, devi
         expected: What `expected_logits` gave.
         dtype: What the source computed in.
         device: Where the source computed, or accelerate's ``device_map``.
+        streamed: One decoder layer in memory at a time, put there by transformers' loader. Generation is not compared then: it
+            would read the whole checkpoint for every token.
 
     Raises:
         VerificationError: The folder does not load without complaint, logits differ, or in float32 greedy generation with the
             KV cache gives other tokens than without.
     """
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device, output_loading_info=True
-        )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # transformers, safetensors and huggingface_hub each have their own for what is wrong
-        raise VerificationError(
-            f"reload check: {folder} does not load ({' '.join(str(error).split())[:300]})"
-        ) from error
-    for complaint in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := set(report[complaint]) - (expected.unused_tensors if complaint == "unexpected_keys" else set()):
-            raise VerificationError(f"reload check: {complaint.replace('_', ' ')} in {folder}: {sorted(keys)[:3]}")
-    model.eval()
-    ids = expected.input_ids.to(model.get_input_embeddings().weight.device)
-    logits = _logits(model, ids)
+    model = _streamed(folder, dtype) if streamed else _resident(folder, expected, dtype, device)
+    ids = expected.input_ids.to(model.input_device)
+    logits = _logits(model.model, ids)
+    if unknown := sorted(model.unused_tensors - expected.unused_tensors):
+        raise VerificationError(f"reload check: unexpected keys in {folder}: {unknown[:3]}")
     difference = float((logits - expected.logits).abs().max())
     exact = dtype == torch.float32
     tolerance = 0.0 if exact else HALF_PRECISION_TOLERANCE * float(expected.logits.abs().max())
@@ -119,9 +116,35 @@ def verify_checkpoint(folder: Path, expected: Expected, dtype: torch.dtype, devi
             f"reload check: the logits of {folder} differ from the source's with the layers skipped "
             f"by {difference:g} (allowed: {tolerance:g})"
         )
-    if exact:
-        _compare_generation(model, ids[:, :_PROMPT_TOKENS])
-    return Verification(str(dtype).removeprefix("torch."), difference, tolerance, ids.numel(), exact)
+    if exact and not streamed:
+        _compare_generation(model.model, ids[:, :_PROMPT_TOKENS])
+    return Verification(str(dtype).removeprefix("torch."), difference, tolerance, ids.numel(), exact and not streamed)
+
+
+def _resident(folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str) -> DecoderModel:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=device, output_loading_info=True
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers, safetensors and huggingface_hub each have their own for what is wrong
+        raise _does_not_load(folder, error) from error
+    for complaint in ("missing_keys", "mismatched_keys"):
+        if keys := set(report[complaint]):
+            raise VerificationError(f"reload check: {complaint.replace('_', ' ')} in {folder}: {sorted(keys)[:3]}")
+    return DecoderModel(model.eval(), get_adapter(model.config.model_type), frozenset(report["unexpected_keys"]))
+
+
+def _streamed(folder: Path, dtype: torch.dtype) -> DecoderModel:
+    try:
+        return load_streamed(find_source(folder), str(dtype).removeprefix("torch."))
+    except UserError as error:
+        raise _does_not_load(folder, error) from error
+
+
+def _does_not_load(folder: Path, error: Exception) -> VerificationError:
+    return VerificationError(f"reload check: {folder} does not load ({' '.join(str(error).split())[:300]})")
 
 
 @contextmanager

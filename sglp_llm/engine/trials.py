@@ -73,6 +73,12 @@ class Trials:
             description: For the progress bar.
         """
         gone, order = frozenset(removed), sorted(candidates)
+        if self.model.weights is not None:
+            from sglp_llm.engine.streamed_trials import run_streamed_trials, steps_of
+
+            steps = steps_of(self.model, self._calibration, self._batch_size)
+            run_streamed_trials(self.model, steps, gone, order, observer, self._progress, description)
+            return
         # Up to the first removed layer the whole model computes what the current one does.
         branch = {min(gone)} if gone and observer.needs_dense else set()
         wanted = sorted({*order, *branch})

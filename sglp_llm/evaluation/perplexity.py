@@ -10,7 +10,9 @@ import torch
 from sglp_llm.calibration import EvaluationWindows
 from sglp_llm.engine.loss import token_nll
 from sglp_llm.engine.modes import evaluating
+from sglp_llm.engine.streamed_losses import streamed_losses
 from sglp_llm.errors import UserError
+from sglp_llm.loading import DecoderModel
 from sglp_llm.progress import Progress, silent
 from sglp_llm.records import EvalResult
 
@@ -19,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def perplexity(
-    model: PreTrainedModel, windows: EvaluationWindows, *, batch_size: int = 1, progress: Progress = silent
+    model: PreTrainedModel | DecoderModel,
+    windows: EvaluationWindows,
+    *,
+    batch_size: int = 1,
+    progress: Progress = silent,
 ) -> EvalResult:
     """exp of the mean token negative log-likelihood over all predicted tokens.
 
@@ -27,10 +33,11 @@ def perplexity(
     single window tells nothing about it: it is then 0.0, because JSON has no NaN.
 
     Args:
-        model: Any causal language model of transformers, wherever its parameters lie; left in the mode it was in.
+        model: Any causal language model of transformers, wherever its parameters lie, or one whose layers are streamed; left
+            in the mode it was in.
         windows: What to measure on.
         batch_size: Windows in one forward pass; changes memory and speed only.
-        progress: Told about every batch, in windows.
+        progress: Told about every batch, in windows; of a streamed model, about every layer.
 
     Raises:
         UserError: A window is longer than the model's context, the loss of one is not finite, or ``batch_size`` is
@@ -39,7 +46,11 @@ def perplexity(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; at least 1 window is needed")
     count, length = windows.input_ids.shape
+    decoder = model if isinstance(model, DecoderModel) else None
+    model = model.model if isinstance(model, DecoderModel) else model
     _check_context(model, length)
+    if decoder is not None and decoder.weights is not None:
+        return _result(streamed_losses(decoder, windows.input_ids, batch_size, progress), windows)
     means: list[torch.Tensor] = []
     with torch.inference_mode(), evaluating(model), progress("Scoring", count) as advance:
         for batch in windows.input_ids.split(batch_size):

@@ -163,7 +163,7 @@ def _score_text(
     for subject in subjects:
         windows = evaluation_windows(subject.tokenizer, data, **options)
         subject.check_tokens(windows.input_ids)
-        results.append(perplexity(subject.load().model, windows, batch_size=batch_size, progress=console.progress_bar))
+        results.append(perplexity(subject.load(), windows, batch_size=batch_size, progress=console.progress_bar))
         subject.release()
     names = [subject.identity.name for subject in subjects]
     reports = [{"model": name, **asdict(result)} for name, result in zip(names, results, strict=True)]
