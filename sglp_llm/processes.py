@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -39,9 +42,20 @@ class Processes:
         """The sum of every process's tensor, the same shape and dtype in each; a collective call.
 
         Raises:
-            UserError: Another process failed; the message is its own.
+            UserError: Another process failed; see `failing_together`.
         """
         return tensor
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """All processes get to the end of the block, or none does; a collective call, at its end. Not to be nested.
+
+        Whoever raises inside raises its own error, and all others that of the first who did.
+
+        Raises:
+            UserError: Another process failed, with whatever error; the message is its own: ``process 2: ...``.
+        """
+        yield
 
 
 ALONE = Processes()

@@ -18,13 +18,20 @@ from sglp_llm.engine.observer import Batch
 from sglp_llm.engine.replay import Replay
 from sglp_llm.engine.resident import batches
 from sglp_llm.loading import DecoderModel
+from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 
 
 class TrialObserver(ABC):
-    """Watches the trials of one round."""
+    """Watches the trials of one round.
+
+    Attributes:
+        needs_dense: Whether it looks at what the whole model computes.
+        together: How many consecutive calibration sequences (a multiple of it after the first) one process must see.
+    """
 
     needs_dense: ClassVar[bool] = False
+    together: int = 1
 
     def on_batch(  # noqa: B027 - not every measure looks at it
         self, batch: Batch, replay: Replay, current: torch.Tensor, dense: torch.Tensor
@@ -42,6 +49,15 @@ class TrialObserver(ABC):
     def on_trial(self, layer: int, batch: Batch, replay: Replay, final: torch.Tensor) -> None:
         """One trial: ``final`` ``[batch, tokens, hidden]`` leaves the last layer when ``layer`` is removed as well."""
 
+    @abstractmethod
+    def on_end(self, candidates: Sequence[int], processes: Processes) -> None:
+        """The round is over; called once, in every process: sums of what each has seen become sums over all sequences.
+
+        Args:
+            candidates: The layers that were tried, ascending, the same in every process. A process may have tried none.
+            processes: For the sums.
+        """
+
 
 class Trials:
     """Removes one more layer, tentatively, wherever it is asked to.
@@ -51,15 +67,22 @@ class Trials:
         calibration: The sequences.
         batch_size: Sequences computed at once.
         progress: Told the trials that are done, in sequences.
+        processes: Each takes its share of the sequences; all must run the same trials.
     """
 
     def __init__(
-        self, model: DecoderModel, calibration: CalibrationSet, batch_size: int = 1, progress: Progress = silent
+        self,
+        model: DecoderModel,
+        calibration: CalibrationSet,
+        batch_size: int = 1,
+        progress: Progress = silent,
+        processes: Processes = ALONE,
     ) -> None:
         self.model = model
         self._calibration = calibration
         self._batch_size = batch_size
         self._progress = progress
+        self._processes = processes
 
     def run(
         self, removed: Sequence[int], candidates: Sequence[int], observer: TrialObserver, description: str = "Trials"
@@ -76,12 +99,13 @@ class Trials:
         # Up to the first removed layer the whole model computes what the current one does.
         branch = {min(gone)} if gone and observer.needs_dense else set()
         wanted = sorted({*order, *branch})
+        share = self._processes.share(len(self._calibration.input_ids), observer.together)
         with (
             torch.inference_mode(),
             evaluating(self.model.model),
-            self._progress(description, len(order) * len(self._calibration.input_ids)) as advance,
+            self._progress(description, len(order) * len(share)) as advance,
         ):
-            for batch, ids, mask in batches(self._calibration, self._batch_size, self.model.input_device):
+            for batch, ids, mask in batches(self._calibration, self._batch_size, self.model.input_device, share):
                 replay = Replay(self.model, ids, mask)
                 entering = self._entering(replay, gone, wanted)
                 current = replay.layers(wanted[-1], gone, entering[wanted[-1]])
@@ -92,6 +116,7 @@ class Trials:
                 for layer in order:
                     observer.on_trial(layer, batch, replay, replay.layers(layer + 1, gone, entering[layer]))
                     advance(batch.size)
+        observer.on_end(order, self._processes)
 
     def _entering(self, replay: Replay, gone: frozenset[int], wanted: Sequence[int]) -> dict[int, torch.Tensor]:
         """The hidden states that enter each of the given layers, ascending, of the current model."""
