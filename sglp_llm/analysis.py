@@ -112,9 +112,7 @@ def observe(
     }
     cka = CKAObserver(model.num_layers, recipe.kernel, recipe.minibatch_sequences, recipe.minibatch_positions)
     observers = [*criteria.values(), *([cka] if similarity else [])]
-    loss = run_pass(
-        model, calibration, observers, batch_size=recipe.batch_size, progress=progress, processes=processes
-    )
+    loss = run_pass(model, calibration, observers, batch_size=recipe.batch_size, progress=progress, processes=processes)
     trials = Trials(model, calibration.first(recipe.trial_samples), progress=progress, processes=processes)
     for criterion in criteria.values():
         if Need.TRIALS in criterion.needs:
@@ -155,6 +153,8 @@ def run_analysis(
     processes: Processes = ALONE,
 ) -> Analysis:
     """Observes, chooses, and writes down why."""
+    processes.check_same("model", subject.identity.fingerprint)
+    processes.check_same("calibration set", calibration.hash)
     model = subject.load()
     names = (deciding_criterion(recipe), *recipe.also)
     observations = observe(model, calibration, recipe, names, is_segmented(recipe), progress, processes)

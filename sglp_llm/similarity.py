@@ -111,7 +111,11 @@ class CKAAccumulator:
             num_layers: Number of representations a minibatch, which every process must know.
             processes: All of them call this.
         """
-        sums = self._sum.expand(num_layers, num_layers), self._scale.expand(num_layers), torch.tensor([self._minibatches])
+        sums = (
+            self._sum.expand(num_layers, num_layers),
+            self._scale.expand(num_layers),
+            torch.tensor([self._minibatches]),
+        )
         numbers = processes.sum(torch.cat([each.flatten().double() for each in sums]))
         self._sum = numbers[: num_layers**2].reshape(num_layers, num_layers)
         self._scale = numbers[num_layers**2 : -1]

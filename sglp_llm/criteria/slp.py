@@ -80,6 +80,7 @@ class SimilarPairs(SetCriterion):
             self._sums = processes.sum(self._sums)
 
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
+        # Sums over the same tokens are in the order of their means.
         similarity = self._sums if self._cka is None else self._cka.result().values
         remaining, removed = list(range(self.num_layers)), list[int]()
         while len(removed) < n:
