@@ -20,7 +20,7 @@ PATIENCE = timedelta(days=7)
 
 
 class Distributed(Processes):
-    """One of several processes, in a process group of its own: gloo for tensors on the CPU, NCCL for those on a GPU.
+    """One of several processes, in process groups of their own: gloo for tensors on the CPU, NCCL for those on a GPU.
 
     Every collective call begins with the question whether somebody has failed, so that nobody waits for a process that
     will not come.
@@ -28,13 +28,13 @@ class Distributed(Processes):
 
     def __init__(self) -> None:
         self._is_ours = not distributed.is_initialized()
-        backend = "gloo"
-        if torch.cuda.is_available():
-            backend = "cpu:gloo,cuda:nccl"
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         if self._is_ours:
-            distributed.init_process_group(backend, timeout=PATIENCE)
-        self._group = distributed.new_group(backend=backend, timeout=PATIENCE)
+            distributed.init_process_group("gloo")
+        self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self._groups = {"cpu": self._group}
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            self._groups["cuda"] = distributed.new_group(backend="nccl")
         self.index, self.count = distributed.get_rank(), distributed.get_world_size()
         self._has_failed = False
         atexit.register(self._leave)
@@ -43,7 +43,7 @@ class Distributed(Processes):
         # What may fail in one process alone, for want of memory, comes before the others count on it.
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._agree(None)
-        distributed.all_reduce(total, group=self._group)
+        distributed.all_reduce(total, group=self._groups[total.device.type])
         return total
 
     @contextmanager
