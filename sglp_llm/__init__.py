@@ -10,6 +10,7 @@ from sglp_llm.version import __version__ as __version__
 if TYPE_CHECKING:
     from sglp_llm.calibration import CalibrationSet
     from sglp_llm.checkpoint.export import drop_layers
+    from sglp_llm.distributed import current_processes
     from sglp_llm.errors import UserError
     from sglp_llm.evaluation.harness import evaluate_tasks
     from sglp_llm.pipeline import analyze, prune
@@ -26,6 +27,7 @@ __all__ = [
     "RunReport",
     "UserError",
     "analyze",
+    "current_processes",
     "drop_layers",
     "evaluate_tasks",
     "load_plan",
@@ -42,6 +44,7 @@ _HOMES = {
     "RunReport": "records",
     "UserError": "errors",
     "analyze": "pipeline",
+    "current_processes": "distributed",
     "drop_layers": "checkpoint.export",
     "evaluate_tasks": "evaluation.harness",
     "load_plan": "plans",

@@ -16,6 +16,7 @@ from sglp_llm.engine.representations import CKAObserver
 from sglp_llm.engine.trials import Trials
 from sglp_llm.errors import UserError
 from sglp_llm.loading import DecoderModel
+from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 from sglp_llm.recipe import Recipe
 from sglp_llm.records import Analysis, PrunePlan, Segment, SimilarityMatrix
@@ -92,6 +93,7 @@ def observe(
     names: Sequence[str],
     similarity: bool,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> Observations:
     """Runs the union of what the criteria need once, and then each criterion's own trials.
 
@@ -102,6 +104,7 @@ def observe(
         names: The criteria.
         similarity: Whether the CKA matrix is wanted.
         progress: Told the sequences that are done.
+        processes: Those that share the sequences; all return the same.
     """
     criteria = {
         name: make_criterion(name, model.num_layers, recipe.seed, recipe.options.get(name))
@@ -109,8 +112,8 @@ def observe(
     }
     cka = CKAObserver(model.num_layers, recipe.kernel, recipe.minibatch_sequences, recipe.minibatch_positions)
     observers = [*criteria.values(), *([cka] if similarity else [])]
-    loss = run_pass(model, calibration, observers, batch_size=recipe.batch_size, progress=progress)
-    trials = Trials(model, calibration.first(recipe.trial_samples), progress=progress)
+    loss = run_pass(model, calibration, observers, batch_size=recipe.batch_size, progress=progress, processes=processes)
+    trials = Trials(model, calibration.first(recipe.trial_samples), progress=progress, processes=processes)
     for criterion in criteria.values():
         if Need.TRIALS in criterion.needs:
             criterion.on_trials(trials)
@@ -142,11 +145,19 @@ def choose_layers(
     return layers_to_remove(recipe.budget, segments, scores, protect, model.parameters_without), segments
 
 
-def run_analysis(subject: Subject, recipe: Recipe, calibration: CalibrationSet, progress: Progress) -> Analysis:
+def run_analysis(
+    subject: Subject,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    progress: Progress,
+    processes: Processes = ALONE,
+) -> Analysis:
     """Observes, chooses, and writes down why."""
+    processes.check_same("model", subject.identity.fingerprint)
+    processes.check_same("calibration set", calibration.hash)
     model = subject.load()
     names = (deciding_criterion(recipe), *recipe.also)
-    observations = observe(model, calibration, recipe, names, is_segmented(recipe), progress)
+    observations = observe(model, calibration, recipe, names, is_segmented(recipe), progress, processes)
     scores = observations.scores()
     removed, segments = choose_layers(recipe, model, observations)
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding_criterion(recipe)}

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sglp_llm.errors import UserError
+from sglp_llm.launch import process_count, process_index
 from sglp_llm.verbs.analyze import analyze
 from sglp_llm.verbs.bench import bench
 from sglp_llm.verbs.compare import compare
@@ -32,6 +33,9 @@ app.command()(compare)
 app.command()(bench)
 app.command(name="ls")(list_members)
 
+IN_MANY_PROCESSES = ("analyze", "prune")
+"""Verbs that share their work between the processes that a launcher started."""
+
 _INTERRUPTED = 130
 """What Typer makes of Ctrl-C, without a word."""
 
@@ -40,8 +44,14 @@ _INTERRUPTED = 130
 def version(
     context: typer.Context, show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
-    if context.invoked_subcommand is None and not show:
+    verb = context.invoked_subcommand
+    if verb is None and not show:
         raise UserError("what shall be done? See sglp-llm --help")
+    if process_count() > 1 and verb is not None and verb not in IN_MANY_PROCESSES:
+        raise UserError(
+            f"{verb} runs in one process, and a launcher started {process_count()}: "
+            f"run it without torchrun or accelerate launch; {' and '.join(IN_MANY_PROCESSES)} share their work"
+        )
     if show:
         print(f"sglp-llm {__version__}")
         raise typer.Exit
@@ -65,11 +75,15 @@ def _run() -> int:
         return code
     except (UserError, usage_error) as error:
         format_message = getattr(error, "format_message", None)
+        if process_index() > 0:  # the main process makes the same mistake, or has been told of this one
+            return 2
         return _fail(format_message() if format_message else str(error), 2)
     except BrokenPipeError:  # whoever read stdout has seen enough, as in `sglp-llm ls criteria | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, typer.Abort):
+        if process_index() > 0:
+            return 1
         return _fail("interrupted", 1)
     except Exception as error:
         if os.environ.get("SGLP_LLM_TRACEBACK") or not _is_expected(error):

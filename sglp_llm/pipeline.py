@@ -17,6 +17,7 @@ from sglp_llm.checkpoint.publish import atomic_folder, check_output
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS, expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError
 from sglp_llm.plans import PLAN_FILE_NAME, save_plan
+from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 from sglp_llm.recipe import RECIPE_FILE_NAME, Recipe, save_recipe
 from sglp_llm.records import Analysis, PrunePlan, RunReport
@@ -37,6 +38,7 @@ def analyze(
     tokenizer: Any = None,
     calibration: CalibrationSet | str | None = None,
     progress: Progress = silent,
+    processes: Processes = ALONE,
     **settings: Any,
 ) -> Analysis:
     """Decides which decoder layers to remove. Writes nothing.
@@ -47,16 +49,19 @@ def analyze(
         tokenizer: Needed with a live model, unless ``calibration`` holds token ids.
         calibration: The calibration set, or where to read it (``"wikitext2"``, ``"text:FILE"``, ``"pydoc"``, ...).
         progress: Told the sequences that are done.
+        processes: Those that share the sequences (`current_processes`); all return the same.
         **settings: Single settings that replace the recipe's: ``ratio=0.25``, ``criterion="bi"``, ...
 
     Raises:
         UserError: Something in the model, the text or the settings is wrong; one line says what.
     """
-    recipe = _recipe(recipe, calibration, settings)
-    if not recipe.budget.to_dict():
-        recipe = replace(recipe, ratio=0.25)
-    subject = open_subject(model, recipe, tokenizer)
-    return run_analysis(subject, recipe, read_calibration(subject, recipe, calibration), progress)
+    with processes.failing_together():
+        recipe = _recipe(recipe, calibration, settings)
+        if not recipe.budget.to_dict():
+            recipe = replace(recipe, ratio=0.25)
+        _check_placement(recipe, processes)
+        subject = open_subject(model, recipe, tokenizer)
+        return run_analysis(subject, recipe, read_calibration(subject, recipe, calibration), progress, processes)
 
 
 def prune(
@@ -70,11 +75,13 @@ def prune(
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress = silent,
+    processes: Processes = ALONE,
     **settings: Any,
 ) -> RunReport:
     """Removes decoder layers and writes the shortened checkpoint.
 
-    The output appears whole or not at all. A live model is shortened in place, like `drop_layers` does.
+    The output appears whole or not at all. A live model is shortened in place, like `drop_layers` does. Of several processes
+    the main one writes, and the others return after the analysis.
 
     Args:
         model: Hub id, folder, ``.gguf`` file, or a live transformers model.
@@ -86,40 +93,45 @@ def prune(
         overwrite: Replace an output that exists.
         verify: Reload the result with plain transformers and compare it with the source, layers skipped.
         progress: Told sequences and bytes that are done.
+        processes: See `analyze`.
         **settings: See `analyze`.
 
     Raises:
         UserError: See `analyze`; also an output that exists or lies inside the source, or a plan for another model.
         VerificationError: The reload check failed; nothing is left at ``output``.
     """
-    if plan is not None and calibration is None and recipe is None:
-        calibration = "pydoc"  # any text does for the reload check, and this one is always there
-    recipe = _recipe(recipe, calibration, settings)
     output = Path(output).expanduser()
-    check_output(output, overwrite)
-    max_shard_size = None if recipe.max_shard_size is None else parse_bytes(recipe.max_shard_size)
-    if plan is None and not recipe.budget.to_dict():
-        raise UserError("how much to remove? Give a ratio, a number of layers to drop, target_params, or a plan")
-    if plan is None:
-        subject = open_subject(model, recipe, tokenizer)
-    else:
-        subject = _open(model, recipe, tokenizer)
-        check_plan(plan, subject.identity, subject.num_layers, stored=subject.source is not None)
-    if subject.source is not None:
-        subject.source.check_apart(output)
-    sequences = None
-    if plan is None:
-        sequences = read_calibration(subject, recipe, calibration)
-    elif verify:
-        sequences = read_calibration(subject, _enough_for_the_check(recipe, subject), calibration)
     seconds: dict[str, float] = {}
     analysis = None
-    if plan is None:
-        assert sequences is not None
-        with _timed(seconds, "analysis"):
-            analysis = run_analysis(subject, recipe, sequences, progress)
-        plan = analysis.plan
+    with processes.failing_together():
+        if plan is not None and calibration is None and recipe is None:
+            calibration = "pydoc"  # any text does for the reload check, and this one is always there
+        recipe = _recipe(recipe, calibration, settings)
+        _check_placement(recipe, processes)
+        check_output(output, overwrite)
+        max_shard_size = None if recipe.max_shard_size is None else parse_bytes(recipe.max_shard_size)
+        if plan is None and not recipe.budget.to_dict():
+            raise UserError("how much to remove? Give a ratio, a number of layers to drop, target_params, or a plan")
+        if plan is None:
+            subject = open_subject(model, recipe, tokenizer)
+        else:
+            subject = _open(model, recipe, tokenizer)
+            check_plan(plan, subject.identity, subject.num_layers, stored=subject.source is not None)
+        if subject.source is not None:
+            subject.source.check_apart(output)
+        sequences = None
+        if plan is None:
+            sequences = read_calibration(subject, recipe, calibration)
+        elif verify:
+            sequences = read_calibration(subject, _enough_for_the_check(recipe, subject), calibration)
+        if plan is None:
+            assert sequences is not None
+            with _timed(seconds, "analysis"):
+                analysis = run_analysis(subject, recipe, sequences, progress, processes)
+            plan = analysis.plan
     plan = replace(plan, source=plan.source or subject.identity, versions=plan.versions or software_versions())
+    if not processes.is_main:
+        return RunReport(str(output), plan, 0, None, seconds, analysis)
     expected = None
     if verify:
         assert sequences is not None
@@ -151,6 +163,14 @@ def _recipe(recipe: Recipe | None, calibration: CalibrationSet | str | None, set
     elif calibration is not None:
         settings["calibration"] = calibration
     return (recipe or Recipe()).with_changes(**settings)
+
+
+def _check_placement(recipe: Recipe, processes: Processes) -> None:
+    if processes.count > 1 and recipe.device_map not in (None, "cpu"):
+        raise UserError(
+            f"device_map {recipe.device_map!r} places one copy of the model, and each of {processes.count} processes needs "
+            "its own: leave it out, or start one process"
+        )
 
 
 def open_subject(model: Any, recipe: Recipe, tokenizer: Any, criteria: Sequence[str] | None = None) -> Subject:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+from sglp_llm.errors import UserError
 
 
 class Processes:
@@ -32,16 +38,45 @@ class Processes:
             Sequence numbers; empty where there are fewer groups than processes.
         """
         groups = -(-sequences // together)
-        first, last = (groups * index // self.count * together for index in (self.index, self.index + 1))
+        # Rounded up, so that among too many processes the main one, whose progress is seen, has work.
+        first, last = (-(-groups * index // self.count) * together for index in (self.index, self.index + 1))
         return range(first, min(last, sequences))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of every process's tensor, the same shape and dtype in each; a collective call.
 
         Raises:
-            UserError: Another process failed; the message is its own.
+            UserError: Another process failed; see `failing_together`.
         """
         return tensor
+
+    def check_same(self, what: str, value: str) -> None:
+        """Makes sure that all processes speak of the same thing, which may lie on another disk in each; a collective call.
+
+        Args:
+            what: What the value stands for.
+            value: Anything that is only equal where the things are.
+
+        Raises:
+            UserError: A process has another value than the main one, or failed.
+        """
+        digests = torch.zeros(self.count, 32, dtype=torch.float64)
+        digests[self.index] = torch.tensor(list(hashlib.sha256(value.encode()).digest()))
+        digests = self.sum(digests)
+        for index in range(self.count):
+            if not torch.equal(digests[index], digests[0]):
+                raise UserError(f"process {index} has another {what} than process 0: give all hosts the same files")
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """All processes get to the end of the block, or none does; a collective call, at its end. Not to be nested.
+
+        Whoever raises inside raises its own error, and all others that of the first who did.
+
+        Raises:
+            UserError: Another process failed, with whatever error; the message is its own: ``process 2: ...``.
+        """
+        yield
 
 
 ALONE = Processes()

@@ -194,8 +194,8 @@ class RunReport:
     Attributes:
         output: The folder that was written.
         plan: Which layers stay.
-        bytes_written: Size of the folder's weight files.
-        verification: What the reload check found, as plain data; ``None`` when it was switched off.
+        bytes_written: Size of the folder's weight files; 0 in a process that left the writing to the main one.
+        verification: What the reload check found, as plain data; ``None`` when it was switched off, or left to the main process.
         seconds: Wall time by stage.
         analysis: ``None`` when the plan was given.
     """

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from sglp_llm.errors import UserError, unknown
+from sglp_llm.processes import Processes
 from sglp_llm.records import SimilarityMatrix
 
 KERNELS = ("cosine", "linear")
@@ -73,8 +74,8 @@ class CKAAccumulator:
 
     def __init__(self, kernel: str = "cosine") -> None:
         self.kernel = check_kernel(kernel)
-        self._sum: torch.Tensor | None = None
-        self._scale: torch.Tensor | None = None  # what the self-similarities would be if no term cancelled
+        self._sum = torch.zeros((), dtype=torch.float64)
+        self._scale = torch.zeros((), dtype=torch.float64)  # what the self-similarities would be if no term cancelled
         self._minibatches = 0
 
     def update(self, representations: Sequence[torch.Tensor]) -> None:
@@ -99,9 +100,26 @@ class CKAAccumulator:
                 raise UserError(
                     f"the output of decoder layer {layer} is not finite: are the weights damaged, or is the dtype too small?"
                 )
-        self._sum = hsic if self._sum is None else self._sum + hsic
-        self._scale = scale if self._scale is None else self._scale + scale
+        self._sum = self._sum + hsic
+        self._scale = self._scale + scale
         self._minibatches += 1
+
+    def gather(self, num_layers: int, processes: Processes) -> None:
+        """Adds the minibatches that other processes have seen; this one may have seen none.
+
+        Args:
+            num_layers: Number of representations a minibatch, which every process must know.
+            processes: All of them call this.
+        """
+        sums = (
+            self._sum.expand(num_layers, num_layers),
+            self._scale.expand(num_layers),
+            torch.tensor([self._minibatches]),
+        )
+        numbers = processes.sum(torch.cat([each.flatten().double() for each in sums]))
+        self._sum = numbers[: num_layers**2].reshape(num_layers, num_layers)
+        self._scale = numbers[num_layers**2 : -1]
+        self._minibatches = int(numbers[-1])
 
     def result(self) -> SimilarityMatrix:
         """``CKA_ij = mean_b HSIC1(K_i, K_j) / sqrt(mean_b HSIC1(K_i, K_i) mean_b HSIC1(K_j, K_j))``.
@@ -109,8 +127,7 @@ class CKAAccumulator:
         Raises:
             UserError: A layer gives every token the same representation, so that its CKA is not defined.
         """
-        assert self._sum is not None, "no minibatch was added"
-        assert self._scale is not None
+        assert self._minibatches, "no minibatch was added"
         mean = self._sum / self._minibatches
         self_similarity = mean.diagonal()
         for layer, defined in enumerate(self_similarity > _CANCELLED * self._scale / self._minibatches):

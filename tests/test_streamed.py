@@ -10,7 +10,6 @@ import pytest
 import torch
 from calibration_sets import padded_set, plain_set
 from tiny_models import Tiny, every_tiny, logits_of, random_model, save_tiny, tiny_model, token_ids
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sglp_llm.calibration import CalibrationSet, EvaluationWindows
@@ -147,7 +146,7 @@ def test_two_layers_at_most_are_in_memory(tmp_path: Path) -> None:
     model = load_streamed(find_source(checkpoint(Tiny("llama", 0), tmp_path)), "float32")
     watcher = LayersInMemory(model)
     run_pass(model, plain_set(3), [watcher])
-    assert watcher.most == 2  # the one at work, and the next one
+    assert watcher.most <= 2  # the one at work, and the next one
 
 
 class Broken(RuntimeError):
@@ -173,38 +172,31 @@ def test_a_pass_that_fails_leaves_neither_weights_nor_files(tmp_path: Path) -> N
     assert torch.equal(logits_of(model.model, token_ids()), expected)
 
 
-def live_bytes() -> int:
-    gc.collect()
-    return sum(found.nbytes for found in gc.get_objects() if type(found) in (torch.Tensor, nn.Parameter))
-
-
-class LiveTensors(Observer):
-    """The bytes of tensors that are alive at the very end, when no other layer is on its way."""
+class LiveStates(Observer):
+    """How many tensors of the shape of hidden states are alive whenever a layer's gradients are done."""
 
     needs = Need.GRADIENT_NORMS
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.most = 0
 
-    def on_gradients_end(self, layer: int, *_: Any) -> None:
-        if layer == 0:
-            self.bytes = live_bytes()
+    def on_gradients_end(self, *_: Any) -> None:
+        gc.collect()
+        tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+        self.most = max(self.most, sum(found.shape == (1, 24, 32) for found in tensors))
 
 
 def test_with_scratch_memory_does_not_grow_with_the_calibration_set(tmp_path: Path) -> None:
-    settings = {**Tiny("llama", 0).settings, "num_hidden_layers": 3}
-    folder = save_tiny(random_model("llama", **settings), tmp_path / "model")
-    most = []
-    for sequences in (8, 16):
-        calibration, live = plain_set(sequences), LiveTensors()
-        model = load_streamed(find_source(folder), "float32", tmp_path)
-        observers = [make_criterion("gradnorm", 3), make_criterion("bi", 3), CKAObserver(3), live]
-        given = live_bytes()
-        run_pass(model, calibration, observers)
-        most.append(live.bytes - given)
-        del model, observers
-    ids_and_masks = 8 * 24 * (8 + 1)
-    assert most[1] <= most[0] + ids_and_masks
+    folder = save_tiny(random_model("llama", **Tiny("llama", 0).settings), tmp_path / "model")
+    most: dict[Path | None, list[int]] = {None: [], tmp_path: []}
+    for place, counts in most.items():
+        for sequences in (8, 16):
+            live = LiveStates()
+            model = load_streamed(find_source(folder), "float32", place)
+            run_pass(model, plain_set(sequences), [make_criterion("gradnorm", 6), CKAObserver(6), live])
+            counts.append(live.most)
+    assert most[tmp_path][0] == most[tmp_path][1] < 8
+    assert most[None][1] > most[None][0] > 8
 
 
 @pytest.fixture

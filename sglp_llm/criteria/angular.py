@@ -11,6 +11,7 @@ from sglp_llm.criteria.base import SetCriterion
 from sglp_llm.engine.observer import Batch, Need
 from sglp_llm.engine.representations import chosen_positions
 from sglp_llm.errors import UserError, unknown
+from sglp_llm.processes import Processes
 
 TOKENS = ("last", "all")
 
@@ -35,7 +36,6 @@ class Angular(SetCriterion):
         self._last, self._positions = tokens == "last", positions
         self._states: list[torch.Tensor] = []  # x_0 ... of the batch that is under way, [tokens, hidden] each
         self._distances = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
-        self._tokens = 0
 
     def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
         if layer == 0:
@@ -48,8 +48,10 @@ class Angular(SetCriterion):
         )  # [tokens, L + 1, hidden]
         cosines = (states @ states.transpose(1, 2)).clamp(-1, 1)
         self._distances += torch.arccos(cosines).sum(dim=0) / math.pi
-        self._tokens += len(states)
         self._states = []
+
+    def on_pass_end(self, processes: Processes) -> None:
+        self._distances = processes.sum(self._distances)
 
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
         starts = [first for first in removable if first + n - 1 <= removable[-1]]

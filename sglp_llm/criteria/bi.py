@@ -6,6 +6,7 @@ import torch
 
 from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine.observer import Batch, Need
+from sglp_llm.processes import Processes
 
 
 class BlockInfluence(ScoreCriterion):
@@ -15,18 +16,20 @@ class BlockInfluence(ScoreCriterion):
 
     def __init__(self, num_layers: int, seed: int = 0) -> None:
         super().__init__(num_layers, seed)
-        self._cosines = [0.0] * num_layers
-        self._tokens = [0] * num_layers
+        self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum of cosines, and how many
 
     def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
         cosine = torch.nn.functional.cosine_similarity(entering.float(), leaving.float(), dim=-1)
         if batch.mask is not None:
             cosine = cosine[batch.mask.to(cosine.device)]
-        self._cosines[layer] += float(cosine.sum(dtype=torch.float64))
-        self._tokens[layer] += cosine.numel()
+        self._totals[layer, 0] += cosine.sum(dtype=torch.float64).cpu()
+        self._totals[layer, 1] += cosine.numel()
+
+    def on_pass_end(self, processes: Processes) -> None:
+        self._totals = processes.sum(self._totals)
 
     def scores(self) -> list[float]:
-        return [1 - cosines / tokens for cosines, tokens in zip(self._cosines, self._tokens, strict=True)]
+        return [1 - cosines / tokens for cosines, tokens in self._totals.tolist()]
 
 
 CRITERION = BlockInfluence

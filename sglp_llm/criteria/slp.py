@@ -10,6 +10,7 @@ from sglp_llm.criteria.base import SetCriterion
 from sglp_llm.engine.observer import Batch, Need
 from sglp_llm.engine.representations import CKAObserver, chosen_positions
 from sglp_llm.errors import unknown
+from sglp_llm.processes import Processes
 
 METRICS = ("cosine", "euclidean", "cka")
 
@@ -46,9 +47,9 @@ class SimilarPairs(SetCriterion):
             raise unknown("metric of slp", metric, METRICS)
         self._metric, self._positions = metric, positions
         self._cka = CKAObserver(num_layers, kernel, sequences, positions) if metric == "cka" else None
+        self.together = 1 if self._cka is None else self._cka.together
         self._states: list[torch.Tensor] = []  # the outputs of the batch that is under way, [tokens, hidden] each
         self._sums = torch.zeros(num_layers, num_layers, dtype=torch.float64)
-        self._tokens = 0
 
     def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
         if self._cka is not None:
@@ -70,11 +71,17 @@ class SimilarPairs(SetCriterion):
             self._sums += (states @ states.transpose(1, 2)).sum(dim=0)
         else:
             self._sums -= torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=0)
-        self._tokens += len(states)
         self._states = []
 
+    def on_pass_end(self, processes: Processes) -> None:
+        if self._cka is not None:
+            self._cka.on_pass_end(processes)
+        else:
+            self._sums = processes.sum(self._sums)
+
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
-        similarity = self._sums / max(self._tokens, 1) if self._cka is None else self._cka.result().values
+        # Sums over the same tokens are in the order of their means.
+        similarity = self._sums if self._cka is None else self._cka.result().values
         remaining, removed = list(range(self.num_layers)), list[int]()
         while len(removed) < n:
             pairs = [(i, j) for j in remaining if j in removable for i in remaining if i < j]

@@ -41,19 +41,22 @@ class Taylor(ScoreCriterion):
         if name in self._sums[layer]:
             self._sums[layer][name] += gradient.to(self._sums[layer][name].device)
         else:
-            place = "cpu" if self._on_host else gradient.device
-            self._sums[layer][name] = gradient.to(place, torch.float32, copy=True)
+            self._sums[layer][name] = gradient.to(self._place(gradient), torch.float32, copy=True)
 
     def on_gradients_end(self, layer: int, weights: Mapping[str, torch.Tensor], processes: Processes) -> None:
         sums, self._sums[layer] = self._sums[layer], {}
         for name, weight in weights.items():
             if weight.ndim < 2:
                 continue
-            mine = sums.pop(name) if name in sums else torch.zeros_like(weight, dtype=torch.float32)
+            place = self._place(weight)  # the same one in a process that has seen nothing
+            mine = sums.pop(name) if name in sums else torch.zeros_like(weight, dtype=torch.float32, device=place)
             self._scores[layer] += self._score(weight, processes.sum(mine))
 
     def scores(self) -> list[float]:
         return self._scores
+
+    def _place(self, tensor: torch.Tensor) -> torch.device:
+        return torch.device("cpu") if self._on_host else tensor.device
 
     @staticmethod
     def _score(weight: torch.Tensor, gradient: torch.Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 
@@ -10,7 +11,8 @@ from sglp_llm.engine.loss import sequence_loss
 from sglp_llm.engine.observer import Batch
 from sglp_llm.engine.replay import Replay
 from sglp_llm.engine.representations import CKAObserver
-from sglp_llm.engine.trials import TrialObserver
+from sglp_llm.engine.trial_observer import TrialObserver
+from sglp_llm.processes import Processes
 
 
 class _MeanMeasure(TrialObserver):
@@ -19,14 +21,20 @@ class _MeanMeasure(TrialObserver):
     def __init__(self) -> None:
         self._sums: dict[int, float] = defaultdict(float)
         self._sequences: dict[int, int] = defaultdict(int)
+        self._means: dict[int, float] = {}
 
     def _add(self, layer: int, values: torch.Tensor) -> None:
         self._sums[layer] += float(values.double().sum())
         self._sequences[layer] += len(values)
 
+    def on_end(self, candidates: Sequence[int], processes: Processes) -> None:
+        mine = [(self._sums[layer], self._sequences[layer]) for layer in candidates]
+        totals = processes.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        self._means = {layer: total / count for layer, (total, count) in zip(candidates, totals, strict=True)}
+
     def means(self) -> dict[int, float]:
         """The mean of every layer that was tried."""
-        return {layer: total / self._sequences[layer] for layer, total in self._sums.items()}
+        return self._means
 
 
 class LossMeasure(_MeanMeasure):
@@ -67,16 +75,24 @@ class OutputCKA(TrialObserver):
 
     def __init__(self, kernel: str, sequences: int, positions: int) -> None:
         self._settings = kernel, sequences, positions
+        self.together = sequences
         self._pairs: dict[int, CKAObserver] = {}
 
     def on_batch(self, batch: Batch, replay: Replay, current: torch.Tensor, dense: torch.Tensor) -> None:
         self._current = current
 
     def on_trial(self, layer: int, batch: Batch, replay: Replay, final: torch.Tensor) -> None:
-        pair = self._pairs.setdefault(layer, CKAObserver(2, *self._settings))
+        pair = self._pair(layer)
         for side, states in enumerate((self._current, final)):
             pair.on_layer(side, batch, states, states)
         pair.on_batch_end(batch)
+
+    def on_end(self, candidates: Sequence[int], processes: Processes) -> None:
+        for layer in candidates:
+            self._pair(layer).on_pass_end(processes)
+
+    def _pair(self, layer: int) -> CKAObserver:
+        return self._pairs.setdefault(layer, CKAObserver(2, *self._settings))
 
     def similarities(self) -> dict[int, float]:
         """The CKA of every layer that was tried."""

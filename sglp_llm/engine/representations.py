@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sglp_llm.engine.observer import Batch, Need, Observer
+from sglp_llm.processes import Processes
 from sglp_llm.records import SimilarityMatrix
 from sglp_llm.similarity import CKAAccumulator
 
@@ -45,7 +46,7 @@ class CKAObserver(Observer):
 
     def __init__(self, num_layers: int, kernel: str = "cosine", sequences: int = 8, positions: int = 64) -> None:
         self._accumulator = CKAAccumulator(kernel)
-        self._sequences = sequences
+        self.together = sequences
         self._positions = positions
         self._rows: list[list[torch.Tensor]] = [
             [] for _ in range(num_layers)
@@ -57,16 +58,19 @@ class CKAObserver(Observer):
             self._rows[layer].append(leaving[index, chosen.to(leaving.device)].detach())
 
     def on_batch_end(self, batch: Batch) -> None:
-        while len(self._rows[0]) >= self._sequences:
+        while len(self._rows[0]) >= self.together:
             self._flush()
 
-    def result(self) -> SimilarityMatrix:
-        """The similarity matrix of everything that was shown."""
+    def on_pass_end(self, processes: Processes) -> None:
         if self._rows[0]:
             self._flush()
+        self._accumulator.gather(len(self._rows), processes)
+
+    def result(self) -> SimilarityMatrix:
+        """The similarity matrix of everything that was shown until the pass ended."""
         return self._accumulator.result()
 
     def _flush(self) -> None:
-        self._accumulator.update([torch.cat(rows[: self._sequences]) for rows in self._rows])
+        self._accumulator.update([torch.cat(rows[: self.together]) for rows in self._rows])
         for rows in self._rows:
-            del rows[: self._sequences]
+            del rows[: self.together]

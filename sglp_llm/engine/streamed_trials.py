@@ -8,12 +8,10 @@ import torch
 
 from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.states import state_store
-from sglp_llm.engine.streamed import Replays, Step, steps_of, streamed_layers
-from sglp_llm.engine.trials import TrialObserver
+from sglp_llm.engine.streamed import Replays, Step, streamed_layers
+from sglp_llm.engine.trial_observer import TrialObserver
 from sglp_llm.loading import DecoderModel
 from sglp_llm.progress import Progress
-
-__all__ = ["run_streamed_trials", "steps_of"]
 
 _CURRENT, _DENSE = "current", "dense"  # the slots beside the trials', which are the tried layers
 

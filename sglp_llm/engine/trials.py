@@ -6,41 +6,20 @@ and the loss run once a trial; over all L layers that is L(L-1)/2 + L layer pass
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.modes import evaluating
-from sglp_llm.engine.observer import Batch
 from sglp_llm.engine.replay import Replay
 from sglp_llm.engine.resident import batches
+from sglp_llm.engine.streamed import steps_of
+from sglp_llm.engine.streamed_trials import run_streamed_trials
+from sglp_llm.engine.trial_observer import TrialObserver
 from sglp_llm.loading import DecoderModel
+from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
-
-
-class TrialObserver(ABC):
-    """Watches the trials of one round."""
-
-    needs_dense: ClassVar[bool] = False
-
-    def on_batch(  # noqa: B027 - not every measure looks at it
-        self, batch: Batch, replay: Replay, current: torch.Tensor, dense: torch.Tensor
-    ) -> None:
-        """Before the trials of a batch.
-
-        Args:
-            batch: The sequences.
-            replay: For ids and logits.
-            current: ``[batch, tokens, hidden]``: what leaves the last layer of the model as it is in this round.
-            dense: The same for the whole model where ``needs_dense`` asks for it, otherwise ``current``.
-        """
-
-    @abstractmethod
-    def on_trial(self, layer: int, batch: Batch, replay: Replay, final: torch.Tensor) -> None:
-        """One trial: ``final`` ``[batch, tokens, hidden]`` leaves the last layer when ``layer`` is removed as well."""
 
 
 class Trials:
@@ -51,15 +30,22 @@ class Trials:
         calibration: The sequences.
         batch_size: Sequences computed at once.
         progress: Told the trials that are done, in sequences.
+        processes: Each takes its share of the sequences; all must run the same trials.
     """
 
     def __init__(
-        self, model: DecoderModel, calibration: CalibrationSet, batch_size: int = 1, progress: Progress = silent
+        self,
+        model: DecoderModel,
+        calibration: CalibrationSet,
+        batch_size: int = 1,
+        progress: Progress = silent,
+        processes: Processes = ALONE,
     ) -> None:
         self.model = model
         self._calibration = calibration
         self._batch_size = batch_size
         self._progress = progress
+        self._processes = processes
 
     def run(
         self, removed: Sequence[int], candidates: Sequence[int], observer: TrialObserver, description: str = "Trials"
@@ -73,21 +59,26 @@ class Trials:
             description: For the progress bar.
         """
         gone, order = frozenset(removed), sorted(candidates)
-        if self.model.weights is not None:
-            from sglp_llm.engine.streamed_trials import run_streamed_trials, steps_of
-
-            steps = steps_of(self.model, self._calibration, self._batch_size)
+        share = self._processes.share(len(self._calibration.input_ids), observer.together)
+        if self.model.weights is None:
+            self._run_resident(gone, order, observer, share, description)
+        else:
+            steps = steps_of(self.model, self._calibration, self._batch_size, share)
             run_streamed_trials(self.model, steps, gone, order, observer, self._progress, description)
-            return
+        observer.on_end(order, self._processes)
+
+    def _run_resident(
+        self, gone: frozenset[int], order: Sequence[int], observer: TrialObserver, share: range, description: str
+    ) -> None:
         # Up to the first removed layer the whole model computes what the current one does.
         branch = {min(gone)} if gone and observer.needs_dense else set()
         wanted = sorted({*order, *branch})
         with (
             torch.inference_mode(),
             evaluating(self.model.model),
-            self._progress(description, len(order) * len(self._calibration.input_ids)) as advance,
+            self._progress(description, len(order) * len(share)) as advance,
         ):
-            for batch, ids, mask in batches(self._calibration, self._batch_size, self.model.input_device):
+            for batch, ids, mask in batches(self._calibration, self._batch_size, self.model.input_device, share):
                 replay = Replay(self.model, ids, mask)
                 entering = self._entering(replay, gone, wanted)
                 current = replay.layers(wanted[-1], gone, entering[wanted[-1]])

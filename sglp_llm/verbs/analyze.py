@@ -69,16 +69,23 @@ def analyze(
     settings = settings_of(locals())
     console = prepare()
     from sglp_llm.checkpoint.publish import atomic_folder, check_output
+    from sglp_llm.distributed import current_processes
     from sglp_llm.pipeline import analyze
     from sglp_llm.plans import PLAN_FILE_NAME, save_plan
+    from sglp_llm.progress import silent
     from sglp_llm.recipe import RECIPE_FILE_NAME, save_recipe
     from sglp_llm.source import find_source
 
-    chosen = recipe_of(recipe, settings, model)
-    if output is not None:
-        check_output(output, overwrite)
-        find_source(model_of(model, chosen), chosen.revision).check_apart(output)
-    analysis = analyze(model_of(model, chosen), recipe=chosen, progress=console.progress_bar)
+    processes = current_processes()
+    with processes.failing_together():
+        chosen = recipe_of(recipe, settings, model)
+        if output is not None:
+            check_output(output, overwrite)
+            find_source(model_of(model, chosen), chosen.revision).check_apart(output)
+    progress = console.progress_bar if processes.is_main else silent
+    analysis = analyze(model_of(model, chosen), recipe=chosen, progress=progress, processes=processes)
+    if not processes.is_main:
+        return
     if output is not None:
         with atomic_folder(output, overwrite) as folder:
             save_plan(analysis.plan, folder / PLAN_FILE_NAME)

@@ -87,23 +87,31 @@ def prune(
     if private and push_to_hub is None:
         raise UserError("--private is about the Hub repository: give --push-to-hub REPO too")
     console = prepare()
+    from sglp_llm.distributed import current_processes
     from sglp_llm.hub import check_repo_name, upload
     from sglp_llm.pipeline import prune
     from sglp_llm.plans import load_plan
+    from sglp_llm.progress import silent
 
-    if push_to_hub is not None:
-        check_repo_name(push_to_hub)
-    chosen = recipe_of(recipe, settings, model)
+    processes = current_processes()
+    with processes.failing_together():
+        if push_to_hub is not None:
+            check_repo_name(push_to_hub)
+        chosen = recipe_of(recipe, settings, model)
+        given_plan = None if plan is None else load_plan(plan)
     report = prune(
         model_of(model, chosen),
         output,
-        plan=None if plan is None else load_plan(plan),
+        plan=given_plan,
         recipe=chosen,
         calibration="pydoc" if plan is not None and recipe is None and calibration is None else None,
         overwrite=overwrite,
         verify=verify,
-        progress=console.progress_bar,
+        progress=console.progress_bar if processes.is_main else silent,
+        processes=processes,
     )
+    if not processes.is_main:
+        return
     if as_json:
         console.print_json(console.report_to_dict(report))
     else:

@@ -1,0 +1,18 @@
+"""What a launcher (torchrun, accelerate launch) says in the environment. Without torch, so that ``--help`` stays fast."""
+
+from __future__ import annotations
+
+import os
+
+
+def process_count() -> int:
+    """How many processes the launcher started; 1 without one.
+
+    A cluster may set ``WORLD_SIZE`` for a job that nobody launches: a process without a rank is alone.
+    """
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def process_index() -> int:
+    """The number of this process among all of them, on all hosts."""
+    return int(os.environ["RANK"]) if process_count() > 1 else 0
