@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from sglp_llm.engine.dry_run import DryRun
 from sglp_llm.engine.observer import Need
+from sglp_llm.errors import UserError
 from sglp_llm.records import EngineMemory, FreeMemory, MemoryPlan
 
 RUNTIME = 520 * 10**6
@@ -23,7 +24,7 @@ RUNTIME = 520 * 10**6
 CUDA_CONTEXT = 500 * 10**6
 """Bytes that a CUDA context takes on the host, beside `RUNTIME`; on the device it is not free any more when we ask."""
 
-FRAGMENTS = 0.15
+FRAGMENTS = 0.2
 """Share by which activations take more than their bytes, in the allocator of the host or the device."""
 
 USABLE = 0.9
@@ -114,11 +115,20 @@ def plan_memory(config: PretrainedConfig, dtype: torch.dtype, work: Work, on_dev
         dtype: What is computed in.
         work: What is done.
         on_device: Whether a CUDA device computes; the host then holds what does not need to be there.
+
+    Raises:
+        UserError: transformers cannot run such a configuration.
     """
-    dry = DryRun(config, dtype)
-    counts = count_parameters(dry.model, dry.layers)
-    model = _Model(counts, len(dry.layers), config.hidden_size, config.vocab_size, dtype.itemsize)
-    return MemoryPlan(_resident(dry, model, work, on_device), _streamed(dry, model, work, on_device))
+    try:
+        dry = DryRun(config, dtype)
+        counts = count_parameters(dry.model, dry.layers)
+        model = _Model(counts, len(dry.layers), config.hidden_size, config.vocab_size, dtype.itemsize)
+        return MemoryPlan(_resident(dry, model, work, on_device), _streamed(dry, model, work, on_device))
+    except Exception as error:  # a configuration that fits no model fails anywhere in transformers or torch
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(
+            f"the memory cannot be predicted: a model of this configuration does not run ({reason})"
+        ) from None
 
 
 def fits(memory: EngineMemory, free: FreeMemory) -> bool:
@@ -150,13 +160,13 @@ def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
     weights = model.counts.total * model.itemsize
     phases = [{"weights": weights}]
     if _differentiates(work):
-        one, two = (dry.kept_for_backward(layers, work.seq_len) for layers in (1, 2))
+        one = dry.kept_for_backward(1, work.seq_len)
         # Gradients are freed one by one; their norms are taken in float32.
         gradient = model.counts.largest * (model.itemsize if model.itemsize == 4 else model.itemsize + 4)
         phases.append(
             {
                 "weights": weights,
-                "activations": _with_fragments(one + (model.layers - 1) * (two - one)),
+                "activations": _with_fragments(dry.kept_for_backward(model.layers, work.seq_len)),
                 "loss": _with_fragments(dry.training_peak(1, work.seq_len) - one),
                 "gradients": gradient + _sums(model.counts.matrices, work),
                 "observed": _observed(model, work),

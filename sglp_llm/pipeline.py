@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,9 +17,10 @@ from sglp_llm.checkpoint.publish import atomic_folder, check_output
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS, expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError
 from sglp_llm.plans import PLAN_FILE_NAME, save_plan
+from sglp_llm.prediction import forecast
 from sglp_llm.progress import Progress, silent
 from sglp_llm.recipe import RECIPE_FILE_NAME, Recipe, save_recipe
-from sglp_llm.records import Analysis, PrunePlan, RunReport
+from sglp_llm.records import Analysis, EngineMemory, FreeMemory, PrunePlan, RunReport
 from sglp_llm.report.model_card import write_model_card
 from sglp_llm.selection import check_budget
 from sglp_llm.sizes import parse_bytes
@@ -29,6 +30,9 @@ from sglp_llm.texts import check_spec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+OnForecast = Callable[[EngineMemory, FreeMemory], None]
+"""Told, before the weights are loaded, what the analysis is predicted to hold, and what is free."""
+
 
 def analyze(
     model: str | Path | PreTrainedModel,
@@ -37,6 +41,7 @@ def analyze(
     tokenizer: Any = None,
     calibration: CalibrationSet | str | None = None,
     progress: Progress = silent,
+    on_forecast: OnForecast | None = None,
     **settings: Any,
 ) -> Analysis:
     """Decides which decoder layers to remove. Writes nothing.
@@ -47,6 +52,7 @@ def analyze(
         tokenizer: Needed with a live model, unless ``calibration`` holds token ids.
         calibration: The calibration set, or where to read it (``"wikitext2"``, ``"text:FILE"``, ``"pydoc"``, ...).
         progress: Told the sequences that are done.
+        on_forecast: See `OnForecast`.
         **settings: Single settings that replace the recipe's: ``ratio=0.25``, ``criterion="bi"``, ...
 
     Raises:
@@ -56,7 +62,9 @@ def analyze(
     if not recipe.budget.to_dict():
         recipe = replace(recipe, ratio=0.25)
     subject = open_subject(model, recipe, tokenizer)
-    return run_analysis(subject, recipe, read_calibration(subject, recipe, calibration), progress)
+    sequences = read_calibration(subject, recipe, calibration)
+    _tell_forecast(subject, recipe, on_forecast)
+    return run_analysis(subject, recipe, sequences, progress)
 
 
 def prune(
@@ -70,6 +78,7 @@ def prune(
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress = silent,
+    on_forecast: OnForecast | None = None,
     **settings: Any,
 ) -> RunReport:
     """Removes decoder layers and writes the shortened checkpoint.
@@ -86,6 +95,7 @@ def prune(
         overwrite: Replace an output that exists.
         verify: Reload the result with plain transformers and compare it with the source, layers skipped.
         progress: Told sequences and bytes that are done.
+        on_forecast: See `OnForecast`.
         **settings: See `analyze`.
 
     Raises:
@@ -116,6 +126,7 @@ def prune(
     analysis = None
     if plan is None:
         assert sequences is not None
+        _tell_forecast(subject, recipe, on_forecast)
         with _timed(seconds, "analysis"):
             analysis = run_analysis(subject, recipe, sequences, progress)
         plan = analysis.plan
@@ -182,6 +193,11 @@ def open_subject(model: Any, recipe: Recipe, tokenizer: Any, criteria: Sequence[
             f"seq_len {recipe.seq_len} is longer than the {longest} positions that {subject.identity.name} has"
         )
     return subject
+
+
+def _tell_forecast(subject: Subject, recipe: Recipe, on_forecast: OnForecast | None) -> None:
+    if on_forecast is not None and (found := forecast(subject, recipe)) is not None:
+        on_forecast(*found)
 
 
 def _open(model: Any, recipe: Recipe, tokenizer: Any) -> Subject:

@@ -45,8 +45,8 @@ class Recipe:
         seed: Of everything that is drawn.
         trial_samples: How many of the sequences the criteria use that try removals (ppl, sleb, kl, cka_output), the first ones;
             none = all of them.
-        engine: ``resident`` holds the whole model in memory, ``streamed`` one decoder layer at a time; ``auto`` takes the first where
-            it is predicted to fit. Both give the same plan.
+        engine: ``resident`` holds the whole model in memory, ``streamed`` one decoder layer at a time; ``auto`` takes the first
+            where it is predicted to fit. Both give the same plan.
         scratch: Folder for the hidden states that the streamed engine stores between layers; none = the host's memory.
         batch_size: Sequences a forward-only pass computes at once; gradients are taken one sequence at a time. No result
             depends on it.

@@ -54,13 +54,15 @@ def test_analyze_prints_every_layer_and_writes_nothing(tiny: Path, tmp_path: Pat
 def test_analyze_json_is_one_object_and_progress_goes_to_stderr(tiny: Path) -> None:
     outcome = run_cli("analyze", tiny, *QUICK, "--json")
     analysis = json.loads(outcome.out)
-    assert set(analysis) == {"plan", "similarity", "calibration_loss", "params_before", "params_after"}
+    assert set(analysis) == {"plan", "similarity", "calibration_loss", "params_before", "params_after", "memory"}
     assert set(analysis["plan"]) == PLAN_KEYS
     assert analysis["similarity"]["kernel"] == "cosine"
     assert torch.tensor(analysis["similarity"]["values"]).shape == (6, 6)
     assert analysis["plan"]["budget"] == {"ratio": 0.25}
     assert len(analysis["plan"]["removed"]) == 2
-    assert outcome.err.startswith("Analysing")
+    forecast, progress = outcome.err.splitlines()
+    assert forecast.startswith("Memory: about ")
+    assert progress.startswith("Analysing")
 
 
 def test_plan_of_an_analysis_exports_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_prune_text_and_files(tiny: Path, tmp_path: Path) -> None:
 def test_prune_json(tiny: Path, tmp_path: Path) -> None:
     outcome = run_cli("prune", tiny, "-o", tmp_path / "out", *QUICK, "--drop", 1, "--json")
     report = json.loads(outcome.out)
-    assert set(report) == {"output", "plan", "bytes_written", "verification", "seconds", "analysis"}
+    assert set(report) == {"output", "plan", "bytes_written", "verification", "seconds", "analysis", "memory"}
     assert set(report["verification"]) == {"dtype", "max_difference", "tolerance", "tokens", "generation"}
     assert report["verification"]["max_difference"] == 0
     assert report["bytes_written"] == (tmp_path / "out" / "model.safetensors").stat().st_size

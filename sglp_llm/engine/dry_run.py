@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
 
 from sglp_llm.adapters import get_adapter
 from sglp_llm.engine.loss import sequence_loss
@@ -76,7 +76,7 @@ class DryRun:
         """Inside the block the model has its first layers only, and everything that is made is counted."""
         setattr(self._parent, self._name, torch.nn.ModuleList(list(self.layers)[:num_layers]))
         try:
-            with self._mode, _Live(self.model) as live:
+            with self._mode, _one_sequence_a_row(), _Live(self.model) as live:
                 yield live
         finally:
             setattr(self._parent, self._name, self.layers)
@@ -114,6 +114,20 @@ class _Live(TorchDispatchMode):
 
     def _freed(self, reference: weakref.ref) -> None:
         self.now -= self._sizes.pop(reference, 0)
+
+
+@contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """Inside the block transformers does not look into position ids, which have no contents, for sequences packed into a row.
+
+    Unable to tell, it would make explicit masks, with which attention repeats its keys and values for every query head.
+    """
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
 
 
 def _forget_gradient(parameter: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from sglp_llm.verbs.options import (
     DeviceMap,
     Drop,
     Dtype,
+    Engine,
     Json,
     Kernel,
     Model,
@@ -29,6 +30,7 @@ from sglp_llm.verbs.options import (
     RecipeName,
     Revision,
     Samples,
+    Scratch,
     Seed,
     Segments,
     SeqLen,
@@ -57,6 +59,8 @@ def prune(
     seed: Seed = None,
     trial_samples: TrialSamples = None,
     batch_size: BatchSize = None,
+    engine: Engine = None,
+    scratch: Scratch = None,
     option: Option = None,
     segments: Segments = None,
     num_segments: NumSegments = None,
@@ -90,10 +94,12 @@ def prune(
     from sglp_llm.hub import check_repo_name, upload
     from sglp_llm.pipeline import prune
     from sglp_llm.plans import load_plan
+    from sglp_llm.verbs.memory_table import MemoryLines
 
     if push_to_hub is not None:
         check_repo_name(push_to_hub)
     chosen = recipe_of(recipe, settings, model)
+    memory = MemoryLines()
     report = prune(
         model_of(model, chosen),
         output,
@@ -103,11 +109,13 @@ def prune(
         overwrite=overwrite,
         verify=verify,
         progress=console.progress_bar,
+        on_forecast=memory.print_forecast,
     )
     if as_json:
-        console.print_json(console.report_to_dict(report))
+        console.print_json({**console.report_to_dict(report), "memory": memory.to_dict()})
     else:
         console.print_report(report)
+        memory.print_peak()
     if push_to_hub is not None:
         address = upload(output, push_to_hub, private)
         print(f"Uploaded          {address}", file=sys.stderr if as_json else sys.stdout)
