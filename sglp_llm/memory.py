@@ -30,8 +30,8 @@ FRAGMENTS = 0.2
 USABLE = 0.9
 """Share of what is free that a run may plan with."""
 
-LOSS_TOKENS = 512
-"""Positions whose logits the streamed engine has at once."""
+LOSS_BYTES = 64 * 2**20
+"""Float32 logits that the streamed engine has at once; the loss works through chunks of that size."""
 
 PREFETCHED = 2
 """Decoder layers the streamed engine has in memory: the one at work and the next."""
@@ -198,7 +198,7 @@ def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
     phases, stored = [{"weights": weights}], [0]
     every = model.states(work.samples, work.seq_len)
     if _differentiates(work):
-        chunk = min(LOSS_TOKENS, work.seq_len)
+        chunk = min(max(2, LOSS_BYTES // (4 * model.vocabulary)), work.seq_len)
         kept = dry.kept_for_backward(1, work.seq_len)
         loss = dry.training_peak(1, chunk) - dry.kept_for_backward(1, chunk)
         gradient = counts.largest * model.itemsize if Need.GRADIENTS in work.needs else 0
@@ -223,7 +223,7 @@ def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
             {
                 "weights": weights,
                 "activations": _with_fragments(dry.forward_peak(1, 1, work.seq_len)),
-                "loss": _trial_logits(model, min(LOSS_TOKENS, work.seq_len)),
+                "loss": _trial_logits(model, work.seq_len),
             }
         )
         # One set of hidden states a trial, that of the current model and that of the whole one.
