@@ -90,7 +90,9 @@ def plain_seconds(model: DecoderModel, calibration: CalibrationSet) -> float:
 
 def compare_time(source: Path, calibration: CalibrationSet, scratch: Path, pairs: int) -> None:
     """Both engines on the same sequences, with ghost norms and with whole gradients."""
-    resident, streamed = Subject(str(source)).load(), Subject(str(source), streamed=True, scratch=scratch).load()
+    resident, subject = Subject(str(source)).load(), Subject(str(source))
+    subject.stream(scratch)
+    streamed = subject.load()
     ratios: dict[str, list[float]] = {}
     for pair in range(pairs + 1):
         seconds = {}

@@ -161,7 +161,8 @@ def run_analysis(
     scores = observations.scores()
     removed, segments = choose_layers(recipe, model, observations)
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding_criterion(recipe)}
-    for key in ("model", "revision", "max_shard_size", *recipe.budget.to_dict()):  # said elsewhere, or of the export
+    # Said elsewhere, of the export, or without influence on the plan.
+    for key in ("model", "revision", "max_shard_size", "engine", "scratch", *recipe.budget.to_dict()):
         settings.pop(key, None)
     if list(removed) != sorted(removed):
         settings["removal_order"] = list(removed)

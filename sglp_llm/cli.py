@@ -16,6 +16,7 @@ from sglp_llm.verbs.bench import bench
 from sglp_llm.verbs.compare import compare
 from sglp_llm.verbs.evaluate import evaluate
 from sglp_llm.verbs.members import list_members
+from sglp_llm.verbs.plan_memory import plan_memory
 from sglp_llm.verbs.prune import prune
 from sglp_llm.version import __version__
 
@@ -31,6 +32,7 @@ app.command()(prune)
 app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(bench)
+app.command(name="plan-memory")(plan_memory)
 app.command(name="ls")(list_members)
 
 IN_MANY_PROCESSES = ("analyze", "prune")

@@ -87,7 +87,8 @@ def compare(
     for budget in budgets:
         check_budget(budget, subject.num_layers, protect)
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash}
-    for key in ("criterion", "also", "ratio", "drop", "target_params", "max_shard_size", "batch_size"):
+    idle = "criterion also ratio drop target_params max_shard_size batch_size engine scratch"
+    for key in idle.split():
         settings.pop(key, None)
     journal = Journal(folder / "journal", {**settings, "model": subject.identity.fingerprint})
     chosen, seconds = _choices(subject, calibration, recipe, recipes, journal, progress)

@@ -17,8 +17,13 @@ class UploadError(RuntimeError):
     """An upload failed; the local folder is whole. The message says how to send it again."""
 
 
-def download(repo: str, revision: str | None) -> tuple[Path, str]:
+def download(repo: str, revision: str | None, weights: bool = True) -> tuple[Path, str]:
     """Brings a checkpoint's files into the Hub's cache: safetensors where there are any, otherwise PyTorch ``.bin`` files.
+
+    Args:
+        repo: ``OWNER/NAME``.
+        revision: Branch, tag or commit.
+        weights: False brings the configuration alone.
 
     Returns:
         The local folder, and the commit it holds.
@@ -36,13 +41,10 @@ def download(repo: str, revision: str | None) -> tuple[Path, str]:
 
     at = f" at revision {revision!r}" if revision else ""
     try:
-        for weights in (["model*.safetensors"], ["pytorch_model*.bin"]):
-            folder = Path(
-                snapshot_download(
-                    repo, revision=revision, allow_patterns=_SMALL_FILES + weights, ignore_patterns=["*/*"]
-                )
-            )
-            if any(folder.glob(weights[0])):
+        for files in (["model*.safetensors"], ["pytorch_model*.bin"]):
+            wanted = _SMALL_FILES + files if weights else ["config.json"]
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+            if not weights or any(folder.glob(files[0])):
                 break
     except HFValidationError:
         raise UserError(

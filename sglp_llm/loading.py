@@ -122,6 +122,19 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     return DecoderModel(model.eval(), source.adapter, frozenset(report["unexpected_keys"]))
 
 
+def check_streamable(source: Source) -> None:
+    """Makes sure that single layers can be read.
+
+    Raises:
+        UserError: The checkpoint is not safetensors.
+    """
+    if source.index is None:
+        raise UserError(
+            f"{source.identity.name}: the streamed engine reads safetensors files, and this is a {source.format} checkpoint; "
+            "use --engine resident, or save it as safetensors first"
+        )
+
+
 def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = None) -> DecoderModel:
     """A model whose decoder layers' weights stay in the files until they are needed.
 
@@ -137,11 +150,7 @@ def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = No
     """
     from accelerate import init_empty_weights
 
-    if source.index is None:
-        raise UserError(
-            f"{source.identity.name}: the streamed engine reads safetensors files, and this is a {source.format} checkpoint; "
-            "use --engine resident, or save it as safetensors first"
-        )
+    check_streamable(source)
     # Without buffers: rotary frequencies and embedding scales stand in no file.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(source.config, dtype=DTYPES.get(dtype) or _stored_dtype(source))

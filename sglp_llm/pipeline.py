@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from sglp_llm.analysis import check_criteria, is_segmented, run_analysis, software_versions
 from sglp_llm.calibration import CalibrationSet, calibration_set
@@ -17,10 +19,11 @@ from sglp_llm.checkpoint.publish import atomic_folder, check_output
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS, expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError
 from sglp_llm.plans import PLAN_FILE_NAME, save_plan
+from sglp_llm.prediction import forecast
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 from sglp_llm.recipe import RECIPE_FILE_NAME, Recipe, save_recipe
-from sglp_llm.records import Analysis, PrunePlan, RunReport
+from sglp_llm.records import Analysis, EngineMemory, FreeMemory, PrunePlan, RunReport
 from sglp_llm.report.model_card import write_model_card
 from sglp_llm.selection import check_budget
 from sglp_llm.sizes import parse_bytes
@@ -29,6 +32,9 @@ from sglp_llm.texts import check_spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+OnForecast = Callable[[EngineMemory, FreeMemory], None]
+"""Told, before the weights are loaded, what the analysis is predicted to hold, and what is free."""
 
 
 def analyze(
@@ -39,6 +45,7 @@ def analyze(
     calibration: CalibrationSet | str | None = None,
     progress: Progress = silent,
     processes: Processes = ALONE,
+    on_forecast: OnForecast | None = None,
     **settings: Any,
 ) -> Analysis:
     """Decides which decoder layers to remove. Writes nothing.
@@ -50,6 +57,7 @@ def analyze(
         calibration: The calibration set, or where to read it (``"wikitext2"``, ``"text:FILE"``, ``"pydoc"``, ...).
         progress: Told the sequences that are done.
         processes: Those that share the sequences (`current_processes`); all return the same.
+        on_forecast: See `OnForecast`.
         **settings: Single settings that replace the recipe's: ``ratio=0.25``, ``criterion="bi"``, ...
 
     Raises:
@@ -61,7 +69,9 @@ def analyze(
             recipe = replace(recipe, ratio=0.25)
         _check_placement(recipe, processes)
         subject = open_subject(model, recipe, tokenizer)
-        return run_analysis(subject, recipe, read_calibration(subject, recipe, calibration), progress, processes)
+        sequences = read_calibration(subject, recipe, calibration)
+        _choose_engine(subject, recipe, processes, on_forecast)
+        return run_analysis(subject, recipe, sequences, progress, processes)
 
 
 def prune(
@@ -76,6 +86,7 @@ def prune(
     verify: bool = True,
     progress: Progress = silent,
     processes: Processes = ALONE,
+    on_forecast: OnForecast | None = None,
     **settings: Any,
 ) -> RunReport:
     """Removes decoder layers and writes the shortened checkpoint.
@@ -94,6 +105,7 @@ def prune(
         verify: Reload the result with plain transformers and compare it with the source, layers skipped.
         progress: Told sequences and bytes that are done.
         processes: See `analyze`.
+        on_forecast: See `OnForecast`.
         **settings: See `analyze`.
 
     Raises:
@@ -124,6 +136,7 @@ def prune(
             sequences = read_calibration(subject, recipe, calibration)
         elif verify:
             sequences = read_calibration(subject, _enough_for_the_check(recipe, subject), calibration)
+        _choose_engine(subject, recipe, processes, on_forecast if plan is None else None)
         if plan is None:
             assert sequences is not None
             with _timed(seconds, "analysis"):
@@ -151,7 +164,7 @@ def prune(
         verification = None
         if expected is not None:
             with _timed(seconds, "reload check"):
-                verification = asdict(verify_checkpoint(folder, expected, dtype, device))
+                verification = asdict(verify_checkpoint(folder, expected, dtype, device, subject.streamed))
         written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
     return RunReport(str(output), plan, written, verification, seconds, analysis)
 
@@ -202,6 +215,25 @@ def open_subject(model: Any, recipe: Recipe, tokenizer: Any, criteria: Sequence[
             f"seq_len {recipe.seq_len} is longer than the {longest} positions that {subject.identity.name} has"
         )
     return subject
+
+
+def _choose_engine(subject: Subject, recipe: Recipe, processes: Processes, on_forecast: OnForecast | None) -> None:
+    """Makes the subject a streamed one where the recipe says so, or where ``auto`` finds that the whole model does not fit.
+
+    All processes take the same engine: they meet in sums whose order is the engine's.
+
+    Raises:
+        UserError: The model cannot be streamed, or the scratch folder is none.
+    """
+    if recipe.scratch is not None and not Path(recipe.scratch).expanduser().is_dir():
+        raise UserError(f"scratch: {recipe.scratch} is not a folder; make it first")
+    found = forecast(subject, recipe)
+    wanted = recipe.engine if found is None or recipe.engine != "auto" else found[0].engine
+    votes = float(processes.sum(torch.tensor(float(wanted == "streamed"), dtype=torch.float64)))
+    if votes > 0:
+        subject.stream(None if recipe.scratch is None else Path(recipe.scratch).expanduser())
+    if on_forecast is not None and found is not None:
+        on_forecast(*found)
 
 
 def _open(model: Any, recipe: Recipe, tokenizer: Any) -> Subject:

@@ -45,6 +45,9 @@ class Recipe:
         seed: Of everything that is drawn.
         trial_samples: How many of the sequences the criteria use that try removals (ppl, sleb, kl, cka_output), the first ones;
             none = all of them.
+        engine: ``resident`` holds the whole model in memory, ``streamed`` one decoder layer at a time; ``auto`` takes the first
+            where it is predicted to fit. Both give the same plan.
+        scratch: Folder for the hidden states that the streamed engine stores between layers; none = the host's memory.
         batch_size: Sequences a forward-only pass computes at once; gradients are taken one sequence at a time. No result
             depends on it.
         criterion: ``sglp`` (CKA segments + gradnorm inside them, the paper's pipeline) or a name from ``criteria/``.
@@ -74,6 +77,8 @@ class Recipe:
     seq_len: int = 512
     seed: int = 0
     trial_samples: int | None = None
+    engine: Literal["auto", "resident", "streamed"] = "auto"
+    scratch: str | None = None
     batch_size: int = 8
     criterion: str = "sglp"
     also: tuple[str, ...] = ()
@@ -132,6 +137,8 @@ def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
     _at_least(2, recipe.seq_len, f"{where}: seq_len")
     if recipe.trial_samples is not None:
         _at_least(1, recipe.trial_samples, f"{where}: trial_samples")
+    if recipe.scratch is not None and recipe.engine == "resident":
+        raise UserError(f"{where}: scratch is for the streamed engine: leave it out, or the engine 'resident'")
     if recipe.num_segments != "auto":
         _at_least(1, recipe.num_segments, f"{where}: num_segments")
     if not recipe.min_drop >= 0:

@@ -37,6 +37,14 @@ def show_count(count: int) -> str:
     return str(count)
 
 
+def show_bytes(count: int) -> str:
+    """``1_100_000_000`` -> ``"1.1 GB"``."""
+    for unit in ("TB", "GB", "MB", "KB"):
+        if count >= _BYTES[unit]:
+            return f"{count / _BYTES[unit]:.{0 if count >= 10 * _BYTES[unit] else 1}f} {unit}"
+    return f"{count} B"
+
+
 def _parse(text: str, units: dict[str, int], expected: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in units or round(float(match[1]) * units[match[2].upper()]) < 1:

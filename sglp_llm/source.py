@@ -76,17 +76,39 @@ def find_source(name: str | Path, revision: str | None = None) -> Source:
         UserError: It does not exist; its files are damaged; or it is of a kind that cannot be pruned: quantised, a PEFT adapter,
             in need of remote code, multimodal, or of a family without an adapter.
     """
+    path, revision = _locate(name, revision, weights=True)
+    return _gguf_source(path, str(name)) if path.is_file() else _folder_source(path, str(name), revision)
+
+
+def find_config(name: str | Path, revision: str | None = None) -> tuple[PretrainedConfig, bool]:
+    """The configuration of a model that can be pruned; weights are neither needed nor downloaded.
+
+    Args:
+        name: A local folder, with weights or without, a ``.gguf`` file, or the id of a model on the Hub.
+        revision: Hub branch, tag or commit.
+
+    Returns:
+        transformers' resolved configuration, and whether the weights are GGUF.
+
+    Raises:
+        UserError: See `find_source`, but for weights.
+    """
+    path, _ = _locate(name, revision, weights=False)
+    if path.is_file():
+        return _gguf_source(path, str(name)).config, True
+    _checked_adapter(_raw_config(path), str(name))
+    return _resolved_config(path, str(name)), False
+
+
+def _locate(name: str | Path, revision: str | None, weights: bool) -> tuple[Path, str | None]:
+    """The local folder or file, and the Hub commit where there is one."""
     path = Path(name).expanduser()
     local = path.exists() or path.suffix == ".gguf" or str(name).startswith(("/", "./", "../", "~"))
     if local and not path.exists():
         raise UserError(f"{name}: there is no such folder or file")
     if local and revision is not None:
         raise UserError(f"{name}: a revision is for models on the Hub, and this is a local path")
-    if path.is_file():
-        return _gguf_source(path, str(name))
-    if not local:
-        path, revision = download(str(name), revision)
-    return _folder_source(path, str(name), revision)
+    return (path, revision) if local else download(str(name), revision, weights)
 
 
 def fingerprint(config: PretrainedConfig, tensors: Iterable[tuple[str, str, Iterable[int]]]) -> str:

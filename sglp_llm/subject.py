@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sglp_llm.errors import UserError
-from sglp_llm.loading import DecoderModel, load_model, load_streamed, load_tokenizer, wrap_model
+from sglp_llm.loading import DecoderModel, check_streamable, load_model, load_streamed, load_tokenizer, wrap_model
 from sglp_llm.records import ModelIdentity
 from sglp_llm.source import Source, find_source, fingerprint
 
@@ -22,14 +22,13 @@ class Subject:
         revision: Of a model on the Hub.
         dtype: See `load_model`.
         device_map: See `load_model`.
-        streamed: One decoder layer in memory at a time; see `load_streamed`.
-        scratch: Folder for what a streamed model keeps between layers.
         tokenizer: Instead of the checkpoint's own; needed with a live model, where text must be read.
 
     Attributes:
         source: The checkpoint; ``None`` for a live model.
         identity: Name, family and fingerprint.
         num_layers: Number of decoder layers.
+        streamed: Whether one decoder layer is in memory at a time.
 
     Raises:
         UserError: See `find_source` and `wrap_model`.
@@ -42,11 +41,10 @@ class Subject:
         dtype: str = "auto",
         device_map: str | None = None,
         tokenizer: Any = None,
-        streamed: bool = False,
-        scratch: Path | None = None,
     ) -> None:
         self._dtype, self._device_map, self._tokenizer = dtype, device_map, tokenizer
-        self._streamed, self._scratch = streamed, scratch
+        self._scratch: Path | None = None
+        self.streamed = False
         self._loaded: DecoderModel | None = None
         self.source: Source | None = None
         if isinstance(model, PreTrainedModel):
@@ -78,11 +76,27 @@ class Subject:
                 f"it gives the token id {highest}, and the model knows 0..{vocabulary - 1}"
             )
 
+    def stream(self, scratch: Path | None = None) -> None:
+        """From now on the weights are loaded one decoder layer at a time.
+
+        Args:
+            scratch: Folder for the hidden states between layers; ``None`` means host memory.
+
+        Raises:
+            UserError: The model is live, is placed by accelerate, or its weights are not safetensors.
+        """
+        if self.source is None:
+            raise UserError("a live model is in memory already: the streamed engine is for checkpoints")
+        if self._device_map is not None:
+            raise UserError("device_map places a whole model, and the streamed engine one layer: leave one of them out")
+        check_streamable(self.source)
+        self.streamed, self._scratch = True, scratch
+
     def load(self) -> DecoderModel:
         """The model in memory; loaded on the first call."""
         if self._loaded is None:
             assert self.source is not None
-            if self._streamed:
+            if self.streamed:
                 self._loaded = load_streamed(self.source, self._dtype, self._scratch)
             else:
                 self._loaded = load_model(self.source, self._dtype, self._device_map)

@@ -43,8 +43,11 @@ class Outcome:
 
     @property
     def error(self) -> str:
-        """The message of a command that failed as it should: one line on stderr, nothing on stdout."""
-        lines = self.err.splitlines()
+        """The message of a command that failed as it should: one line on stderr, nothing on stdout.
+
+        A run that got as far as loading the weights has said before how much memory that takes.
+        """
+        lines = [line for line in self.err.splitlines() if not line.startswith("Memory: about ")]
         assert (len(lines), self.out) == (1, ""), (self.err, self.out)
         assert lines[0].startswith("sglp-llm: error: "), lines
         return lines[0].removeprefix("sglp-llm: error: ")

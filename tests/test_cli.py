@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import PLAN, QUICK, copied, logits, run_cli, save_tiny, written
+from checkpoints import PLAN, QUICK, Outcome, copied, logits, run_cli, save_tiny, written
 from safetensors.torch import load_file, save_file
 
 from sglp_llm.plans import KEYS
@@ -54,13 +54,15 @@ def test_analyze_prints_every_layer_and_writes_nothing(tiny: Path, tmp_path: Pat
 def test_analyze_json_is_one_object_and_progress_goes_to_stderr(tiny: Path) -> None:
     outcome = run_cli("analyze", tiny, *QUICK, "--json")
     analysis = json.loads(outcome.out)
-    assert set(analysis) == {"plan", "similarity", "calibration_loss", "params_before", "params_after"}
+    assert set(analysis) == {"plan", "similarity", "calibration_loss", "params_before", "params_after", "memory"}
     assert set(analysis["plan"]) == PLAN_KEYS
     assert analysis["similarity"]["kernel"] == "cosine"
     assert torch.tensor(analysis["similarity"]["values"]).shape == (6, 6)
     assert analysis["plan"]["budget"] == {"ratio": 0.25}
     assert len(analysis["plan"]["removed"]) == 2
-    assert outcome.err.startswith("Analysing")
+    forecast, progress = outcome.err.splitlines()
+    assert forecast.startswith("Memory: about ")
+    assert progress.startswith("Analysing")
 
 
 def test_plan_of_an_analysis_exports_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_prune_text_and_files(tiny: Path, tmp_path: Path) -> None:
 def test_prune_json(tiny: Path, tmp_path: Path) -> None:
     outcome = run_cli("prune", tiny, "-o", tmp_path / "out", *QUICK, "--drop", 1, "--json")
     report = json.loads(outcome.out)
-    assert set(report) == {"output", "plan", "bytes_written", "verification", "seconds", "analysis"}
+    assert set(report) == {"output", "plan", "bytes_written", "verification", "seconds", "analysis", "memory"}
     assert set(report["verification"]) == {"dtype", "max_difference", "tolerance", "tokens", "generation"}
     assert report["verification"]["max_difference"] == 0
     assert report["bytes_written"] == (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -251,9 +253,7 @@ def test_a_real_process_says_one_line(arguments: str, message: str, tiny: Path, 
     places = {"tiny": tiny, "nan": nan, "out": tmp_path / "new" / "out", "quick": " ".join(QUICK)}
     ended = process(*arguments.format(**places).split())
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith("sglp-llm: error: ")
-    assert message in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    assert message in Outcome(ended.returncode, ended.stdout, ended.stderr).error
     assert not (tmp_path / "new").exists()
 
 
@@ -261,7 +261,7 @@ def test_a_real_process_prints_only_json_on_stdout(tiny: Path, tmp_path: Path) -
     ended = process("prune", tiny, "-o", tmp_path / "out", "--drop", 1, "--json", *QUICK)
     assert ended.returncode == 0, ended
     assert json.loads(ended.stdout)["output"] == str(tmp_path / "out")
-    assert [line.split()[0] for line in ended.stderr.splitlines()] == ["Analysing", "Writing"]
+    assert [line.split()[0] for line in ended.stderr.splitlines()] == ["Memory:", "Analysing", "Writing"]
 
 
 def test_a_terminal_that_knows_only_ascii(tiny: Path) -> None:

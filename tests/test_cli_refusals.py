@@ -145,7 +145,7 @@ def test_refused(options: str, message: str, tiny: Path, odd_files: dict[str, Pa
 def test_what_only_the_analysis_can_tell_is_refused_after_it(tiny: Path, tmp_path: Path) -> None:
     outcome = run_cli("prune", tiny, "-o", tmp_path / "new" / "out", *QUICK, "--target-params", "30K")
     assert outcome.code == 2, outcome
-    progress, error = outcome.err.splitlines()
+    _, progress, error = outcome.err.splitlines()
     assert progress.startswith("Analysing")
     assert error.startswith("sglp-llm: error: target_params 30,000 cannot be reached: with the ")
     assert list(tmp_path.iterdir()) == []

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from calibration_sets import padded_set, plain_set
+from checkpoints import QUICK, run_cli, write_gguf
 from tiny_models import Tiny, every_tiny, logits_of, random_model, save_tiny, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
+from sglp_llm import prune
 from sglp_llm.calibration import CalibrationSet, EvaluationWindows
 from sglp_llm.criteria import ScoreCriterion, make_criterion
 from sglp_llm.criteria.base import GreedyCriterion, SetCriterion
@@ -291,3 +294,38 @@ def test_tasks_of_lm_eval_run_on_streamed_layers(tmp_path: Path) -> None:
         for model in (whole(folder).model, load_streamed(find_source(folder), "float32").model)
     ]
     assert numbers[0] == numbers[1]
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "sglp_recipe.yaml"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_prune_writes_the_same_checkpoint_with_either_engine(family: str, tmp_path: Path) -> None:
+    folder, scratch = checkpoint(Tiny(family, 0), tmp_path), tmp_path / "scratch"
+    scratch.mkdir()
+    written = []
+    for engine in (("resident",), ("streamed", "--scratch", scratch)):
+        output = tmp_path / engine[0]
+        run = run_cli("prune", folder, "--drop", 2, "-o", output, *QUICK, "--engine", *engine, "--json")
+        assert run.code == 0, run.err
+        report = json.loads(run.out)
+        assert report["verification"]["max_difference"] == 0.0
+        assert report["memory"]["engine"] == engine[0]
+        written.append(files_in(output))
+    assert written[0] == written[1]
+    assert not list(scratch.iterdir())
+
+
+def test_what_cannot_be_streamed_is_the_users_mistake(tmp_path: Path) -> None:
+    folder = checkpoint(Tiny("llama", 0), tmp_path)
+    options = ("--drop", 2, "-o", tmp_path / "out", *QUICK, "--engine", "streamed")
+    no_folder = run_cli("prune", folder, *options, "--scratch", tmp_path / "none")
+    assert "none is not a folder; make it first" in no_folder.error
+    placed = run_cli("prune", folder, *options, "--device-map", "cpu")
+    assert "device_map places a whole model" in placed.error
+    with pytest.raises(UserError, match="a live model is in memory already"):
+        prune(tiny_model(Tiny("llama", 0)), tmp_path / "out", drop=2, calibration=plain_set(2), engine="streamed")
+    gguf = write_gguf(tmp_path / "tiny.gguf")
+    assert "reads safetensors files, and this is a gguf checkpoint" in run_cli("prune", gguf, *options).error
+    assert not (tmp_path / "out").exists()

@@ -104,6 +104,15 @@ def watch_peak(devices: list[torch.device], before: Held) -> Iterator[Peak]:
         peak.host = _process_peak()
 
 
+def peak_so_far() -> Peak:
+    """The peak of the whole process until now, loading and libraries included."""
+    host = _status_bytes("VmHWM")  # ru_maxrss begins with what the process was that started this one
+    device = None
+    if torch.cuda.is_available():
+        device = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+    return Peak(_process_peak() if host is None else host, PROCESS_PEAK, device)
+
+
 def _give_back_freed() -> None:
     """Freed memory goes back to the system; otherwise what loading left behind would hide what the next model takes."""
     gc.collect()

@@ -15,6 +15,7 @@ from sglp_llm.verbs.options import (
     DeviceMap,
     Drop,
     Dtype,
+    Engine,
     Json,
     Kernel,
     Model,
@@ -26,6 +27,7 @@ from sglp_llm.verbs.options import (
     RecipeName,
     Revision,
     Samples,
+    Scratch,
     Seed,
     Segments,
     SeqLen,
@@ -52,6 +54,8 @@ def analyze(
     seed: Seed = None,
     trial_samples: TrialSamples = None,
     batch_size: BatchSize = None,
+    engine: Engine = None,
+    scratch: Scratch = None,
     option: Option = None,
     segments: Segments = None,
     num_segments: NumSegments = None,
@@ -75,6 +79,7 @@ def analyze(
     from sglp_llm.progress import silent
     from sglp_llm.recipe import RECIPE_FILE_NAME, save_recipe
     from sglp_llm.source import find_source
+    from sglp_llm.verbs.memory_table import MemoryLines
 
     processes = current_processes()
     with processes.failing_together():
@@ -82,8 +87,14 @@ def analyze(
         if output is not None:
             check_output(output, overwrite)
             find_source(model_of(model, chosen), chosen.revision).check_apart(output)
-    progress = console.progress_bar if processes.is_main else silent
-    analysis = analyze(model_of(model, chosen), recipe=chosen, progress=progress, processes=processes)
+    memory = MemoryLines()
+    analysis = analyze(
+        model_of(model, chosen),
+        recipe=chosen,
+        progress=console.progress_bar if processes.is_main else silent,
+        on_forecast=memory.print_forecast if processes.is_main else None,
+        processes=processes,
+    )
     if not processes.is_main:
         return
     if output is not None:
@@ -91,6 +102,7 @@ def analyze(
             save_plan(analysis.plan, folder / PLAN_FILE_NAME)
             save_recipe(chosen.with_changes(model=model_of(model, chosen)), folder / RECIPE_FILE_NAME)
     if as_json:
-        console.print_json(console.analysis_to_dict(analysis))
+        console.print_json({**console.analysis_to_dict(analysis), "memory": memory.to_dict()})
     else:
         console.print_analysis(analysis)
+        memory.print_peak()

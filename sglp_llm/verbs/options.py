@@ -36,6 +36,14 @@ TrialSamples = Annotated[
     int | None, typer.Option(help="Sequences that ppl, sleb, kl and cka_output try removals on. Default: all.")
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences a forward-only pass computes at once. Default: 8.")]
+Engine = Annotated[
+    str | None,
+    typer.Option(help="resident: the whole model in memory; streamed: layer by layer; auto (default): what fits."),
+]
+Scratch = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Where the streamed engine stores hidden states. Default: in memory."),
+]
 Segments = Annotated[
     bool | None,
     typer.Option("--segments/--no-segments", help="Compare scores inside CKA segments. Default: sglp does."),
@@ -69,14 +77,14 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
 
     names = (
         "ratio drop criterion also segments calibration samples seq_len seed trial_samples batch_size kernel "
-        "revision dtype device_map max_shard_size"
+        "engine scratch revision dtype device_map max_shard_size"
     )
     settings = {name: arguments.get(name) for name in names.split()}
     settings["also"] = settings["also"] or None
     if (target := arguments.get("target_params")) is not None:
         target = parse_count(target)
     number = arguments.get("num_segments")
-    protect = {"first": arguments["protect_first"], "last": arguments["protect_last"]}
+    protect = {"first": arguments.get("protect_first"), "last": arguments.get("protect_last")}
     return {
         **settings,
         "target_params": target,

@@ -18,6 +18,7 @@ from sglp_llm.verbs.options import (
     DeviceMap,
     Drop,
     Dtype,
+    Engine,
     Json,
     Kernel,
     Model,
@@ -29,6 +30,7 @@ from sglp_llm.verbs.options import (
     RecipeName,
     Revision,
     Samples,
+    Scratch,
     Seed,
     Segments,
     SeqLen,
@@ -57,6 +59,8 @@ def prune(
     seed: Seed = None,
     trial_samples: TrialSamples = None,
     batch_size: BatchSize = None,
+    engine: Engine = None,
+    scratch: Scratch = None,
     option: Option = None,
     segments: Segments = None,
     num_segments: NumSegments = None,
@@ -92,6 +96,7 @@ def prune(
     from sglp_llm.pipeline import prune
     from sglp_llm.plans import load_plan
     from sglp_llm.progress import silent
+    from sglp_llm.verbs.memory_table import MemoryLines
 
     processes = current_processes()
     with processes.failing_together():
@@ -99,6 +104,7 @@ def prune(
             check_repo_name(push_to_hub)
         chosen = recipe_of(recipe, settings, model)
         given_plan = None if plan is None else load_plan(plan)
+    memory = MemoryLines()
     report = prune(
         model_of(model, chosen),
         output,
@@ -108,14 +114,16 @@ def prune(
         overwrite=overwrite,
         verify=verify,
         progress=console.progress_bar if processes.is_main else silent,
+        on_forecast=memory.print_forecast if processes.is_main else None,
         processes=processes,
     )
     if not processes.is_main:
         return
     if as_json:
-        console.print_json(console.report_to_dict(report))
+        console.print_json({**console.report_to_dict(report), "memory": memory.to_dict()})
     else:
         console.print_report(report)
+        memory.print_peak()
     if push_to_hub is not None:
         address = upload(output, push_to_hub, private)
         print(f"Uploaded          {address}", file=sys.stderr if as_json else sys.stdout)

@@ -1,0 +1,134 @@
+"""Runs a model's own code on tensors without contents and counts the bytes that are alive.
+
+What a decoder layer keeps for its backward pass depends on the family, the attention kernel and the dtype in ways that no formula
+over a configuration follows. torch's fake tensors know shape, dtype and what aliases what, and take no memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
+
+from sglp_llm.adapters import get_adapter
+from sglp_llm.engine.loss import sequence_loss
+
+
+class DryRun:
+    """A model as large as its configuration says, of tensors without contents.
+
+    Args:
+        config: The resolved configuration of a family with an adapter.
+        dtype: What it computes in.
+
+    Attributes:
+        model: The whole model: count its parameters, do not run it.
+        layers: Its decoder layers.
+    """
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
+        adapter = get_adapter(config.model_type)
+        # Without contents torch multiplies a mixture's stacked matrices in bfloat16 only; other dtypes are scaled from it.
+        computed = dtype if adapter.active_experts_key is None else torch.bfloat16
+        self._scale = max(1.0, dtype.itemsize / computed.itemsize)
+        self._mode = FakeTensorMode()
+        with self._mode:
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config), dtype=computed).eval()
+        parent, _, self._name = adapter.layers.rpartition(".")
+        self._parent = self.model.get_submodule(parent)
+        self.layers: torch.nn.ModuleList = getattr(self._parent, self._name)
+        self.model.requires_grad_(False)
+        for parameter in self.layers.parameters():
+            parameter.requires_grad_(True)
+            parameter.register_post_accumulate_grad_hook(_forget_gradient)
+
+    def kept_for_backward(self, num_layers: int, tokens: int) -> int:
+        """Bytes alive after the forward pass of one sequence through that many layers, without the head."""
+        with self._running(num_layers) as live:
+            states = self.model.base_model(input_ids=self._ids(1, tokens), use_cache=False)
+            kept = live.now
+            del states
+        return round(self._scale * kept)
+
+    def training_peak(self, num_layers: int, tokens: int) -> int:
+        """Most bytes alive at once in a forward and backward pass of one sequence, every gradient freed when it is there."""
+        with self._running(num_layers) as live:
+            ids = self._ids(1, tokens)
+            sequence_loss(self.model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
+        return round(self._scale * live.peak)
+
+    def forward_peak(self, num_layers: int, batch: int, tokens: int) -> int:
+        """Most bytes alive at once in a forward pass that keeps nothing, without the head."""
+        with torch.no_grad(), self._running(num_layers) as live:
+            self.model.base_model(input_ids=self._ids(batch, tokens), use_cache=False)
+        return round(self._scale * live.peak)
+
+    @contextmanager
+    def _running(self, num_layers: int) -> Iterator[_Live]:
+        """Inside the block the model has its first layers only, and everything that is made is counted."""
+        setattr(self._parent, self._name, torch.nn.ModuleList(list(self.layers)[:num_layers]))
+        try:
+            with self._mode, _one_sequence_a_row(), _Live(self.model) as live:
+                yield live
+        finally:
+            setattr(self._parent, self._name, self.layers)
+
+    @staticmethod
+    def _ids(batch: int, tokens: int) -> torch.Tensor:
+        return torch.zeros(batch, tokens, dtype=torch.long)
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of storages that operations made and that are not freed; those of the model itself are left out."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[weakref.ref, int] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._sizes[weakref.ref(tensor.untyped_storage(), self._freed)] = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor):
+                self._add(made.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        reference = weakref.ref(storage, self._freed)
+        if reference not in self._sizes:
+            self._sizes[reference] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+    def _freed(self, reference: weakref.ref) -> None:
+        self.now -= self._sizes.pop(reference, 0)
+
+
+@contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """Inside the block transformers does not look into position ids, which have no contents, for sequences packed into a row.
+
+    Unable to tell, it would make explicit masks, with which attention repeats its keys and values for every query head.
+    """
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
+
+
+def _forget_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None

@@ -1,0 +1,101 @@
+"""From a model and a recipe to a prediction of memory, and to the engine that `auto` means."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig
+
+from sglp_llm.analysis import deciding_criterion, is_segmented
+from sglp_llm.criteria import get_criterion
+from sglp_llm.engine.observer import Need
+from sglp_llm.errors import UserError
+from sglp_llm.free_memory import free_memory
+from sglp_llm.loading import DTYPES
+from sglp_llm.memory import Work, choose_engine, plan_memory
+from sglp_llm.recipe import Recipe
+from sglp_llm.records import EngineMemory, FreeMemory, MemoryPlan
+from sglp_llm.subject import Subject
+
+
+def predict_memory(config: PretrainedConfig, recipe: Recipe, gguf: bool = False) -> MemoryPlan:
+    """Predicts the peak memory of an analysis on this machine, with both engines.
+
+    Args:
+        config: The resolved configuration.
+        recipe: The settings; the budget does not matter.
+        gguf: Whether the weights are those of a GGUF file.
+
+    Raises:
+        UserError: A criterion does not exist, or transformers cannot run such a model.
+    """
+    return plan_memory(config, computed_in(config, recipe, gguf), work_of(recipe), torch.cuda.is_available())
+
+
+def computed_in(config: PretrainedConfig, recipe: Recipe, gguf: bool) -> torch.dtype:
+    """What ``auto`` means as far as the configuration tells: the checkpoint's own dtype, float32 for GGUF or without a word."""
+    stored = torch.float32 if gguf else getattr(config, "dtype", None)
+    return DTYPES.get(recipe.dtype) or stored or torch.float32
+
+
+def work_of(recipe: Recipe) -> Work:
+    """What the recipe's criteria do, as far as memory is concerned.
+
+    Raises:
+        UserError: A criterion does not exist.
+    """
+    needs = Need.HIDDEN_STATES if is_segmented(recipe) else Need.NOTHING
+    for name in (deciding_criterion(recipe), *recipe.also):
+        needs |= get_criterion(name).needs
+    return Work(
+        needs=needs,
+        samples=recipe.samples,
+        seq_len=recipe.seq_len,
+        trial_samples=min(recipe.trial_samples or recipe.samples, recipe.samples),
+        batch_size=min(recipe.batch_size, recipe.samples),
+        minibatch=recipe.minibatch_sequences * min(recipe.minibatch_positions, recipe.seq_len),
+        sums_on_host=recipe.options.get("taylor", {}).get("accumulator") == "host",
+        scratch=recipe.scratch is not None,
+    )
+
+
+def free_for(recipe: Recipe) -> FreeMemory:
+    """What is free now where the recipe would have it: accelerate's placements may use every device."""
+    return free_memory(recipe.device_map is not None, recipe.scratch)
+
+
+def predict_for(subject: Subject, recipe: Recipe) -> MemoryPlan:
+    """See `predict_memory`; a GGUF file is computed in float32, and a live model in what it is."""
+    if subject.source is None:
+        return plan_memory(subject.config, subject.load().model.dtype, work_of(recipe), torch.cuda.is_available())
+    return predict_memory(subject.config, recipe, subject.source.format == "gguf")
+
+
+def chosen_engine(subject: Subject, recipe: Recipe) -> str:
+    """``resident`` or ``streamed``: what the recipe says; for ``auto`` the first where it is predicted to fit.
+
+    A live model, one that accelerate places, and one that is not in safetensors files is resident unless told otherwise: the
+    streamed engine reads layers from safetensors files to one device. So is a model whose memory cannot be predicted.
+    """
+    if recipe.engine != "auto":
+        return recipe.engine
+    if not _can_stream(subject, recipe):
+        return "resident"
+    found = forecast(subject, recipe)
+    return "resident" if found is None else found[0].engine
+
+
+def forecast(subject: Subject, recipe: Recipe) -> tuple[EngineMemory, FreeMemory] | None:
+    """What the chosen engine is predicted to take, and what is free now; ``None`` where it cannot be predicted."""
+    try:
+        plan = predict_for(subject, recipe)
+    except UserError:  # no reason to stop: a model that does not run says so better itself
+        return None
+    free = free_for(recipe)
+    engine: str = recipe.engine
+    if engine == "auto":
+        engine = choose_engine(plan, free) if _can_stream(subject, recipe) else "resident"
+    return (plan.streamed if engine == "streamed" else plan.resident), free
+
+
+def _can_stream(subject: Subject, recipe: Recipe) -> bool:
+    return subject.source is not None and subject.source.format == "safetensors" and recipe.device_map is None

@@ -1,0 +1,66 @@
+"""``sglp-llm plan-memory``."""
+
+from __future__ import annotations
+
+from sglp_llm.verbs.options import (
+    Also,
+    BatchSize,
+    CriterionName,
+    DeviceMap,
+    Dtype,
+    Json,
+    Model,
+    Option,
+    RecipeName,
+    Revision,
+    Samples,
+    Scratch,
+    Segments,
+    SeqLen,
+    TrialSamples,
+    model_of,
+    recipe_of,
+    settings_of,
+)
+from sglp_llm.verbs.quiet import prepare
+
+
+def plan_memory(
+    model: Model = None,
+    recipe: RecipeName = None,
+    criterion: CriterionName = None,
+    also: Also = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    trial_samples: TrialSamples = None,
+    batch_size: BatchSize = None,
+    option: Option = None,
+    segments: Segments = None,
+    scratch: Scratch = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    as_json: Json = False,
+) -> None:
+    """Predict the memory that an analysis takes, with either engine. Needs the configuration, no weights."""
+    settings = settings_of(locals())
+    console = prepare()
+    from sglp_llm.analysis import check_criteria
+    from sglp_llm.memory import choose_engine
+    from sglp_llm.prediction import free_for, predict_memory
+    from sglp_llm.source import find_config
+    from sglp_llm.verbs import memory_table
+
+    chosen = recipe_of(recipe, settings, model)
+    check_criteria(chosen)
+    name = model_of(model, chosen)
+    config, gguf = find_config(name, chosen.revision)
+    plan = predict_memory(config, chosen, gguf)
+    free = free_for(chosen)
+    engine = choose_engine(plan, free)
+    if as_json:
+        console.print_json(memory_table.to_dict(plan, free, engine))
+        return
+    columns, rows = memory_table.table(plan, free)
+    console.print_table(memory_table.title(name, config, chosen, gguf), columns, rows, range(1, len(columns)))
+    print(memory_table.advice(plan, free, engine))
