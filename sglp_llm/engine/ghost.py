@@ -64,9 +64,9 @@ def ghost_is_cheaper(tokens: int, width_in: int, widths_out: Sequence[int], bloc
         block: Tokens in a block of the Grams, which are computed on and below the diagonal only.
     """
     entries = sum((tokens - first) * min(block, tokens - first) for first in range(0, tokens, block))
-    # Per multiplication the Grams' narrow blocks take 0.97 to 1.12 times as long as pieces of a gradient do, measured on one
-    # AVX-512 core for widths 576 to 5632 and 128 to 2048 tokens (benchmarks/gradnorm.py --table).
-    return 1.1 * entries * (width_in + sum(widths_out)) <= tokens * width_in * sum(widths_out)
+    # Narrow blocks multiply less efficiently: by a factor of 1.03 to 1.21 where the two cost about the same, measured on one
+    # AVX-512 core in float32 (benchmarks/gradnorm.py --table). A choice that is wrong inside this range costs a tenth.
+    return 1.15 * entries * (width_in + sum(widths_out)) <= tokens * width_in * sum(widths_out)
 
 
 def _by_grams(inputs: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
