@@ -12,12 +12,11 @@ import torch
 from calibration_sets import padded_set, plain_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import Tiny, every_tiny, random_model, tiny_model
+from tiny_models import Tiny, every_tiny, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sglp_llm.calibration import CalibrationSet
-from sglp_llm.criteria import get_criterion
 from sglp_llm.engine.ghost import Norms, ghost_is_cheaper, linear_squared_norm
 from sglp_llm.engine.gradients import watched_gradients
 from sglp_llm.engine.observer import Batch, Need, Observer
@@ -95,11 +94,13 @@ def test_half_precision_neither_overflows_nor_rounds_sums(norms: Norms, dtype: t
 
 
 @EITHER
-def test_a_gradient_of_zero_has_no_negative_norm(norms: Norms) -> None:
-    """Two tokens that cancel: rounding could leave anything around 0."""
-    row = random_matrix(1, 64, 0)
-    inputs, gradient = torch.cat([row, row]), torch.cat([row, -row])
-    assert 0 <= float(linear_squared_norm(inputs, [gradient], norms)) <= 1e-4
+@pytest.mark.parametrize("seed", range(8))
+def test_a_gradient_of_zero_has_no_negative_norm(norms: Norms, seed: int) -> None:
+    """Equal tokens whose gradients cancel: rounding leaves anything around 0, below it in half of the cases."""
+    inputs, gradient = random_matrix(1, 64, seed).expand(51, 64), random_matrix(50, 64, seed + 100)
+    gradient = torch.cat([gradient, -gradient.sum(dim=0, keepdim=True)])
+    largest = float(inputs.square().sum() * gradient.square().sum())
+    assert 0 <= float(linear_squared_norm(inputs, [gradient], norms)) <= 1e-7 * largest
 
 
 def test_grams_are_taken_where_tokens_are_few_for_the_widths() -> None:
@@ -187,10 +188,11 @@ class Odd(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         one = torch.tanh(self.first(states))
+        other = self.keyword(input=one)
         two = self.twice(states)
         self.unused(states)
         again = self.twice(states if self.repeat_inputs else one) * two
-        return self.transposed(again) + self.transposed(self.keyword(input=one)).flip(1)
+        return self.transposed(again) + self.transposed(other).flip(1)
 
 
 def told_of(layer: nn.Module, states: list[torch.Tensor], norms: Norms) -> dict[tuple[int, int], float]:
@@ -216,15 +218,13 @@ def test_linears_used_in_unusual_ways(norms: Norms, repeat_inputs: bool) -> None
     assert all(parameter.grad is None and parameter.requires_grad for parameter in layer.parameters())
 
 
-def test_what_failed_is_not_shown_and_a_forward_pass_without_gradients_is_not_watched() -> None:
+def test_a_forward_pass_without_its_backward_pass_shows_nothing() -> None:
     layer, observer, current = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), Squares(), [Batch(0, 1, None)]
     states = random_matrix(7, 6, 0)
-    with pytest.raises(KeyboardInterrupt), watched_gradients({0: layer}, [observer], current, "ghost"):
+    with watched_gradients({0: layer}, [observer], current, "ghost"):
         with torch.no_grad():
             layer(states)
         layer(states)
-        raise KeyboardInterrupt
-    assert not observer.sums
     layer(states).sum().backward()
     assert not observer.sums
     assert all(parameter.grad is not None for parameter in layer.parameters())
