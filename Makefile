@@ -37,6 +37,7 @@ bench: setup
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/analysis.py
 	$(BIN)/python benchmarks/criteria.py
+	$(BIN)/python benchmarks/gradnorm.py
 	$(BIN)/python benchmarks/trials.py
 
 clean:

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from fetch_smollm2 import fetch
 from machine import describe
 
-from sglp_llm.analysis import observe
 from sglp_llm.calibration import calibration_set
-from sglp_llm.criteria import SetCriterion
-from sglp_llm.recipe import Recipe
+from sglp_llm.criteria import ScoreCriterion, SetCriterion, get_criterion
+from sglp_llm.engine.representations import CKAObserver
+from sglp_llm.engine.resident import run_pass
 from sglp_llm.subject import Subject
 
 
@@ -32,15 +32,20 @@ def main() -> None:
     options = parser.parse_args()
     subject = Subject(str(fetch()), dtype="float32")
     text = calibration_set(subject.tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
-    model, recipe = subject.load(), Recipe()
+    model = subject.load()
 
     def seconds(*names: str, similarity: bool) -> float:
         start = time.perf_counter()
-        observations = observe(model, text, recipe, names, similarity)
-        observations.scores()
-        for criterion in observations.criteria.values():
+        criteria = [get_criterion(name)(model.num_layers) for name in names]
+        cka = [CKAObserver(model.num_layers)] if similarity else []
+        run_pass(model, text, [*criteria, *cka], norms="autograd")
+        for criterion in criteria:
             if isinstance(criterion, SetCriterion):
                 criterion.choose(6, range(model.num_layers))
+            elif isinstance(criterion, ScoreCriterion):
+                criterion.scores()
+        for observer in cka:
+            observer.result()
         return time.perf_counter() - start
 
     print(f"{describe()}; {options.samples} x {options.seq_len} tokens, {options.pairs} pairs after one warm-up pair")

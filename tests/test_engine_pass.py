@@ -15,6 +15,7 @@ from torch import nn
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import criterion_names, get_criterion
 from sglp_llm.criteria.base import Criterion, ScoreCriterion, SetCriterion
+from sglp_llm.engine.ghost import Norms
 from sglp_llm.engine.observer import Batch, Need, Observer
 from sglp_llm.engine.representations import CKAObserver
 from sglp_llm.engine.resident import run_pass
@@ -181,6 +182,15 @@ def test_the_model_is_left_as_it_was(family: str, fail_at: int | None) -> None:
     else:
         with pytest.raises(KeyboardInterrupt):
             run_pass(model, plain_set(2), observers)
+    assert_same(before, leftovers(model))
+
+
+@FAMILIES
+@pytest.mark.parametrize("norms", ["ghost", "direct", "autograd"])
+def test_the_model_is_left_as_it_was_when_norms_are_taken(family: str, norms: Norms) -> None:
+    model = used_model(family)
+    before = leftovers(model)
+    run_pass(model, plain_set(2), [criterion("gradnorm", model)], norms=norms)
     assert_same(before, leftovers(model))
 
 

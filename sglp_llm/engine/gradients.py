@@ -4,65 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from sglp_llm.engine.ghost import Norms, squared_norm
+from sglp_llm.engine.linears import WatchedLinears
 from sglp_llm.engine.observer import Batch, Need, Observer
-
-
-def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
-    """The square of the Frobenius norm, a float64 scalar.
-
-    Row by row, because a float32 sum over a whole matrix loses up to 1e-3 of it.
-    """
-    rows = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
-    norm: torch.Tensor = torch.linalg.vector_norm(rows, dtype=torch.float64)
-    return norm.square()
 
 
 @contextmanager
 def watched_gradients(
-    layers: Mapping[int, nn.Module], observers: Sequence[Observer], current: list[Batch]
+    layers: Mapping[int, nn.Module],
+    observers: Sequence[Observer],
+    current: list[Batch],
+    norms: Norms = "auto",
 ) -> Iterator[None]:
     """Inside the block a backward pass shows the observers the gradients of these decoder layers, and keeps none.
 
-    Gradients that wait for somebody's optimiser are neither lost nor added to.
+    Gradients that wait for somebody's optimiser are neither lost nor added to. Where norms are all that anybody wants, the
+    weights of linears take no gradient.
 
     Args:
         layers: Decoder layers by their index.
         observers: Those that need gradients or their norms are shown them.
-        current: Holds the one sequence that is under way.
+        current: Holds the one sequence that is under way, another object for another sequence.
+        norms: How the norms of linears are taken; those of gradients that somebody else wants whole are taken from these.
     """
     whole = [observer for observer in observers if Need.GRADIENTS in observer.needs]
-    norms = [observer for observer in observers if Need.GRADIENT_NORMS in observer.needs]
+    of_norms = [observer for observer in observers if Need.GRADIENT_NORMS in observer.needs]
     parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
+
+    def show_norm(index: int, batch: Batch, name: str, squared: torch.Tensor) -> None:
+        for observer in of_norms:
+            observer.on_gradient_norm(index, batch, name, squared)
 
     def hook_for(index: int, name: str) -> Any:
         def hook(weight: torch.Tensor) -> None:
             assert weight.grad is not None
             for observer in whole:
                 observer.on_gradient(index, current[0], name, weight.detach(), weight.grad)
-            if norms:
-                squared = squared_norm(weight.grad)
-                for observer in norms:
-                    observer.on_gradient_norm(index, current[0], name, squared)
+            if of_norms:
+                show_norm(index, current[0], name, squared_norm(weight.grad))
             weight.grad = None
 
         return hook
 
-    handles = []
+    handles: list[Any] = []
+    linears: list[WatchedLinears] = []
     for index, layer in layers.items():
+        watched: set[str] = set()
+        if not whole and norms != "autograd":
+            linears.append(WatchedLinears(layer, current, partial(show_norm, index), norms))
+            watched = linears[-1].names
         for name, parameter in layer.named_parameters():
             parameter.grad = None
-            parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(hook_for(index, name)))
+            parameter.requires_grad_(name not in watched)
+            if name not in watched:
+                handles.append(parameter.register_post_accumulate_grad_hook(hook_for(index, name)))
     try:
         yield
+        for each in linears:
+            each.finish()
     finally:
-        for handle in handles:
+        for handle in [*handles, *linears]:
             handle.remove()
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)

@@ -72,7 +72,8 @@ class Observer:
     def on_gradient_norm(self, layer: int, batch: Batch, name: str, squared: torch.Tensor) -> None:
         """The square of that gradient's Frobenius norm, a float64 scalar (`Need.GRADIENT_NORMS`).
 
-        For those who need no more than that: the gradient itself need not exist.
+        For those who need no more than that: the gradient itself need not exist. One call may stand for several parameters
+        of the layer, under the name of the first: only the sum over all calls for a layer and a sequence is defined.
         """
 
     def on_gradients_end(self, layer: int, weights: Mapping[str, torch.Tensor], processes: Processes) -> None:

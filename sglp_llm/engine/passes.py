@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine import resident, streamed
+from sglp_llm.engine.ghost import Norms
 from sglp_llm.engine.observer import Observer
 from sglp_llm.loading import DecoderModel
 from sglp_llm.processes import ALONE, Processes
@@ -20,7 +21,10 @@ def run_pass(
     batch_size: int = 8,
     progress: Progress = silent,
     processes: Processes = ALONE,
+    norms: Norms = "auto",
 ) -> float | None:
     """See `sglp_llm.engine.resident.run_pass` and `sglp_llm.engine.streamed.run_streamed`: the results are the same."""
     run = resident.run_pass if model.weights is None else streamed.run_streamed
-    return run(model, calibration, observers, batch_size=batch_size, progress=progress, processes=processes)
+    return run(
+        model, calibration, observers, batch_size=batch_size, progress=progress, processes=processes, norms=norms
+    )

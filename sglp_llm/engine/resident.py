@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sglp_llm.calibration import CalibrationSet
+from sglp_llm.engine.ghost import Norms
 from sglp_llm.engine.gradients import watched_gradients
 from sglp_llm.engine.loss import sequence_loss
 from sglp_llm.engine.modes import entering_states, evaluating, leaving_states
@@ -29,12 +30,14 @@ def run_pass(
     batch_size: int = 8,
     progress: Progress = silent,
     processes: Processes = ALONE,
+    norms: Norms = "auto",
 ) -> float | None:
     """Shows the observers what they need: one forward pass, and one backward pass where gradients are wanted.
 
     With gradients one sequence is a step: a decoder layer's gradients are shown and freed as soon as autograd has them, and
     embeddings, final norm and head take none. Without, ``batch_size`` sequences are a step and the head does not run. When
-    no observer looks at hidden states or gradients, nothing runs. Each process takes its share of the sequences.
+    no observer looks at hidden states or gradients, nothing runs. Each process takes its share of the sequences. ``norms``
+    says how gradient norms are taken where no observer asks for whole gradients.
 
     Returns:
         The mean loss of the calibration sequences in nats a token when gradients were taken, otherwise ``None``.
@@ -55,7 +58,7 @@ def run_pass(
             batch_size = 1
             _refuse_offloaded(model)
         share = processes.share(len(calibration.input_ids), math.lcm(*(observer.together for observer in observers)))
-        loss_sum = _run(model, calibration, observers, needs, batch_size, share, progress)
+        loss_sum = _run(model, calibration, observers, needs, batch_size, share, progress, norms)
         if differentiate:
             total = processes.sum(torch.tensor(loss_sum, dtype=torch.float64))
             loss = float(total) / len(calibration.input_ids)
@@ -77,6 +80,7 @@ def _run(
     batch_size: int,
     share: range,
     progress: Progress,
+    norms: Norms,
 ) -> float:
     """Runs this process's share of the sequences; the sum of their losses where gradients are taken."""
     differentiate = bool(needs & (Need.GRADIENTS | Need.GRADIENT_NORMS))
@@ -89,7 +93,7 @@ def _run(
             stack.enter_context(_layer_hooks(model.layers, watching, current))
         if differentiate:
             stack.enter_context(_frozen(model.model))
-            stack.enter_context(watched_gradients(dict(enumerate(model.layers)), observers, current))
+            stack.enter_context(watched_gradients(dict(enumerate(model.layers)), observers, current, norms))
         stack.enter_context(torch.enable_grad() if differentiate else torch.inference_mode())
         advance = stack.enter_context(progress("Analysing", len(share)))
         for batch, ids, mask in batches(calibration, batch_size, model.input_device, share):

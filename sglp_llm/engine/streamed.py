@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sglp_llm.calibration import CalibrationSet
+from sglp_llm.engine.ghost import Norms
 from sglp_llm.engine.gradients import watched_gradients
 from sglp_llm.engine.head import loss_and_gradient
 from sglp_llm.engine.modes import evaluating
@@ -70,6 +71,7 @@ def run_streamed(
     batch_size: int = 8,
     progress: Progress = silent,
     processes: Processes = ALONE,
+    norms: Norms = "auto",
 ) -> float | None:
     """What `sglp_llm.engine.resident.run_pass` does, for a model with streamed layers; the results are the same.
 
@@ -112,7 +114,7 @@ def run_streamed(
             store.drop(model.num_layers)
             watching = [o for o in observers if o.needs & (Need.GRADIENTS | Need.GRADIENT_NORMS)]
             for index, layer in streamed_layers(model, range(model.num_layers - 1, -1, -1)):
-                _backward(index, layer, steps, replays, store, watching)
+                _backward(index, layer, steps, replays, store, watching, norms)
                 store.drop(index)
                 weights = {name: weight.detach() for name, weight in layer.named_parameters()}
                 for observer in watching:
@@ -187,9 +189,10 @@ def _backward(
     replays: Replays,
     store: StateStore,
     observers: Sequence[Observer],
+    norms: Norms,
 ) -> None:
     current: list[Batch] = []
-    with watched_gradients({index: layer}, observers, current), torch.enable_grad():
+    with watched_gradients({index: layer}, observers, current, norms), torch.enable_grad():
         for step in steps:
             current[:] = [step.batch]
             entering = store.get(index, step.batch).detach().requires_grad_(True)
