@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO := demo-output
 WORKERS ?= 2
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all lint bench bench-gpu clean
 
 setup: $(READY)
 
@@ -39,6 +39,10 @@ bench: setup
 	$(BIN)/python benchmarks/criteria.py
 	$(BIN)/python benchmarks/gradnorm.py
 	$(BIN)/python benchmarks/trials.py
+
+# On one GPU with 40 GB or more; 16 GB of disk for a random model.
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info

@@ -25,7 +25,7 @@ from sglp_llm.evaluation.side_by_side import Row
 from sglp_llm.plans import plan_to_dict
 from sglp_llm.progress import Advance
 from sglp_llm.records import Analysis, EvalResult, PrunePlan, RunReport, TaskScore
-from sglp_llm.sizes import show_count
+from sglp_llm.sizes import show_bytes, show_count
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def print_report(report: RunReport) -> None:
         cache = "; generation with and without KV cache agrees" if found["generation"] else ""
         print(f"Reload check      {found['tokens']} logit vectors {same} in {found['dtype']}{cache}")
     print(f"Time              {', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in report.seconds.items())}")
-    print(f"Written           {report.output} ({show_count(report.bytes_written)}B of weights)")
+    print(f"Written           {report.output} ({show_bytes(report.bytes_written)} of weights)")
 
 
 def print_perplexity(result: EvalResult, model: str) -> None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from mmap import mmap
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from sglp_llm.checkpoint.mapped import mapped_tensor
+from sglp_llm.checkpoint.mapped import forget_pages, mapped_tensor
 from sglp_llm.checkpoint.reader import TensorEntry
 from sglp_llm.errors import UserError
 from sglp_llm.source import Source
@@ -62,6 +63,7 @@ class LayerWeights:
         for entry in source.index.tensors.values():
             match = source.adapter.layer_key_pattern.match(entry.name)
             self._entries[int(match[2]) if match else None].append(entry)
+        self._outside: list[mmap] = []  # mappings of what belongs to no layer
         self._bring(None)
         model.tie_weights()
         inside = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
@@ -87,6 +89,10 @@ class LayerWeights:
             yield self._layers[index]
         finally:
             self._drop(index)
+
+    def rest(self) -> None:
+        """Lets go of the memory that embeddings and head take in the mapped files, until they are used again."""
+        forget_pages(self._outside)
 
     def close(self) -> None:
         """Lets go of a layer that is on its way and that nobody will ask for."""
@@ -122,7 +128,8 @@ class LayerWeights:
             weight_mapping=self._conversions,
         )
         with _no_progress_bar, torch.inference_mode(False):
-            tensors = {entry.name: mapped_tensor(entry) for entry in self._entries[index]}
+            outside = self._outside if index is None else None
+            tensors = {entry.name: mapped_tensor(entry, outside) for entry in self._entries[index]}
             report, _ = convert_and_load_state_dict_in_model(self._model, tensors, settings)
         if report.conversion_errors:
             name, error = next(iter(report.conversion_errors.items()))

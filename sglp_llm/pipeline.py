@@ -225,13 +225,11 @@ def _choose_engine(subject: Subject, recipe: Recipe, processes: Processes, on_fo
     Raises:
         UserError: The model cannot be streamed, or the scratch folder is none.
     """
-    if recipe.scratch is not None and not Path(recipe.scratch).expanduser().is_dir():
-        raise UserError(f"scratch: {recipe.scratch} is not a folder; make it first")
     found = forecast(subject, recipe)
     wanted = recipe.engine if found is None or recipe.engine != "auto" else found[0].engine
     votes = float(processes.sum(torch.tensor(float(wanted == "streamed"), dtype=torch.float64)))
     if votes > 0:
-        subject.stream(None if recipe.scratch is None else Path(recipe.scratch).expanduser())
+        subject.stream(recipe.scratch)
     if on_forecast is not None and found is not None:
         on_forecast(*found)
 

@@ -76,21 +76,24 @@ class Subject:
                 f"it gives the token id {highest}, and the model knows 0..{vocabulary - 1}"
             )
 
-    def stream(self, scratch: Path | None = None) -> None:
+    def stream(self, scratch: str | Path | None = None) -> None:
         """From now on the weights are loaded one decoder layer at a time.
 
         Args:
             scratch: Folder for the hidden states between layers; ``None`` means host memory.
 
         Raises:
-            UserError: The model is live, is placed by accelerate, or its weights are not safetensors.
+            UserError: The model is live, is placed by accelerate, or its weights are not safetensors; or there is no such folder.
         """
+        folder = None if scratch is None else Path(scratch).expanduser()
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"scratch: {scratch} is not a folder; make it first")
         if self.source is None:
             raise UserError("a live model is in memory already: the streamed engine is for checkpoints")
         if self._device_map is not None:
             raise UserError("device_map places a whole model, and the streamed engine one layer: leave one of them out")
         check_streamable(self.source)
-        self.streamed, self._scratch = True, scratch
+        self.streamed, self._scratch = True, folder
 
     def load(self) -> DecoderModel:
         """The model in memory; loaded on the first call."""

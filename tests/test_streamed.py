@@ -317,6 +317,48 @@ def test_prune_writes_the_same_checkpoint_with_either_engine(family: str, tmp_pa
     assert not list(scratch.iterdir())
 
 
+def test_eval_prints_the_same_with_either_engine(tmp_path: Path) -> None:
+    folder = checkpoint(Tiny("llama", 0), tmp_path)
+    numbers = []
+    for engine in ("resident", "streamed"):
+        options = (
+            "--data",
+            "pydoc",
+            "--window",
+            32,
+            "--max-windows",
+            4,
+            "--batch-size",
+            2,
+            "--engine",
+            engine,
+            "--json",
+        )
+        run = run_cli("eval", folder, *options)
+        assert run.code == 0, run.err
+        numbers.append(json.loads(run.out)["mean_nll"])
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-6)
+    none = run_cli("eval", folder, "--engine", "streamed", "--scratch", tmp_path / "none")
+    assert "none is not a folder; make it first" in none.error
+
+
+def test_gradients_beyond_float16_name_the_layer(tmp_path: Path) -> None:
+    model = tiny_model(Tiny("llama", 0))
+    with torch.no_grad():
+        # Hidden states that are almost nothing before a final norm that makes much of them: a large gradient, small logits.
+        model.model.embed_tokens.weight.mul_(1e-3)
+        model.model.norm.weight.mul_(1e3)
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(1e-3)
+            layer.self_attn.o_proj.weight.mul_(1e-3)
+    folder = save_tiny(model.to(torch.float16), tmp_path / "model")
+    for engine in ("resident", "streamed"):
+        run = run_cli("analyze", folder, "--drop", 1, *QUICK, "--criterion", "gradnorm", "--engine", engine)
+        assert run.code == 2
+        assert "layer" in run.err.splitlines()[-1], run.err
+        assert "float32" in run.err.splitlines()[-1], run.err
+
+
 def test_what_cannot_be_streamed_is_the_users_mistake(tmp_path: Path) -> None:
     folder = checkpoint(Tiny("llama", 0), tmp_path)
     options = ("--drop", 2, "-o", tmp_path / "out", *QUICK, "--engine", "streamed")

@@ -22,11 +22,15 @@ _DTYPES = {
 }
 
 
-def mapped_tensor(entry: TensorEntry) -> torch.Tensor:
+def mapped_tensor(entry: TensorEntry, mappings: list[mmap.mmap] | None = None) -> torch.Tensor:
     """The tensor on the CPU, in the file's dtype. Its memory is given back when the last view of it is gone.
 
     Each tensor has a mapping of its own: pages that were read count as resident memory for as long as their mapping lives, so
     one mapping a file would add up to the file. The kernel is told to read ahead. Writing to the tensor leaves the file alone.
+
+    Args:
+        entry: Where it lies.
+        mappings: Its mapping is added here; see `forget_pages`.
     """
     dtype = _DTYPES[entry.dtype]
     if entry.nbytes == 0:
@@ -36,7 +40,16 @@ def mapped_tensor(entry: TensorEntry) -> torch.Tensor:
         mapping = mmap.mmap(stream.fileno(), entry.offset + entry.nbytes - start, access=mmap.ACCESS_COPY, offset=start)
     if hasattr(mmap, "MADV_WILLNEED"):
         mapping.madvise(mmap.MADV_WILLNEED)
+    if mappings is not None:
+        mappings.append(mapping)
     offset = entry.offset - start
     if offset % dtype.itemsize:  # a header of odd length: no kernel computes on such addresses
         return torch.frombuffer(bytearray(mapping[offset:]), dtype=dtype).view(entry.shape)
     return torch.frombuffer(mapping, dtype=dtype, count=entry.num_elements, offset=offset).view(entry.shape)
+
+
+def forget_pages(mappings: list[mmap.mmap]) -> None:
+    """Lets go of the memory of tensors that nobody has written to; they are read again when they are used again."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for mapping in mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)

@@ -22,6 +22,7 @@ from sglp_llm.engine.replay import Replay
 from sglp_llm.engine.resident import batches
 from sglp_llm.engine.states import StateStore, state_store
 from sglp_llm.errors import UserError
+from sglp_llm.heap import trim
 from sglp_llm.loading import DecoderModel
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
@@ -102,23 +103,25 @@ def run_streamed(
     ):
         for step in steps:
             store.put(0, step.batch, replays.first_states(step))
+        model.weights.rest()
         for index, layer in streamed_layers(model, range(model.num_layers)):
             _show_weights(index, layer, observers)
             for step in steps:
                 store.put(index + 1, step.batch, replays.of(step).layer(index, store.get(index, step.batch)))
             advance(1)
         _show_states(model, steps, store, observers)
+        trim()  # CKA's kernel matrices, which the allocator would keep while the head needs room
         if differentiate:
             loss_sum = _loss(model, steps, replays, store)
             loss = float(processes.sum(torch.tensor(loss_sum, dtype=torch.float64))) / len(calibration.input_ids)
             store.drop(model.num_layers)
+            model.weights.rest()
+            trim()
             watching = [o for o in observers if o.needs & (Need.GRADIENTS | Need.GRADIENT_NORMS)]
             for index, layer in streamed_layers(model, range(model.num_layers - 1, -1, -1)):
                 _backward(index, layer, steps, replays, store, watching, norms)
                 store.drop(index)
-                weights = {name: weight.detach() for name, weight in layer.named_parameters()}
-                for observer in watching:
-                    observer.on_gradients_end(index, weights, processes)
+                _end_gradients(index, layer, watching, processes)
                 advance(2)
     return _end(observers, processes, loss)
 
@@ -146,6 +149,12 @@ def _end(observers: Sequence[Observer], processes: Processes, loss: float | None
     for observer in observers:
         observer.on_pass_end(processes)
     return loss
+
+
+def _end_gradients(index: int, layer: nn.Module, observers: Sequence[Observer], processes: Processes) -> None:
+    weights = {name: weight.detach() for name, weight in layer.named_parameters()}
+    for observer in observers:
+        observer.on_gradients_end(index, weights, processes)
 
 
 def _show_weights(index: int, layer: nn.Module, observers: Sequence[Observer]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+
+from sglp_llm.heap import trim
 
 PHASE_PEAK = "peak resident memory while running, less what the process held before loading (VmHWM)"
 PROCESS_PEAK = "peak resident memory of the whole process so far, loading included (ru_maxrss)"
@@ -114,12 +115,9 @@ def peak_so_far() -> Peak:
 
 
 def _give_back_freed() -> None:
-    """Freed memory goes back to the system; otherwise what loading left behind would hide what the next model takes."""
+    """Otherwise what loading left behind would hide what the next model takes."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl has none and keeps little
-        if trim is not None:
-            trim(0)
+    trim()
 
 
 def _reset_host_peak() -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sglp_llm.errors import UserError
-from sglp_llm.verbs.options import DeviceMap, Json, RequiredModel, Revision, recipe_of
+from sglp_llm.verbs.options import DeviceMap, Engine, Json, RequiredModel, Revision, Scratch, recipe_of
 from sglp_llm.verbs.quiet import prepare
 
 PERPLEXITY_ONLY = ("data", "window", "max_windows", "bos")
@@ -49,6 +49,8 @@ def evaluate(
     revision: Revision = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device_map: DeviceMap = None,
+    engine: Engine = None,
+    scratch: Scratch = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity of a model, with data set, window, tokens and standard error; or its scores in tasks of lm-eval."""
@@ -62,7 +64,11 @@ def evaluate(
             raise UserError(f"--{name.replace('_', '-')} {other}")
     number = int(batch_size) if batch_size.isdecimal() else batch_size
     console = prepare()
-    chosen = recipe_of(None, {"dtype": dtype, "revision": revision, "device_map": device_map})
+    settings: dict[str, Any] = {"dtype": dtype, "revision": revision, "device_map": device_map}
+    # What an evaluation holds in memory is what an analysis does that looks at hidden states alone.
+    settings |= {"criterion": "bi", "samples": 1, "seq_len": 2048 if window is None else window}
+    settings |= {"engine": engine, "scratch": scratch}
+    chosen = recipe_of(None, {key: value for key, value in settings.items() if value is not None})
     models = [(model, chosen.revision), *([] if baseline is None else [(baseline, None)])]
     if in_tasks:
         opened = _open_suite(suite, tasks, limit, num_fewshot, number, data_dir)
@@ -82,9 +88,16 @@ def evaluate(
 
 def _open_models(models: list[tuple[str, str | None]], chosen: Any) -> list[Any]:
     """Opens both models before the first is scored, which can take hours; their weights are loaded in turn."""
+    from sglp_llm.prediction import chosen_engine
     from sglp_llm.subject import Subject
 
-    return [Subject(name, revision, chosen.dtype, chosen.device_map) for name, revision in models]
+    subjects = []
+    for name, revision in models:
+        subject = Subject(name, revision, chosen.dtype, chosen.device_map)
+        if chosen_engine(subject, chosen) == "streamed":
+            subject.stream(chosen.scratch)
+        subjects.append(subject)
+    return subjects
 
 
 def _open_suite(
