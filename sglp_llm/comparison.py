@@ -30,6 +30,7 @@ from sglp_llm.recipe import Recipe
 from sglp_llm.records import Budget, Comparison, ComparisonRow
 from sglp_llm.selection import check_budget, number_to_remove, removable_layers
 from sglp_llm.subject import Subject
+from sglp_llm.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +91,9 @@ def compare(
     idle = "criterion also ratio drop target_params max_shard_size batch_size engine scratch"
     for key in idle.split():
         settings.pop(key, None)
-    journal = Journal(folder / "journal", {**settings, "model": subject.identity.fingerprint})
+    # Another version may keep its pieces in another form.
+    known = {**settings, "model": subject.identity.fingerprint, "sglp-llm": __version__}
+    journal = Journal(folder / "journal", known)
     chosen, seconds = _choices(subject, calibration, recipe, recipes, journal, progress)
     plans = [(name, removed) for name in criteria for removed in chosen[name]]
     dense, results = _measured(subject, [removed for _, removed in plans], measurements, journal, progress)

@@ -256,9 +256,10 @@ def launched(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_torchrun_prints_and_writes_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["resident", "streamed"])
+def test_torchrun_prints_and_writes_once(engine: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
-    options = (*QUICK, "--drop", "2")
+    options = (*QUICK, "--drop", "2", "--engine", engine, "--also", "taylor", "--also", "ppl")
     assert run_cli("prune", source, "-o", tmp_path / "alone", *options).code == 0
     result = launched("prune", source, "-o", tmp_path / "out", *options)
     assert result.returncode == 0, result

@@ -1,10 +1,12 @@
-"""The negative log-likelihood of the next token: pure, differentiable, float32 whatever the model computes in."""
+"""The negative log-likelihood of the next token: differentiable, float32 whatever the model computes in."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from sglp_llm.errors import UserError
 
 
 def token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -44,6 +46,25 @@ def sequence_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None)
     if counts is None:
         return losses.sum(dim=1) / max(losses.shape[1], 1)
     return losses.sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+
+
+def not_finite(loss: float, sequence: int, layer: int | None) -> UserError:
+    """The error for a loss that is not finite.
+
+    Args:
+        loss: What it is.
+        sequence: Of which calibration sequence.
+        layer: The first decoder layer whose output is not finite; ``None`` if all are.
+    """
+    place = (
+        "every decoder layer's output is"
+        if layer is None
+        else f"decoder layer {layer} is the first whose output is not"
+    )
+    return UserError(
+        f"the loss is not finite ({loss}) on calibration sequence {sequence}: {place}; "
+        "the weights are damaged, or the dtype is too small (try --dtype float32)"
+    )
 
 
 def _counts(mask: Tensor | None, device: torch.device) -> Tensor | None:

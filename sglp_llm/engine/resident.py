@@ -13,7 +13,7 @@ from torch import nn
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.ghost import Norms
 from sglp_llm.engine.gradients import watched_gradients
-from sglp_llm.engine.loss import sequence_loss
+from sglp_llm.engine.loss import not_finite, sequence_loss
 from sglp_llm.engine.modes import entering_states, evaluating, leaving_states
 from sglp_llm.engine.observer import Batch, Need, Observer
 from sglp_llm.errors import UserError
@@ -191,10 +191,4 @@ def _not_finite(
 
     with _layer_hooks(model.layers, [Finder()], [Batch(sequence, 1, mask)]), torch.no_grad():
         model.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    place = (
-        f"decoder layer {broken[0]} is the first whose output is not" if broken else "every decoder layer's output is"
-    )
-    return UserError(
-        f"the loss is not finite ({loss}) on calibration sequence {sequence}: {place}; "
-        "the weights are damaged, or the dtype is too small (try --dtype float32)"
-    )
+    return not_finite(loss, sequence, broken[0] if broken else None)

@@ -16,6 +16,7 @@ from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.ghost import Norms
 from sglp_llm.engine.gradients import watched_gradients
 from sglp_llm.engine.head import loss_and_gradient
+from sglp_llm.engine.loss import not_finite
 from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.observer import Batch, Need, Observer
 from sglp_llm.engine.replay import Replay
@@ -212,11 +213,5 @@ def _backward(
 
 
 def _not_finite(model: DecoderModel, step: Step, store: StateStore, loss: float) -> UserError:
-    broken = [index for index in range(model.num_layers) if not torch.isfinite(store.get(index + 1, step.batch)).all()]
-    place = (
-        f"decoder layer {broken[0]} is the first whose output is not" if broken else "every decoder layer's output is"
-    )
-    return UserError(
-        f"the loss is not finite ({loss}) on calibration sequence {step.batch.first}: {place}; "
-        "the weights are damaged, or the dtype is too small (try --dtype float32)"
-    )
+    states = ((index, store.get(index + 1, step.batch)) for index in range(model.num_layers))
+    return not_finite(loss, step.batch.first, next((i for i, leaving in states if not leaving.isfinite().all()), None))
