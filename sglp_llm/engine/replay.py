@@ -76,10 +76,10 @@ class Replay:
             positions: Which ones.
         """
         mask = None if self.mask is None else self.mask[:, positions]
+        # Of the tokens only their number matters behind the layers: one embedding is looked up, not thousands.
+        ids = torch.zeros_like(self.ids[:, positions])
         with _layers_replaced(self._model, [lambda args, kwargs: states] * self._model.num_layers):
-            logits: torch.Tensor = self._model.model(
-                input_ids=self.ids[:, positions], attention_mask=mask, use_cache=False
-            ).logits
+            logits: torch.Tensor = self._model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits
 
     def with_ids(self, ids: torch.Tensor) -> Replay:
