@@ -66,7 +66,7 @@ def evaluate(
     console = prepare()
     settings: dict[str, Any] = {"dtype": dtype, "revision": revision, "device_map": device_map}
     # What an evaluation holds in memory is what an analysis does that looks at hidden states alone.
-    settings |= {"criterion": "bi", "samples": 1, "seq_len": 2048 if window is None else window}
+    settings |= {"criterion": "bi", "samples": 1, "seq_len": max(2, window or 2048)}
     settings |= {"engine": engine, "scratch": scratch}
     chosen = recipe_of(None, {key: value for key, value in settings.items() if value is not None})
     models = [(model, chosen.revision), *([] if baseline is None else [(baseline, None)])]
