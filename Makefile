@@ -38,6 +38,7 @@ bench: setup
 	$(BIN)/python benchmarks/analysis.py
 	$(BIN)/python benchmarks/criteria.py
 	$(BIN)/python benchmarks/gradnorm.py
+	$(BIN)/python benchmarks/streamed.py
 	$(BIN)/python benchmarks/trials.py
 
 # On one GPU with 40 GB or more; 16 GB of disk for a random model.
