@@ -3,8 +3,8 @@
 #
 #   tools/results.sh DATA [OUTPUT]
 #
-# WINDOWS=302 scores the whole WikiText-2 half, which takes hours; the page says how many there were. DATA holds wikitext2_valid.txt.gz (calibration), wikitext2_test.txt.gz and c4_sample.jsonl.gz (perplexity). It can be interrupted and
-# started again; OUTPUT (default: results-output) keeps what is finished.
+# DATA holds wikitext2_valid.txt.gz (calibration), wikitext2_test.txt.gz and c4_sample.jsonl.gz (perplexity). It can be interrupted and
+# started again; OUTPUT (default: results-output) keeps what is finished. WINDOWS=302 scores the whole half of WikiText-2, in hours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:?usage: tools/results.sh DATA [OUTPUT]}

