@@ -93,7 +93,7 @@ def test_layers_keep_what_autograd_saves(tiny_config: Tiny) -> None:
         del states, layers[1:]
     dry = DryRun(model.config, torch.float32)
     kept = dry.kept_for_backward(tiny_config.depth, 40) - dry.kept_for_backward(1, 40)
-    assert kept == pytest.approx(totals[0] - totals[1], rel=0.03)
+    assert kept == pytest.approx(totals[0] - totals[1], rel=0.05)
 
 
 def test_the_dry_run_takes_no_memory() -> None:
