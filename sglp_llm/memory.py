@@ -250,7 +250,7 @@ def _placed(
 
 
 def _differentiates(work: Work) -> bool:
-    return bool(work.needs & (Need.GRADIENTS | Need.GRADIENT_NORMS))
+    return bool(work.needs & Need.BACKWARD)
 
 
 def _sums(matrices: int, work: Work) -> int:

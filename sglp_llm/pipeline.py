@@ -19,7 +19,7 @@ from sglp_llm.checkpoint.publish import atomic_folder, check_output
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS, expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError
 from sglp_llm.plans import PLAN_FILE_NAME, save_plan
-from sglp_llm.prediction import forecast
+from sglp_llm.prediction import chosen_engine, forecast
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 from sglp_llm.recipe import RECIPE_FILE_NAME, Recipe, save_recipe
@@ -225,8 +225,9 @@ def _choose_engine(subject: Subject, recipe: Recipe, processes: Processes, on_fo
     Raises:
         UserError: The model cannot be streamed, or the scratch folder is none.
     """
-    found = forecast(subject, recipe)
-    wanted = recipe.engine if found is None or recipe.engine != "auto" else found[0].engine
+    # A forecast runs the model's code once without contents: only where it is shown, or decides.
+    found = None if on_forecast is None else forecast(subject, recipe)
+    wanted = chosen_engine(subject, recipe) if found is None else found[0].engine
     votes = float(processes.sum(torch.tensor(float(wanted == "streamed"), dtype=torch.float64)))
     if votes > 0:
         subject.stream(recipe.scratch)

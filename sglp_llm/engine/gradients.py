@@ -13,6 +13,7 @@ from torch import nn
 from sglp_llm.engine.ghost import Norms, squared_norm
 from sglp_llm.engine.linears import WatchedLinears
 from sglp_llm.engine.observer import Batch, Need, Observer
+from sglp_llm.processes import Processes
 
 
 @contextmanager
@@ -75,3 +76,11 @@ def watched_gradients(
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
+
+
+def end_gradients(index: int, layer: nn.Module, observers: Sequence[Observer], processes: Processes) -> None:
+    """Tells those who watch a backward pass that every sequence's gradients of this layer were shown."""
+    weights = {name: weight.detach() for name, weight in layer.named_parameters()}
+    for observer in observers:
+        if observer.needs & Need.BACKWARD:
+            observer.on_gradients_end(index, weights, processes)

@@ -21,6 +21,7 @@ class Need(Flag):
     GRADIENTS = auto()
     GRADIENT_NORMS = auto()
     TRIALS = auto()
+    BACKWARD = GRADIENTS | GRADIENT_NORMS
 
 
 @dataclass(frozen=True)

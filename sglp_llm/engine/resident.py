@@ -12,7 +12,7 @@ from torch import nn
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.ghost import Norms
-from sglp_llm.engine.gradients import watched_gradients
+from sglp_llm.engine.gradients import end_gradients, watched_gradients
 from sglp_llm.engine.loss import not_finite, sequence_loss
 from sglp_llm.engine.modes import entering_states, evaluating, leaving_states
 from sglp_llm.engine.observer import Batch, Need, Observer
@@ -50,8 +50,9 @@ def run_pass(
     for observer in observers:
         needs |= observer.needs
     if Need.WEIGHTS in needs:
-        _show_weights(model.layers, observers)
-    differentiate = bool(needs & (Need.GRADIENTS | Need.GRADIENT_NORMS))
+        for index, layer in enumerate(model.layers):
+            show_weights(index, layer, observers)
+    differentiate = bool(needs & Need.BACKWARD)
     loss = None
     if differentiate or Need.HIDDEN_STATES in needs:
         if differentiate:
@@ -63,10 +64,7 @@ def run_pass(
             total = processes.sum(torch.tensor(loss_sum, dtype=torch.float64))
             loss = float(total) / len(calibration.input_ids)
             for index, layer in enumerate(model.layers):
-                weights = {name: weight.detach() for name, weight in layer.named_parameters()}
-                for observer in observers:
-                    if observer.needs & (Need.GRADIENTS | Need.GRADIENT_NORMS):
-                        observer.on_gradients_end(index, weights, processes)
+                end_gradients(index, layer, observers, processes)
     for observer in observers:
         observer.on_pass_end(processes)
     return loss
@@ -83,7 +81,7 @@ def _run(
     norms: Norms,
 ) -> float:
     """Runs this process's share of the sequences; the sum of their losses where gradients are taken."""
-    differentiate = bool(needs & (Need.GRADIENTS | Need.GRADIENT_NORMS))
+    differentiate = bool(needs & Need.BACKWARD)
     watching = [observer for observer in observers if Need.HIDDEN_STATES in observer.needs]
     current: list[Batch] = []  # the hooks' view of the step they belong to
     loss_sum = 0.0
@@ -129,12 +127,12 @@ def batches(
         yield Batch(first, len(ids), padded), ids, padded
 
 
-def _show_weights(layers: nn.ModuleList, observers: Sequence[Observer]) -> None:
-    for index, layer in enumerate(layers):
-        for weight in layer.parameters():
-            for observer in observers:
-                if Need.WEIGHTS in observer.needs:
-                    observer.on_weight(index, weight.detach())
+def show_weights(index: int, layer: nn.Module, observers: Sequence[Observer]) -> None:
+    """Shows a decoder layer's parameters to those who want to see weights."""
+    for weight in layer.parameters():
+        for observer in observers:
+            if Need.WEIGHTS in observer.needs:
+                observer.on_weight(index, weight.detach())
 
 
 @contextmanager

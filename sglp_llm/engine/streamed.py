@@ -14,13 +14,13 @@ from torch import nn
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.ghost import Norms
-from sglp_llm.engine.gradients import watched_gradients
+from sglp_llm.engine.gradients import end_gradients, watched_gradients
 from sglp_llm.engine.head import loss_and_gradient
 from sglp_llm.engine.loss import not_finite
 from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.observer import Batch, Need, Observer
 from sglp_llm.engine.replay import Replay
-from sglp_llm.engine.resident import batches
+from sglp_llm.engine.resident import batches, show_weights
 from sglp_llm.engine.states import StateStore, state_store
 from sglp_llm.errors import UserError
 from sglp_llm.heap import trim
@@ -86,7 +86,7 @@ def run_streamed(
     needs = Need.NOTHING
     for observer in observers:
         needs |= observer.needs
-    differentiate = bool(needs & (Need.GRADIENTS | Need.GRADIENT_NORMS))
+    differentiate = bool(needs & Need.BACKWARD)
     forward = differentiate or Need.HIDDEN_STATES in needs
     if not forward and Need.WEIGHTS not in needs:
         return _end(observers, processes, None)
@@ -106,7 +106,7 @@ def run_streamed(
             store.put(0, step.batch, replays.first_states(step))
         model.weights.rest()
         for index, layer in streamed_layers(model, range(model.num_layers)):
-            _show_weights(index, layer, observers)
+            show_weights(index, layer, observers)
             for step in steps:
                 store.put(index + 1, step.batch, replays.of(step).layer(index, store.get(index, step.batch)))
             advance(1)
@@ -118,11 +118,10 @@ def run_streamed(
             store.drop(model.num_layers)
             model.weights.rest()
             trim()
-            watching = [o for o in observers if o.needs & (Need.GRADIENTS | Need.GRADIENT_NORMS)]
             for index, layer in streamed_layers(model, range(model.num_layers - 1, -1, -1)):
-                _backward(index, layer, steps, replays, store, watching, norms)
+                _backward(index, layer, steps, replays, store, observers, norms)
                 store.drop(index)
-                _end_gradients(index, layer, watching, processes)
+                end_gradients(index, layer, observers, processes)
                 advance(2)
     return _end(observers, processes, loss)
 
@@ -150,19 +149,6 @@ def _end(observers: Sequence[Observer], processes: Processes, loss: float | None
     for observer in observers:
         observer.on_pass_end(processes)
     return loss
-
-
-def _end_gradients(index: int, layer: nn.Module, observers: Sequence[Observer], processes: Processes) -> None:
-    weights = {name: weight.detach() for name, weight in layer.named_parameters()}
-    for observer in observers:
-        observer.on_gradients_end(index, weights, processes)
-
-
-def _show_weights(index: int, layer: nn.Module, observers: Sequence[Observer]) -> None:
-    for weight in layer.parameters():
-        for observer in observers:
-            if Need.WEIGHTS in observer.needs:
-                observer.on_weight(index, weight.detach())
 
 
 def _show_states(model: DecoderModel, steps: Sequence[Step], store: StateStore, observers: Sequence[Observer]) -> None:
