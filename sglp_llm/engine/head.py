@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sglp_llm.engine.loss import token_nll
+from sglp_llm.engine.loss import num_predictions, token_nll
 from sglp_llm.engine.replay import Replay
 
 _CHUNK_BYTES = 64 * 2**20  # of float32 logits; the loss and its gradient hold about three times as much
@@ -25,12 +25,12 @@ def losses(replay: Replay, states: torch.Tensor) -> torch.Tensor:
     total = torch.zeros(len(states), dtype=torch.float64, device=states.device)
     for first, end in _chunks(replay, states):
         total += _chunk_nll(replay, states[:, first:end], first, end).double().sum(dim=1)
-    return total / _predictions(replay, states)
+    return total / num_predictions(replay.mask, states.shape[1] - 1, states.device)
 
 
 def loss_and_gradient(replay: Replay, states: torch.Tensor) -> tuple[float, torch.Tensor]:
     """The mean loss of one sequence, and its gradient by ``states``, ``[1, tokens, hidden]``, in their dtype."""
-    count = _predictions(replay, states)
+    count = num_predictions(replay.mask, states.shape[1] - 1, states.device)
     gradient = torch.zeros_like(states)
     total = 0.0
     for first, end in _chunks(replay, states):
@@ -54,11 +54,3 @@ def _chunks(replay: Replay, states: torch.Tensor) -> Iterator[tuple[int, int]]:
 def _chunk_nll(replay: Replay, states: torch.Tensor, first: int, end: int) -> torch.Tensor:
     mask = None if replay.mask is None else replay.mask[:, first:end]
     return token_nll(replay.logits(states, slice(first, end)), replay.ids[:, first:end], mask)
-
-
-def _predictions(replay: Replay, states: torch.Tensor) -> torch.Tensor:
-    """How many predictions of each sequence count, ``[batch]``, at least 1."""
-    if replay.mask is None:
-        return torch.full((len(states),), max(states.shape[1] - 1, 1), device=states.device)
-    real = replay.mask.to(device=states.device, dtype=torch.bool)
-    return (real[:, 1:] & real[:, :-1]).sum(dim=1).clamp(min=1)

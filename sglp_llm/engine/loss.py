@@ -42,10 +42,19 @@ def sequence_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None)
         ``[batch]``, float32; 0 for a sequence that has nothing to predict.
     """
     losses = token_nll(logits, input_ids, mask)
-    counts = _counts(mask, logits.device)
-    if counts is None:
-        return losses.sum(dim=1) / max(losses.shape[1], 1)
-    return losses.sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+    return losses.sum(dim=1) / num_predictions(mask, losses.shape[1], logits.device)
+
+
+def num_predictions(mask: Tensor | None, most: int, device: torch.device) -> Tensor | int:
+    """How many predictions of each sequence count, ``[batch]`` or one number for all of them, at least 1.
+
+    Args:
+        mask: ``[batch, tokens]``; None means all of them.
+        most: Predictions of a sequence without padding.
+        device: Of the result.
+    """
+    counts = _counts(mask, device)
+    return max(most, 1) if counts is None else counts.sum(dim=1).clamp(min=1)
 
 
 def not_finite(loss: float, sequence: int, layer: int | None) -> UserError:
