@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from mmap import mmap
@@ -53,10 +53,12 @@ class LayerWeights:
         self.scratch = scratch
         self.unused_tensors: set[str] = set()
         self._name, self._model, self._device = source.identity.name, model, device
-        self._layers = model.get_submodule(source.adapter.layers)
+        self._path = source.adapter.layers
+        self._layers = model.get_submodule(self._path)
         self._conversions = get_model_conversion_mapping(model)
         self._empty = [dict(layer.named_parameters()) for layer in self._layers]
         self._present: set[int] = set()
+        self._replaced: dict[str, torch.Tensor] = {}
         self._prefetcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._coming: dict[int, Future[None]] = {}
         self._entries: dict[int | None, list[TensorEntry]] = defaultdict(list)
@@ -90,6 +92,16 @@ class LayerWeights:
         finally:
             self._drop(index)
 
+    def replace(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """From now on these stand in for what the files hold, by parameter name; returns those that stood in before.
+
+        Only parameters of decoder layers, and none of a layer that is in memory.
+        """
+        assert not self._present
+        self.close()
+        before, self._replaced = self._replaced, dict(tensors)
+        return before
+
     def rest(self) -> None:
         """Lets go of the memory that embeddings and head take in the mapped files, until they are used again."""
         forget_pages(self._outside)
@@ -112,7 +124,14 @@ class LayerWeights:
     def _load(self, index: int) -> None:
         layer = self._layers[index]
         self._bring(index)
+        for name, parameter in self._empty[index].items():
+            if (value := self._replaced.get(self._path_of(index, name))) is not None:
+                value = value.to(self._device, self._model.dtype)
+                _set(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         self._check((f"layer {index}: {name}", parameter) for name, parameter in layer.named_parameters())
+
+    def _path_of(self, index: int, name: str) -> str:
+        return f"{self._path}.{index}.{name}"
 
     def _drop(self, index: int) -> None:
         self._present.discard(index)

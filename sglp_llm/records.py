@@ -103,6 +103,9 @@ class PrunePlan:
         budget: What the user asked for, as in `Budget.to_dict`.
         settings: Every other setting that led to the plan.
         versions: Versions of the software that made it.
+        replaced: Where a cut was compensated: new values of the layers that stay, by the parameter's name in the transformers
+            model (with its ORIGINAL layer index), in the shape and dtype of what they replace.
+        compensation: What was fitted and how well, as plain data; empty without compensation.
     """
 
     num_layers: int
@@ -114,6 +117,8 @@ class PrunePlan:
     budget: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    compensation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def removed(self) -> tuple[int, ...]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+
+from sglp_llm.loading import DecoderModel
 
 
 @contextmanager
@@ -34,6 +37,35 @@ def skipped(layers: nn.ModuleList, removed: Iterable[int]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def replaced_weights(model: DecoderModel, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside the block some parameters of decoder layers have other values; afterwards they have their own again.
+
+    Blocks do not add up: the tensors of the innermost one alone stand in where layers are streamed.
+
+    Args:
+        model: The model, its layers in memory or streamed.
+        tensors: By the parameter's name in the model, of the parameter's shape; cast to its dtype and device.
+    """
+    if model.weights is not None:
+        before = model.weights.replace(tensors)
+        try:
+            yield
+        finally:
+            model.weights.replace(before)
+        return
+    parameters = {name: model.model.get_parameter(name) for name in tensors}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            assert parameter.shape == tensors[name].shape
+            parameter.data = tensors[name].to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
 
 
 def entering_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
