@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from sglp_llm.analysis import (
@@ -27,7 +29,7 @@ from sglp_llm.errors import UserError
 from sglp_llm.journal import Journal
 from sglp_llm.progress import Progress, silent
 from sglp_llm.recipe import Recipe
-from sglp_llm.records import Budget, Comparison, ComparisonRow
+from sglp_llm.records import Budget, Comparison, ComparisonRow, Measured
 from sglp_llm.selection import check_budget, number_to_remove, removable_layers
 from sglp_llm.subject import Subject
 from sglp_llm.version import __version__
@@ -43,12 +45,12 @@ class Measurement:
     Attributes:
         name: For tables.
         key: Everything that its numbers depend on beside the model.
-        measure: Gives numbers by name, for a live model; ``perplexity`` among them is what is plotted.
+        measure: What it finds on a live model; ``perplexity`` among the numbers is what is plotted.
     """
 
     name: str
     key: str
-    measure: Callable[[PreTrainedModel], dict[str, float]]
+    measure: Callable[[PreTrainedModel], Measured]
 
 
 def compare(
@@ -96,14 +98,35 @@ def compare(
     journal = Journal(folder / "journal", known)
     chosen, seconds = _choices(subject, calibration, recipe, recipes, journal, progress)
     plans = [(name, removed) for name in criteria for removed in chosen[name]]
-    dense, results = _measured(subject, [removed for _, removed in plans], measurements, journal, progress)
-    rows = tuple(
-        ComparisonRow(
-            name, round(len(removed) / subject.num_layers, 4), tuple(sorted(removed)), results[tuple(sorted(removed))]
-        )
-        for name, removed in plans
+    measured = _measured(subject, [removed for _, removed in plans], measurements, journal, progress)
+    dense = measured[()]
+    dense_losses = {name: found.losses for name, found in dense.items()}
+
+    def row(criterion: str, removed: tuple[int, ...]) -> ComparisonRow:
+        found = measured[removed]
+        results = {name: each.numbers | _gap(each.losses, dense_losses[name]) for name, each in found.items()}
+        losses = {name: each.losses for name, each in found.items()}
+        return ComparisonRow(criterion, round(len(removed) / subject.num_layers, 4), removed, results, losses)
+
+    return Comparison(
+        model=subject.identity.name,
+        num_layers=subject.num_layers,
+        dense={name: found.numbers | _gap(found.losses, found.losses) for name, found in dense.items()},
+        dense_losses=dense_losses,
+        rows=tuple(row(name, tuple(sorted(removed))) for name, removed in plans),
+        selection_seconds=seconds,
+        settings=settings,
+        versions=software_versions(),
     )
-    return Comparison(subject.identity.name, subject.num_layers, dense, rows, seconds, settings, software_versions())
+
+
+def _gap(losses: Sequence[float], dense: Sequence[float]) -> dict[str, float]:
+    """How far a model's log perplexity is above the dense model's, with the standard error of the paired differences."""
+    if not losses:
+        return {}
+    gaps = [own - other for own, other in zip(losses, dense, strict=True)]
+    error = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+    return {"log_gap": fmean(gaps), "log_gap_standard_error": error}
 
 
 def _recipe_of(recipe: Recipe, criterion: str, budget: Budget) -> Recipe:
@@ -192,19 +215,20 @@ def _measured(
     measurements: Sequence[Measurement],
     journal: Journal,
     progress: Progress,
-) -> tuple[dict[str, dict[str, float]], dict[tuple[int, ...], dict[str, dict[str, float]]]]:
-    """Numbers of the whole model, and of each different plan, by measurement and name."""
+) -> dict[tuple[int, ...], dict[str, Measured]]:
+    """What is found on the whole model, ``()``, and on each different plan, by measurement."""
     different = list(dict.fromkeys([(), *(tuple(sorted(plan)) for plan in plans)]))
-    results: dict[tuple[int, ...], dict[str, dict[str, float]]] = {plan: {} for plan in different}
+    results: dict[tuple[int, ...], dict[str, Measured]] = {plan: {} for plan in different}
     with progress("Measuring", len(different) * len(measurements)) as advance:
         for plan in different:
             for measurement in measurements:
 
-                def numbers(plan: tuple[int, ...] = plan, measurement: Measurement = measurement) -> dict[str, float]:
+                def found(plan: tuple[int, ...] = plan, measurement: Measurement = measurement) -> dict[str, Any]:
                     with shortened(subject.load().model, plan) as model:
-                        return measurement.measure(model)
+                        return asdict(measurement.measure(model))
 
                 piece = f"{measurement.key} without {list(plan)}"
-                results[plan][measurement.name] = journal.once(piece, numbers)
+                kept = journal.once(piece, found)
+                results[plan][measurement.name] = Measured(kept["numbers"], tuple(kept["losses"]))
                 advance(1)
-    return results[()], results
+    return results

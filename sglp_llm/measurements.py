@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from sglp_llm.calibration import evaluation_windows
 from sglp_llm.comparison import Measurement
-from sglp_llm.evaluation.perplexity import perplexity
+from sglp_llm.evaluation.perplexity import summary, window_losses
+from sglp_llm.records import Measured
 from sglp_llm.subject import Subject
 from sglp_llm.texts import check_spec
 
@@ -35,9 +36,11 @@ def perplexity_measurement(subject: Subject, spec: str, window: int, max_windows
     subject.check_tokens(windows.input_ids)
     ids = hashlib.sha256(windows.input_ids.numpy().tobytes()).hexdigest()
 
-    def measure(model: PreTrainedModel) -> dict[str, float]:
-        result = perplexity(model, windows)
-        return {"perplexity": result.perplexity, "perplexity_standard_error": result.perplexity_standard_error}
+    def measure(model: PreTrainedModel) -> Measured:
+        losses = window_losses(model, windows)
+        result = summary(losses, windows)
+        numbers = {"perplexity": result.perplexity, "perplexity_standard_error": result.perplexity_standard_error}
+        return Measured(numbers, tuple(losses.tolist()))
 
     count, length = windows.input_ids.shape
     name = windows.source if "/" not in windows.source else windows.source.rpartition("/")[2].partition(":")[0]
@@ -62,14 +65,14 @@ def suite_measurement(subject: Subject, suite: Path, limit: int | None, data_dir
     check_counts(limit, None)
     opened = open_suite(load_suite(suite), data_dir)
 
-    def measure(model: PreTrainedModel) -> dict[str, float]:
+    def measure(model: PreTrainedModel) -> Measured:
         results = evaluate_tasks(model, subject.tokenizer, opened, limit=limit, batch_size=_TASK_BATCH)
         numbers: dict[str, float] = {}
         for score in scores(results, opened):
             numbers[f"{score.task} {score.metric}"] = score.value
             if score.stderr is not None:
                 numbers[f"{score.task} {score.metric}_standard_error"] = score.stderr
-        return numbers
+        return Measured(numbers)
 
     examples = "" if limit is None else f" (first {limit})"
     return Measurement(f"{opened.suite.name}{examples}", f"suite {opened.suite} in {data_dir}, limit {limit}", measure)

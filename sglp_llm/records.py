@@ -264,6 +264,20 @@ class FreeMemory:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What one measurement found on one model.
+
+    Attributes:
+        numbers: By name.
+        losses: Mean negative log-likelihood of every window in nats a token, where the measurement is a perplexity: windows
+            are the same for all models, so that differences can be taken pair by pair.
+    """
+
+    numbers: dict[str, float]
+    losses: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class ComparisonRow:
     """One criterion at one depth.
 
@@ -271,13 +285,16 @@ class ComparisonRow:
         criterion: Its name.
         ratio: Share of the layers that are removed.
         removed: Original indices of the layers that are removed, ascending.
-        results: Numbers by measurement and name.
+        results: Numbers by measurement and name. ``log_gap`` is ln(perplexity / dense perplexity), and its standard error that
+            of the differences over windows.
+        losses: See `Measured`, by measurement.
     """
 
     criterion: str
     ratio: float
     removed: tuple[int, ...]
     results: dict[str, dict[str, float]]
+    losses: dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -288,6 +305,7 @@ class Comparison:
         model: Name of the model.
         num_layers: Its depth.
         dense: Numbers of the whole model, by measurement and name.
+        dense_losses: See `Measured`, by measurement.
         rows: One a criterion and depth, in the order in which they were asked for.
         selection_seconds: Wall time of each criterion's selection. Criteria that share the pass share its time, which stands
             under ``shared pass``.
@@ -298,6 +316,7 @@ class Comparison:
     model: str
     num_layers: int
     dense: dict[str, dict[str, float]]
+    dense_losses: dict[str, tuple[float, ...]]
     rows: tuple[ComparisonRow, ...]
     selection_seconds: dict[str, float]
     settings: dict[str, Any]

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import run_cli
 from tiny_models import Tiny, save_tiny, tiny_model
@@ -130,3 +131,17 @@ def test_journal(tmp_path: Path) -> None:
     assert calls == [1]
     with pytest.raises(UserError, match="another seed"):
         Journal(tmp_path / "journal", {"seed": 2, "pair": (1, 2)})
+
+
+def test_gaps_are_paired_over_windows(finished: Path) -> None:
+    comparison = json.loads((finished / "compare.json").read_text())
+    for row in comparison["rows"]:
+        for name, numbers in row["results"].items():
+            dense = np.array(comparison["dense_losses"][name])
+            gaps = np.array(row["losses"][name]) - dense
+            assert len(gaps) == 3
+            assert np.exp(np.mean(row["losses"][name])) == pytest.approx(numbers["perplexity"], rel=1e-9)
+            assert numbers["log_gap"] == pytest.approx(
+                np.log(numbers["perplexity"] / comparison["dense"][name]["perplexity"]), abs=1e-9
+            )
+            assert numbers["log_gap_standard_error"] == pytest.approx(np.std(gaps, ddof=1) / np.sqrt(3))

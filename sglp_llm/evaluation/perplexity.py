@@ -43,6 +43,21 @@ def perplexity(
         UserError: A window is longer than the model's context, the loss of one is not finite, or ``batch_size`` is
             below 1.
     """
+    return summary(window_losses(model, windows, batch_size=batch_size, progress=progress), windows)
+
+
+def window_losses(
+    model: PreTrainedModel | DecoderModel,
+    windows: EvaluationWindows,
+    *,
+    batch_size: int = 1,
+    progress: Progress = silent,
+) -> torch.Tensor:
+    """Mean token negative log-likelihood of every window, ``[windows]`` float64 on the CPU; see `perplexity`.
+
+    Raises:
+        UserError: A window is longer than the model's context, or ``batch_size`` is below 1.
+    """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; at least 1 window is needed")
     count, length = windows.input_ids.shape
@@ -50,7 +65,7 @@ def perplexity(
     model = model.model if isinstance(model, DecoderModel) else model
     _check_context(model, length)
     if decoder is not None and decoder.weights is not None:
-        return _result(streamed_losses(decoder, windows.input_ids, batch_size, progress), windows)
+        return streamed_losses(decoder, windows.input_ids, batch_size, progress)
     means: list[torch.Tensor] = []
     with torch.inference_mode(), evaluating(model), progress("Scoring", count) as advance:
         for batch in windows.input_ids.split(batch_size):
@@ -58,11 +73,15 @@ def perplexity(
             logits = model(input_ids=input_ids, use_cache=False).logits
             means.append(token_nll(logits, input_ids).double().mean(dim=1).cpu())
             advance(len(batch))
-    return _result(torch.cat(means), windows)
+    return torch.cat(means)
 
 
-def _result(window_means: torch.Tensor, windows: EvaluationWindows) -> EvalResult:
-    """The record of the mean losses ``[windows]``, float64: of equally long windows, so their mean is the tokens'."""
+def summary(window_means: torch.Tensor, windows: EvaluationWindows) -> EvalResult:
+    """The record of the mean losses ``[windows]``, float64: of equally long windows, so their mean is the tokens'.
+
+    Raises:
+        UserError: A loss is not finite.
+    """
     count, length = windows.input_ids.shape
     for number, value in enumerate(window_means.tolist()):
         if not math.isfinite(value):
