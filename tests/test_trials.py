@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from calibration_sets import ids_and_mask, padded_set, plain_set
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from layer_states import cka_by_hand, states_around
 from tiny_models import Tiny, every_tiny, passed_through, tiny_model
 from torch import nn
@@ -14,6 +17,7 @@ from torch import nn
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import get_criterion, make_criterion
 from sglp_llm.criteria.base import GreedyCriterion
+from sglp_llm.engine.measures import KLMeasure, LossMeasure
 from sglp_llm.engine.replay import Replay
 from sglp_llm.engine.trials import Trials
 from sglp_llm.loading import DecoderModel, wrap_model
@@ -140,9 +144,39 @@ def test_cost_is_suffixes_and_heads_only() -> None:
     criterion = make_criterion("ppl", model.num_layers)
     criterion.on_trials(Trials(model, calibration))
     depth = model.num_layers
-    assert counts == {"layer": 2 * (depth * (depth - 1) // 2 + depth), "head": 2 * depth}
+    assert counts == {"layer": 2 * (depth * (depth - 1) // 2 + depth - 1), "head": 2 * depth}
     assert forwards == [type(layer).forward for layer in model.layers]
     assert not any("forward" in vars(layer) for layer in model.layers)
+
+
+@FAMILIES
+@SETS
+def test_any_sets_share_what_they_can(family: str, calibration: CalibrationSet) -> None:
+    model = wrapped(family)
+    sets = [frozenset(each) for each in ((1, 2), (1, 3), (2,), (0, 1, 2, 5), (1, 2, 4), (), (0, 5))]
+    for reference, measure in ((mean_loss, LossMeasure()), (mean_divergence, KLMeasure())):
+        Trials(model, calibration, batch_size=2).run(sets, measure)
+        expected = {each: reference(model, calibration, tuple(each)) for each in sets}
+        assert measure.means() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_the_first_sequences_alone() -> None:
+    model, calibration = wrapped("llama"), plain_set(4)
+    measure = LossMeasure()
+    Trials(model, calibration).run([frozenset({2})], measure, sequences=range(1, 3))
+    part = replace(calibration, input_ids=calibration.input_ids[1:3], mask=calibration.mask[1:3])
+    assert measure.means() == pytest.approx({frozenset({2}): mean_loss(model, part, (2,))}, rel=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.frozensets(st.integers(0, 5)), min_size=1, max_size=8, unique=True))
+def test_every_edge_of_the_tree_runs_once(sets: list[frozenset[int]]) -> None:
+    model, calls = wrapped("llama"), []
+    for layer in model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    Trials(model, plain_set(1)).run(sets, LossMeasure())
+    edges = {(layer, frozenset(x for x in each if x < layer)) for each in sets for layer in {*range(6)} - each}
+    assert len(calls) == len(edges)
 
 
 def test_a_broken_trial_leaves_the_model_as_it_was() -> None:

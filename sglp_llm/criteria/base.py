@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from sglp_llm.engine.observer import Observer
+from sglp_llm.engine.trial_observer import Removed
 from sglp_llm.engine.trials import Trials
 
 
@@ -58,8 +59,14 @@ class GreedyCriterion(SetCriterion):
         self._trials = trials
 
     @abstractmethod
+    def costs_of(self, removed: Removed, sets: Sequence[Removed]) -> dict[Removed, float]:
+        """What each of these sets costs, every one of them the removed layers and one more; the least wins."""
+
     def costs(self, removed: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
-        """What each candidate's removal would cost on top of those that are removed already; the least goes."""
+        """What each candidate's removal would cost on top of those that are removed already."""
+        gone = frozenset(removed)
+        costs = self.costs_of(gone, [gone | {layer} for layer in candidates])
+        return {layer: costs[gone | {layer}] for layer in candidates}
 
     def continue_from(self, order: Sequence[int], removable: Sequence[int]) -> None:
         """Takes over what an earlier run with the same sequences has removed already, in its order."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sglp_llm.criteria.base import GreedyCriterion
 from sglp_llm.engine.measures import OutputCKA
 from sglp_llm.engine.observer import Need
+from sglp_llm.engine.trial_observer import Removed
 from sglp_llm.similarity import check_kernel
 
 
@@ -29,10 +30,10 @@ class GreedyOutputCKA(GreedyCriterion):
         super().__init__(num_layers, seed)
         self._settings = check_kernel(kernel), sequences, positions
 
-    def costs(self, removed: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
-        measure = OutputCKA(*self._settings)
-        self._trials.run(removed, candidates, measure)
-        return {layer: -similarity for layer, similarity in measure.similarities().items()}
+    def costs_of(self, removed: Removed, sets: Sequence[Removed]) -> dict[Removed, float]:
+        measure = OutputCKA(removed, *self._settings)
+        self._trials.run(sets, measure)
+        return {each: -similarity for each, similarity in measure.similarities().items()}
 
 
 CRITERION = GreedyOutputCKA

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sglp_llm.criteria.base import GreedyCriterion
 from sglp_llm.engine.measures import KLMeasure
 from sglp_llm.engine.observer import Need
+from sglp_llm.engine.trial_observer import Removed
 
 
 class GreedyKL(GreedyCriterion):
@@ -14,9 +15,9 @@ class GreedyKL(GreedyCriterion):
 
     needs = Need.TRIALS
 
-    def costs(self, removed: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
+    def costs_of(self, removed: Removed, sets: Sequence[Removed]) -> dict[Removed, float]:
         measure = KLMeasure()
-        self._trials.run(removed, candidates, measure)
+        self._trials.run(sets, measure)
         return measure.means()
 
 

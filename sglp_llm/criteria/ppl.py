@@ -17,12 +17,12 @@ class PerplexityWithout(ScoreCriterion):
 
     def on_trials(self, trials: Trials) -> None:
         measure = LossMeasure()
-        trials.run((), range(self.num_layers), measure)
+        trials.run([frozenset({layer}) for layer in range(self.num_layers)], measure)
         self._losses = measure.means()
 
     def scores(self) -> list[float]:
         # A layer without which the model is broken: the largest number there is, not an overflow.
-        return [math.exp(min(self._losses[layer], 700.0)) for layer in range(self.num_layers)]
+        return [math.exp(min(self._losses[frozenset({layer})], 700.0)) for layer in range(self.num_layers)]
 
 
 CRITERION = PerplexityWithout

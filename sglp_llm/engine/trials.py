@@ -1,12 +1,12 @@
-"""Trials: what would the model compute without this layer, for every layer, at the cost of the suffixes only.
+"""Trials: what would the model compute without these layers, for many sets of them, at the cost of what they do not share.
 
-Removing layer l leaves the hidden states that enter it unchanged, so the layers in front of it run once for all trials. The head
-and the loss run once a trial; over all L layers that is L(L-1)/2 + L layer passes and L heads instead of L(L-1) and L.
+Sets that agree on the first layers share the hidden states behind those: the sets form a tree, and every edge of it runs once.
+Head and loss run once a set. Each of L layers alone costs L(L-1)/2 + L - 1 layer passes and L heads instead of L(L-1) and L.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -16,14 +16,14 @@ from sglp_llm.engine.replay import Replay
 from sglp_llm.engine.resident import batches
 from sglp_llm.engine.streamed import steps_of
 from sglp_llm.engine.streamed_trials import run_streamed_trials
-from sglp_llm.engine.trial_observer import TrialObserver
+from sglp_llm.engine.trial_observer import Removed, TrialObserver, fork
 from sglp_llm.loading import DecoderModel
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 
 
 class Trials:
-    """Removes one more layer, tentatively, wherever it is asked to.
+    """Removes sets of layers, tentatively.
 
     Args:
         model: The model.
@@ -42,60 +42,63 @@ class Trials:
         processes: Processes = ALONE,
     ) -> None:
         self.model = model
-        self._calibration = calibration
+        self.calibration = calibration
         self._batch_size = batch_size
         self._progress = progress
         self._processes = processes
 
     def run(
-        self, removed: Sequence[int], candidates: Sequence[int], observer: TrialObserver, description: str = "Trials"
+        self,
+        sets: Iterable[Removed],
+        observer: TrialObserver,
+        description: str = "Trials",
+        sequences: range | None = None,
     ) -> None:
-        """Shows the observer every candidate's removal on top of those that are removed already.
+        """Shows the observer what the model computes without each of these sets of layers.
 
         Args:
-            removed: Layers that are gone in this round.
-            candidates: Layers to try, none of them removed.
-            observer: Told what comes out.
+            sets: Each a different set of layer indices.
+            observer: Told what comes out; its reference, where it has one, is a part of every set.
             description: For the progress bar.
+            sequences: Which of the calibration sequences; ``None`` means all.
         """
-        gone, order = frozenset(removed), sorted(candidates)
-        share = self._processes.share(len(self._calibration.input_ids), observer.together)
+        wanted = sorted(set(sets), key=sorted)
+        everything = range(len(self.calibration.input_ids)) if sequences is None else sequences
+        share = self._processes.share(len(everything), observer.together)
+        share = everything[share.start : share.stop]
         if self.model.weights is None:
-            self._run_resident(gone, order, observer, share, description)
+            self._run_resident(wanted, observer, share, description)
         else:
-            steps = steps_of(self.model, self._calibration, self._batch_size, share)
-            run_streamed_trials(self.model, steps, gone, order, observer, self._progress, description)
-        observer.on_end(order, self._processes)
+            steps = steps_of(self.model, self.calibration, self._batch_size, share)
+            run_streamed_trials(self.model, steps, wanted, observer, self._progress, description)
+        observer.on_end(wanted, self._processes)
 
-    def _run_resident(
-        self, gone: frozenset[int], order: Sequence[int], observer: TrialObserver, share: range, description: str
-    ) -> None:
-        # Up to the first removed layer the whole model computes what the current one does.
-        branch = {min(gone)} if gone and observer.needs_dense else set()
-        wanted = sorted({*order, *branch})
+    def _run_resident(self, wanted: Sequence[Removed], observer: TrialObserver, share: range, description: str) -> None:
         with (
             torch.inference_mode(),
             evaluating(self.model.model),
-            self._progress(description, len(order) * len(share)) as advance,
+            self._progress(description, len(wanted) * len(share)) as advance,
         ):
-            for batch, ids, mask in batches(self._calibration, self._batch_size, self.model.input_device, share):
+            for batch, ids, mask in batches(self.calibration, self._batch_size, self.model.input_device, share):
                 replay = Replay(self.model, ids, mask)
-                entering = self._entering(replay, gone, wanted)
-                current = replay.layers(wanted[-1], gone, entering[wanted[-1]])
-                dense = current
-                for first in branch:
-                    dense = replay.layers(first, frozenset(), entering[first])
-                observer.on_batch(batch, replay, current, dense)
-                for layer in order:
-                    observer.on_trial(layer, batch, replay, replay.layers(layer + 1, gone, entering[layer]))
-                    advance(batch.size)
+                for removed, final in self._outcomes(replay, observer.with_reference(wanted)):
+                    if removed == observer.reference:
+                        observer.on_reference(batch, replay, final)
+                    if removed in wanted:
+                        observer.on_trial(removed, batch, replay, final)
+                        advance(batch.size)
 
-    def _entering(self, replay: Replay, gone: frozenset[int], wanted: Sequence[int]) -> dict[int, torch.Tensor]:
-        """The hidden states that enter each of the given layers, ascending, of the current model."""
-        states, result = replay.first_states, {}
-        for index in range(wanted[-1] + 1):
-            if index in wanted:
-                result[index] = states
-            if index not in gone and index < wanted[-1]:
-                states = replay.layer(index, states)
-        return result
+    def _outcomes(self, replay: Replay, sets: Sequence[Removed]) -> Iterator[tuple[Removed, torch.Tensor]]:
+        """What leaves the last layer without each set. A set comes before those that it is a part of."""
+        waiting = [(0, replay.first_states, list(sets))]
+        while waiting:
+            start, states, group = waiting.pop()
+            for index in range(start, self.model.num_layers):
+                group, leaving = fork(index, group)
+                if group and leaving:
+                    waiting.append((index + 1, states, leaving))
+                if group:
+                    states = replay.layer(index, states)
+                else:
+                    group = leaving
+            yield group[0], states
