@@ -192,9 +192,7 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
     check_depth(plan, wrapped.num_layers, "the model")
     parameters = checked_parameters(model, plan.replaced)
     if away := [name for name, parameter in parameters.items() if parameter.is_meta]:
-        raise UserError(
-            f"the plan replaces {away[0]!r}, which accelerate keeps out of memory: load the whole model into it"
-        )
+        raise UserError(f"accelerate keeps {away[0]!r} out of memory, and the plan replaces it: load the whole model")
     for name, parameter in parameters.items():
         parameter.data = plan.replaced[name].to(parameter.device, parameter.dtype, copy=True)
     layers = nn.ModuleList(wrapped.layers[layer] for layer in plan.kept)
