@@ -61,8 +61,12 @@ def _compensation(plan: PrunePlan) -> str:
     # Plain data that came with the plan, perhaps from another program: only what is understood is said.
     method = plan.compensation.get("method")
     how = f"by `{method}`" if isinstance(method, str) else "by tensors that came with the plan"
-    match plan.compensation.get("cuts"):
-        case [[int(), int()], *_] as cuts if all(isinstance(cut, list | tuple) and len(cut) == 2 for cut in cuts):
-            how += f" for the cuts {', '.join(f'{start}..{stop - 1}' for start, stop in cuts)}"
+    cuts = plan.compensation.get("cuts")
+    if isinstance(cuts, list | tuple) and cuts and all(_is_range(cut) for cut in cuts):
+        how += f" for the cuts {', '.join(f'{start}..{stop - 1}' for start, stop in cuts)}"
     file = Path(PLAN_FILE_NAME).with_suffix(TENSORS_SUFFIX)
     return f"- Compensated {how}: {len(plan.replaced)} tensors of layers that stay are new, none of them trained (`{file}`)\n"
+
+
+def _is_range(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(end) is int for end in value)
