@@ -98,7 +98,8 @@ def prune(
     Args:
         model: Hub id, folder, ``.gguf`` file, or a live transformers model.
         output: Folder to write.
-        plan: Skips the analysis; ``recipe``'s budget and criterion are not used then.
+        plan: Skips the analysis; ``recipe``'s budget and criterion are not used then. Where it was compensated, the new weights
+            are written.
         recipe: See `analyze`; it must hold a budget unless there is a plan.
         tokenizer: See `analyze`.
         calibration: See `analyze`; with a plan it is only read for the reload check (default: ``"pydoc"``).

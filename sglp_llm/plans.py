@@ -218,7 +218,11 @@ def _replaced(value: object, folder: Path | None, where: str) -> dict[str, torch
     file = folder / name
     if not file.is_file():
         raise UserError(f"{where}: the plan's replaced tensors are missing: {name} must lie beside it")
-    if _sha256(file) != fields["sha256"]:
+    try:
+        digest = _sha256(file)
+    except OSError as error:
+        raise UserError(f"{where}: cannot read {name} ({error.strerror})") from None
+    if digest != fields["sha256"]:
         raise UserError(f"{where}: {name} does not hold the tensors that the plan was saved with: its sha256 differs")
     from sglp_llm.checkpoint.tensor_file import read_tensors
 

@@ -424,6 +424,14 @@ def test_new_values_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+def test_numbers_beyond_the_files_dtype(tiny: Path, tmp_path: Path) -> None:
+    half = save_tiny(tiny_model(LLAMA).half(), tmp_path / "half")
+    plan = plan_with(LLAMA, {NORM: torch.full((32,), 1e6)})
+    with pytest.raises(UserError, match=f"'{NORM}' by numbers that are not finite in float16"):
+        prune(half, tmp_path / "out", plan=plan, verify=False)
+    prune(tiny, tmp_path / "out", plan=plan, verify=False)
+
+
 def test_a_tensor_that_the_files_lack(tmp_path: Path) -> None:
     """Its place in the model alone does not make it one of the checkpoint's."""
     model = tiny_model(LLAMA)

@@ -55,15 +55,20 @@ def as_stored(
         replaced: New values by parameter name.
 
     Raises:
-        UserError: One has no place in the model, or in the files.
+        UserError: One has no place in the model, or in the files; or it is not finite, perhaps because it was rounded.
     """
     if not replaced:
         return {}
     if source is None or source.index is None:
         checked_parameters(_empty_model(config), replaced)
-        return dict(replaced)
-    pieces = _pieces(source, replaced)
-    return {name: tensor.to(next(iter(pieces[name].values())).dtype) for name, tensor in replaced.items()}
+        rounded = dict(replaced)
+    else:
+        pieces = _pieces(source, replaced)
+        rounded = {name: tensor.to(next(iter(pieces[name].values())).dtype) for name, tensor in replaced.items()}
+    for name, tensor in rounded.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"the plan replaces {name!r} by numbers that are not finite in {str(tensor.dtype)[6:]}")
+    return rounded
 
 
 def _pieces(source: Source, replaced: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

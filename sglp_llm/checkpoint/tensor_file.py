@@ -10,6 +10,7 @@ import torch
 from sglp_llm.checkpoint.mapped import DTYPES, mapped_tensor
 from sglp_llm.checkpoint.reader import read_file
 from sglp_llm.checkpoint.writer import NewTensor, write_safetensors
+from sglp_llm.errors import UserError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -18,9 +19,13 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the file, on the CPU; views of the mapped file.
 
     Raises:
-        UserError: There is no such file, or it is damaged.
+        UserError: There is no such file, it is damaged, or holds a dtype that nothing is computed in.
     """
-    return {entry.name: mapped_tensor(entry) for entry in read_file(file)[0]}
+    entries, _ = read_file(file)
+    for entry in entries:
+        if entry.dtype not in DTYPES:
+            raise UserError(f"{file}: tensor {entry.name!r} has dtype {entry.dtype}; known: {', '.join(DTYPES)}")
+    return {entry.name: mapped_tensor(entry) for entry in entries}
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
