@@ -91,6 +91,7 @@ def print_analysis(analysis: Analysis) -> None:
     if len(plan.segments) > 1:
         print(f"Segments          {'  '.join(f'{segment.start}..{segment.stop - 1}' for segment in plan.segments)}")
     print(f"Removed           {_removed(plan)}")
+    _print_compensation(plan)
     print(f"Parameters        {show_count(analysis.params_before)} -> {show_count(analysis.params_after)}")
 
 
@@ -112,6 +113,7 @@ def print_report(report: RunReport) -> None:
         print_analysis(report.analysis)
     else:
         print(f"Removed           {_removed(report.plan)}")
+        _print_compensation(report.plan)
     if report.verification is None:
         print("Reload check      switched off")
     else:
@@ -186,6 +188,11 @@ def _print_layers(plan: PrunePlan) -> None:
         rows,
         range(len(columns) - 1),
     )
+
+
+def _print_compensation(plan: PrunePlan) -> None:
+    if plan.replaced:
+        print(f"Compensation      {plan.compensation.get('method', 'given')}, {len(plan.replaced)} tensors replaced")
 
 
 def _removed(plan: PrunePlan) -> str:

@@ -16,6 +16,7 @@ from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
 from sglp_llm.checkpoint.export import check_plan, drop_layers, export_from_files, export_from_model
 from sglp_llm.checkpoint.publish import atomic_folder, check_output
+from sglp_llm.checkpoint.replaced import as_stored
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS, expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError
 from sglp_llm.plans import PLAN_FILE_NAME, save_plan
@@ -97,7 +98,8 @@ def prune(
     Args:
         model: Hub id, folder, ``.gguf`` file, or a live transformers model.
         output: Folder to write.
-        plan: Skips the analysis; ``recipe``'s budget and criterion are not used then.
+        plan: Skips the analysis; ``recipe``'s budget and criterion are not used then. Where it was compensated, the new weights
+            are written.
         recipe: See `analyze`; it must hold a budget unless there is a plan.
         tokenizer: See `analyze`.
         calibration: See `analyze`; with a plan it is only read for the reload check (default: ``"pydoc"``).
@@ -142,6 +144,7 @@ def prune(
             with _timed(seconds, "analysis"):
                 analysis = run_analysis(subject, recipe, sequences, progress, processes)
             plan = analysis.plan
+        plan = replace(plan, replaced=as_stored(subject.config, subject.source, plan.replaced))
     plan = replace(plan, source=plan.source or subject.identity, versions=plan.versions or software_versions())
     if not processes.is_main:
         return RunReport(str(output), plan, 0, None, seconds, analysis)
@@ -150,7 +153,7 @@ def prune(
         assert sequences is not None
         decoder = subject.load()
         dtype, device = decoder.model.dtype, recipe.device_map or decoder.input_device
-        expected = expected_logits(decoder, plan.removed, sequences.input_ids)
+        expected = expected_logits(decoder, plan.removed, sequences.input_ids, plan.replaced)
         del decoder
     with atomic_folder(output, overwrite) as folder:
         with _timed(seconds, "export"):

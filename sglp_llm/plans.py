@@ -1,17 +1,27 @@
-"""PrunePlan <-> JSON. A plan that a person wrote needs only ``num_layers`` and one of ``kept`` and ``removed``."""
+"""PrunePlan <-> JSON. A plan that a person wrote needs only ``num_layers`` and one of ``kept`` and ``removed``.
+
+The replaced tensors of a compensated plan lie beside the JSON in a safetensors file, which the JSON names.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglp_llm.errors import UserError, unknown
 from sglp_llm.records import PLAN_SCHEMA_VERSION, ModelIdentity, PrunePlan, Segment
 
+if TYPE_CHECKING:
+    import torch
+
 PLAN_FILE_NAME = "sglp_plan.json"
+# Not .safetensors: vLLM and SGLang load every *.safetensors of a folder that has no index, and would take these for weights.
+TENSORS_SUFFIX = ".tensors"
 
 KEYS = (
     "schema_version",
@@ -26,6 +36,10 @@ KEYS = (
     "settings",
     "versions",
 )
+"""Keys of every plan."""
+
+COMPENSATION_KEYS = ("compensation", "replaced")
+"""Keys that only compensated plans have."""
 
 
 def plan_from_indices(num_layers: int, removed: Iterable[int]) -> PrunePlan:
@@ -39,7 +53,15 @@ def plan_from_indices(num_layers: int, removed: Iterable[int]) -> PrunePlan:
 
 
 def plan_to_dict(plan: PrunePlan) -> dict[str, Any]:
-    """The plan as the JSON object that `load_plan` reads; its keys are `KEYS`."""
+    """The plan as a JSON object; its keys are `KEYS`, and what it has of `COMPENSATION_KEYS`.
+
+    Of replaced tensors it holds the names and shapes.
+    """
+    compensated: dict[str, Any] = {}
+    if plan.compensation:
+        compensated["compensation"] = dict(plan.compensation)
+    if plan.replaced:
+        compensated["replaced"] = {"tensors": {name: list(tensor.shape) for name, tensor in plan.replaced.items()}}
     return {
         "schema_version": PLAN_SCHEMA_VERSION,
         "source": None if plan.source is None else vars(plan.source),
@@ -52,20 +74,31 @@ def plan_to_dict(plan: PrunePlan) -> dict[str, Any]:
         "budget": dict(plan.budget),
         "settings": dict(plan.settings),
         "versions": dict(plan.versions),
+        **compensated,
     }
 
 
 def save_plan(plan: PrunePlan, path: Path) -> None:
-    """Writes the plan as JSON, one top-level key a line so that a person can read and edit it."""
-    items = plan_to_dict(plan).items()
+    """Writes the plan as JSON, one top-level key a line so that a person can read and edit it.
+
+    Replaced tensors go into a file of the same name that ends in `TENSORS_SUFFIX`.
+    """
+    data = plan_to_dict(plan)
+    if plan.replaced:
+        from sglp_llm.checkpoint.tensor_file import write_tensors
+
+        tensors = path.with_suffix(TENSORS_SUFFIX)
+        write_tensors(tensors, plan.replaced)
+        data["replaced"] = {"file": tensors.name, "sha256": _sha256(tensors), **data["replaced"]}
+    items = data.items()
     path.write_text("{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in items) + "\n}\n")
 
 
 def load_plan(path: str | Path) -> PrunePlan:
-    """Reads a plan from a JSON file, or from ``sglp_plan.json`` in a folder.
+    """Reads a plan from a JSON file, or from ``sglp_plan.json`` in a folder, and the replaced tensors that lie beside it.
 
     Raises:
-        UserError: There is no such file, it is not JSON, or it is not a plan.
+        UserError: There is no such file, it is not JSON, or it is not a plan; or its tensors are missing or others.
     """
     file = Path(path)
     if file.is_dir():
@@ -80,23 +113,25 @@ def load_plan(path: str | Path) -> PrunePlan:
         raise UserError(f"{file}: not a JSON file that can be read (nested too deeply)") from None
     except ValueError as error:
         raise UserError(f"{file}: not a JSON file ({error})") from None
-    return plan_from_dict(data, str(file))
+    return plan_from_dict(data, str(file), file.parent)
 
 
-def plan_from_dict(data: object, where: str = "plan") -> PrunePlan:
+def plan_from_dict(data: object, where: str = "plan", folder: Path | None = None) -> PrunePlan:
     """Checks a decoded JSON object and makes a plan of it.
 
     Args:
         data: What JSON gave.
         where: File name for messages.
+        folder: Where the file with the replaced tensors lies; without one there may be none.
 
     Raises:
-        UserError: A key is unknown, missing or of the wrong type, or the indices do not fit ``num_layers``.
+        UserError: A key is unknown, missing or of the wrong type, the indices do not fit ``num_layers``, or the replaced tensors
+            are missing, others than those that were saved, or not of layers that stay.
     """
     fields: dict[str, Any] = _typed(data, dict, where, "the plan", "a JSON object")
     for key in fields:
-        if key not in KEYS:
-            raise UserError(f"{where}: {unknown('key', key, KEYS)}")
+        if key not in KEYS + COMPENSATION_KEYS:
+            raise UserError(f"{where}: {unknown('key', key, KEYS + COMPENSATION_KEYS)}")
     version = fields.get("schema_version", PLAN_SCHEMA_VERSION)
     if type(version) is not int or version != PLAN_SCHEMA_VERSION:
         raise UserError(f"{where}: schema_version {version!r} is not {PLAN_SCHEMA_VERSION}, the one this release reads")
@@ -114,6 +149,8 @@ def plan_from_dict(data: object, where: str = "plan") -> PrunePlan:
         budget=_typed(optional.get("budget", {}), dict, where, "budget", "an object"),
         settings=_typed(optional.get("settings", {}), dict, where, "settings", "an object"),
         versions=_typed(optional.get("versions", {}), dict, where, "versions", "an object"),
+        replaced=_replaced(optional.get("replaced"), folder, where),
+        compensation=_typed(optional.get("compensation", {}), dict, where, "compensation", "an object"),
     )
     return _checked(plan, where)
 
@@ -147,7 +184,62 @@ def _checked(plan: PrunePlan, where: str) -> PrunePlan:
         raise UserError(f"{where}: all {plan.num_layers} layers would be removed; at least one must stay")
     if not plan.removed:
         raise UserError(f"{where}: no layer would be removed")
+    check_replaced(plan, where)
     return plan
+
+
+def check_replaced(plan: PrunePlan, where: str) -> None:
+    """Makes sure that the replaced tensors are those of layers that stay.
+
+    Raises:
+        UserError: One is not; the message begins with ``where``.
+    """
+    for name in plan.replaced:
+        found = re.search(r"\.(\d+)\.", name)  # in every family the first number on the path is the layer's
+        if found is None or int(found[1]) >= plan.num_layers:
+            raise UserError(
+                f"{where}: replaced: {name!r} is not the name of a parameter of layers 0..{plan.num_layers - 1}"
+            )
+        if int(found[1]) not in plan.kept:
+            raise UserError(f"{where}: replaced: {name!r} belongs to layer {int(found[1])}, which the plan removes")
+
+
+def _replaced(value: object, folder: Path | None, where: str) -> dict[str, torch.Tensor]:
+    if value is None:
+        return {}
+    fields = _typed(value, dict, where, "replaced", "an object with file, sha256 and tensors")
+    if set(fields) != {"file", "sha256", "tensors"} or folder is None:
+        raise UserError(
+            f"{where}: replaced must have exactly file, sha256 and tensors, and the file lie beside the plan"
+        )
+    name, shapes = fields["file"], _typed(fields["tensors"], dict, where, "replaced.tensors", "an object of shapes")
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        raise UserError(f"{where}: replaced.file must be a plain file name, not {name!r}")
+    file = folder / name
+    if not file.is_file():
+        raise UserError(f"{where}: the plan's replaced tensors are missing: {name} must lie beside it")
+    try:
+        digest = _sha256(file)
+    except OSError as error:
+        raise UserError(f"{where}: cannot read {name} ({error.strerror})") from None
+    if digest != fields["sha256"]:
+        raise UserError(f"{where}: {name} does not hold the tensors that the plan was saved with: its sha256 differs")
+    from sglp_llm.checkpoint.tensor_file import read_tensors
+
+    tensors = read_tensors(file)
+    for tensor, shape in shapes.items():
+        if tensor not in tensors:
+            raise UserError(f"{where}: replaced: there is no {tensor!r} in {name}")
+        if list(tensors[tensor].shape) != shape:
+            raise UserError(
+                f"{where}: replaced: {tensor!r} has the shape {list(tensors[tensor].shape)} in {name}, not {shape}"
+            )
+    return {tensor: tensors[tensor] for tensor in shapes}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _identity(value: object, where: str) -> ModelIdentity | None:

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from sglp_llm.checkpoint import writer
 from sglp_llm.checkpoint.publish import atomic_folder
 from sglp_llm.checkpoint.reader import DTYPE_BYTES, read_index
-from sglp_llm.checkpoint.writer import write_safetensors, write_shards
+from sglp_llm.checkpoint.tensor_file import new_tensor
+from sglp_llm.checkpoint.writer import NamedEntry, write_safetensors, write_shards
 from sglp_llm.errors import UserError
 
 TORCH_DTYPES = {
@@ -121,6 +122,22 @@ def test_copies_are_what_safetensors_read_before(
     assert sum(copied) == sum(tensors[old].nbytes for old in chosen)
     with safe_open(file, "pt") as oracle:
         assert (oracle.metadata() or {}) == metadata
+
+
+def test_tensors_from_memory_stand_among_those_of_files(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 30_000)
+    new = torch.randn(100, 200).T
+    entries: list[NamedEntry] = list(read_index(source).tensors.items())
+    entries[2] = ("new", new_tensor(new))
+    entries.append(("half", new_tensor(new.half())))
+    copied: list[int] = []
+    write_safetensors(source / "copy", entries, {}, copied.append)
+    before, after = load_file(source / "model.safetensors"), load_file(source / "copy")
+    expected = {**before, "new": new.contiguous(), "half": new.half().contiguous()}
+    del expected["t2"]
+    assert {name: bits(tensor) for name, tensor in after.items()} == {n: bits(t) for n, t in expected.items()}
+    assert max(copied) == 30_000
+    assert sum(copied) == sum(tensor.nbytes for tensor in expected.values())
 
 
 def test_every_tensor_is_aligned_whatever_the_order(tmp_path: Path) -> None:

@@ -8,8 +8,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from checkpoints import QUICK, Outcome, copied, run_cli, save_tiny, written
 from huggingface_hub import errors
+
+from sglp_llm.plans import save_plan
+from sglp_llm.records import PrunePlan
 
 # Whichever HTTP library this release of huggingface_hub uses.
 httpx: Any = import_module(errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
@@ -140,6 +144,16 @@ def test_upload(private: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.M
     assert created == {"repo_id": "me/short", "private": True if private else None, "exist_ok": True}
     assert (uploaded["repo_id"], Path(uploaded["folder_path"])) == ("me/short", tmp_path / "out")
     assert {"README.md", "config.json", "model.safetensors", "sglp_plan.json"} <= set(uploaded["files"])
+
+
+def test_upload_takes_the_plans_tensors_along(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = Uploads(monkeypatch)
+    new = {"model.layers.0.input_layernorm.weight": torch.ones(32)}
+    save_plan(PrunePlan(6, (0, 1, 2, 3), replaced=new), tmp_path / "mine.json")
+    options = ("--plan", tmp_path / "mine.json", "--no-verify", "--push-to-hub", "me/short")
+    outcome = run_cli("prune", tiny, "-o", tmp_path / "out", *options)
+    assert outcome.code == 0, outcome
+    assert {"sglp_plan.json", "sglp_plan.tensors"} <= set(uploads.calls[1][1]["files"])
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_a_file_with_a_byte_order_mark_as_some_editors_write_it(tmp_path: Path) 
 SOURCE = {"name": "a", "model_type": "llama", "fingerprint": "sha256:0"}
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"removd": [1]}, "unknown key 'removd'; did you mean 'removed'?"),
-    ({"xyzzy": 1}, "unknown key 'xyzzy'. Known: budget, kept,"),
+    ({"xyzzy": 1}, "unknown key 'xyzzy'. Known: budget, compensation, kept,"),
     ({"schema_version": 2}, "schema_version 2 is not 1"),
     ({"schema_version": None}, "schema_version None is not 1"),
     ({"schema_version": True}, "schema_version True is not 1"),

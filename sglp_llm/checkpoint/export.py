@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglp_llm.adapters import DecoderAdapter
-from sglp_llm.checkpoint.reader import TensorEntry
-from sglp_llm.checkpoint.writer import group_by_size, write_shards
+from sglp_llm.checkpoint.writer import NamedEntry, NewTensor, group_by_size, write_shards
 from sglp_llm.errors import UserError
-from sglp_llm.plans import plan_from_indices
+from sglp_llm.plans import check_replaced, plan_from_indices
 from sglp_llm.progress import Progress, silent
 from sglp_llm.records import ModelIdentity, PrunePlan
 from sglp_llm.source import Source
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -47,7 +47,8 @@ def export_from_files(
 ) -> None:
     """Copies the tensors that stay from the source's safetensors, bit for bit, under their new names.
 
-    The model is not loaded; memory does not grow with its size. ``config.json`` is written last, so that the folder cannot be
+    Where the plan replaces a parameter, what is written instead has the name, shape and dtype of what is in the source. The model
+    is not loaded; memory does not grow with its size. ``config.json`` is written last, so that the folder cannot be
     loaded before it is whole.
 
     Args:
@@ -56,13 +57,17 @@ def export_from_files(
         folder: An existing, empty folder.
         max_shard_size: Largest shard in bytes; ``None`` keeps the source's sharding.
         progress: Told the bytes.
+
+    Raises:
+        UserError: A replaced tensor has no place in the source.
     """
     assert source.index is not None
-    shards: list[list[tuple[str, TensorEntry]]] = [[] for _ in source.index.files]
+    new = _new_tensors(source, plan)
+    shards: list[list[NamedEntry]] = [[] for _ in source.index.files]
     shard_of = dict(zip(source.index.files, shards, strict=True))
     for entry in source.index.tensors.values():
         if name := renamed(entry.name, source.adapter, plan.kept):
-            shard_of[entry.file].append((name, entry))
+            shard_of[entry.file].append((name, new.get(entry.name, entry)))
     if max_shard_size is not None:
         shards = group_by_size([tensor for shard in shards for tensor in shard], max_shard_size)
     shards = [shard for shard in shards if shard]
@@ -70,6 +75,16 @@ def export_from_files(
         write_shards(folder, shards, source.index.metadata, advance)
     carry_over(source.path, folder)
     _write_config(source, plan.kept, folder)
+
+
+def _new_tensors(source: Source, plan: PrunePlan) -> dict[str, NewTensor]:
+    """What is written instead of the source's tensors, by their names there."""
+    if not plan.replaced:
+        return {}
+    from sglp_llm.checkpoint.replaced import in_files  # imports transformers, which a plain export does without
+    from sglp_llm.checkpoint.tensor_file import new_tensor
+
+    return {name: new_tensor(tensor) for name, tensor in in_files(source, plan.replaced).items()}
 
 
 def export_from_model(model: PreTrainedModel, folder: Path, max_shard_size: int | None = None) -> None:
@@ -117,13 +132,14 @@ def check_plan(plan: PrunePlan, model: ModelIdentity, num_layers: int, stored: b
 
 
 def check_depth(plan: PrunePlan, num_layers: int, name: str) -> None:
-    """Makes sure that a plan fits a model of this depth.
+    """Makes sure that a plan fits a model of this depth, and replaces nothing that it removes.
 
     Raises:
         UserError: It does not.
     """
     if plan.num_layers != num_layers:
         raise UserError(f"the plan is for a model of {plan.num_layers} decoder layers, and {name} has {num_layers}")
+    check_replaced(plan, "the plan")
 
 
 def renamed(tensor: str, adapter: DecoderAdapter, kept: Sequence[int]) -> str | None:
@@ -151,7 +167,7 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
     """Shortens a live transformers model in place.
 
     Afterwards the model runs, generates with its KV cache, trains and saves (``save_pretrained``) like one that was always
-    this deep. Modules of the layers that stay keep their identity and weights.
+    this deep. Modules of the layers that stay keep their identity and weights, but for those that the plan replaces.
 
     Args:
         model: A causal language model of a known family.
@@ -161,10 +177,12 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
         The same model.
 
     Raises:
-        UserError: The family is unknown, or the plan or the indices do not fit the model's depth.
+        UserError: The family is unknown, the plan or the indices do not fit the model's depth, or the plan replaces what the
+            model does not have in memory.
     """
     from torch import nn
 
+    from sglp_llm.checkpoint.replaced import checked_parameters
     from sglp_llm.loading import wrap_model
 
     wrapped = wrap_model(model)
@@ -172,6 +190,11 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
     if not isinstance(plan, PrunePlan):
         plan = plan_from_indices(wrapped.num_layers, plan)
     check_depth(plan, wrapped.num_layers, "the model")
+    parameters = checked_parameters(model, plan.replaced)
+    if away := [name for name, parameter in parameters.items() if parameter.is_meta]:
+        raise UserError(f"accelerate keeps {away[0]!r} out of memory, and the plan replaces it: load the whole model")
+    for name, parameter in parameters.items():
+        parameter.data = plan.replaced[name].to(parameter.device, parameter.dtype, copy=True)
     layers = nn.ModuleList(wrapped.layers[layer] for layer in plan.kept)
     _number(layers)
     model.set_submodule(wrapped.adapter.layers, layers)
@@ -180,31 +203,37 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
 
 
 @contextmanager
-def shortened(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[PreTrainedModel]:
-    """Inside the block the live model is as `drop_layers` leaves it; afterwards it is whole again.
+def shortened(
+    model: PreTrainedModel, removed: Iterable[int], replaced: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[PreTrainedModel]:
+    """Inside the block the live model is as `drop_layers` leaves it; afterwards it is what it was.
 
     Args:
         model: A causal language model of a known family.
         removed: 0-based indices of the layers to remove; none leaves the model alone.
+        replaced: New values of parameters of layers that stay, as in a plan.
     """
+    from sglp_llm.engine.modes import replaced_weights
     from sglp_llm.loading import wrap_model
 
     gone = list(removed)
     if not gone:
+        assert not replaced
         yield model
         return
     wrapped = wrap_model(model)
     layers = wrapped.layers
     changed = _shortened_values(model.config, wrapped.adapter, range(wrapped.num_layers))
     before = {key: getattr(model.config, key) for key in changed}
-    drop_layers(model, gone)
-    try:
-        yield model
-    finally:
-        model.set_submodule(wrapped.adapter.layers, layers)
-        _number(layers)
-        for key, value in before.items():
-            setattr(model.config, key, value)
+    with replaced_weights(wrapped, replaced or {}):
+        drop_layers(model, gone)
+        try:
+            yield model
+        finally:
+            model.set_submodule(wrapped.adapter.layers, layers)
+            _number(layers)
+            for key, value in before.items():
+                setattr(model.config, key, value)
 
 
 def _number(layers: Iterable[nn.Module]) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from sglp_llm.checkpoint.reader import TensorEntry
 
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -20,6 +20,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+"""Torch's dtype by safetensors' name."""
 
 
 def mapped_tensor(entry: TensorEntry, mappings: list[mmap.mmap] | None = None) -> torch.Tensor:
@@ -32,7 +33,7 @@ def mapped_tensor(entry: TensorEntry, mappings: list[mmap.mmap] | None = None) -
         entry: Where it lies.
         mappings: Its mapping is added here; see `forget_pages`.
     """
-    dtype = _DTYPES[entry.dtype]
+    dtype = DTYPES[entry.dtype]
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
     start = entry.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY

@@ -100,7 +100,7 @@ def read_index(folder: Path) -> CheckpointIndex:
     tensors: dict[str, TensorEntry] = {}
     metadata: Mapping[str, str] = {}
     for file in files:
-        entries, file_metadata = _read_file(file)
+        entries, file_metadata = read_file(file)
         if file == files[0]:
             metadata = file_metadata
         for entry in entries:
@@ -132,8 +132,12 @@ def _read_weight_map(index_file: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_file(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
-    """The tensors of one file in order of offset, and its metadata."""
+def read_file(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
+    """The tensors of one file in order of offset, and its metadata.
+
+    Raises:
+        UserError: There is no such file, or it is damaged.
+    """
     if not _is_file(file):  # not left to open(), which would wait for ever on a pipe
         raise UserError(f"{file}: there is no such file; the checkpoint is incomplete")
     try:

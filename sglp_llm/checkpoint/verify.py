@@ -1,8 +1,8 @@
-"""The reload check: the exported folder is what the source is with some layers skipped."""
+"""The reload check: the exported folder is what the source is with some layers skipped, and some weights replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from sglp_llm.adapters import get_adapter
 from sglp_llm.checkpoint.export import renamed
-from sglp_llm.engine.modes import evaluating, skipped
+from sglp_llm.engine.modes import evaluating, replaced_weights, skipped
 from sglp_llm.errors import UserError
 from sglp_llm.loading import DecoderModel, load_streamed
 from sglp_llm.source import find_source
@@ -42,7 +42,7 @@ class Expected:
 
     Attributes:
         input_ids: ``[sequences, tokens]`` int64.
-        logits: ``[sequences, tokens, vocabulary]`` of the source with the removed layers skipped.
+        logits: ``[sequences, tokens, vocabulary]`` of the source with the removed layers skipped and the plan's weights in place.
         unused_tensors: Names in the export of tensors that transformers already ignored in the source.
     """
 
@@ -70,17 +70,28 @@ class Verification:
     generation: bool
 
 
-def expected_logits(model: DecoderModel, removed: tuple[int, ...], input_ids: torch.Tensor) -> Expected:
+def expected_logits(
+    model: DecoderModel,
+    removed: tuple[int, ...],
+    input_ids: torch.Tensor,
+    replaced: Mapping[str, torch.Tensor] | None = None,
+) -> Expected:
     """Runs the source with the removed layers skipped on the first tokens of two sequences.
 
     Args:
         model: The whole model.
         removed: Original indices of the layers to skip.
         input_ids: ``[sequences, tokens]`` int64, for instance the calibration set's.
+        replaced: A plan's replaced tensors, rounded to what the export keeps of them (`as_stored`).
     """
     ids = input_ids[:CHECK_SEQUENCES, :CHECK_TOKENS].to(model.input_device)
     kept = [layer for layer in range(model.num_layers) if layer not in removed]
-    with evaluating(model.model), skipped(model.layers, removed), _buffers_as_loaded(model.model):
+    with (
+        evaluating(model.model),
+        replaced_weights(model, replaced or {}),
+        skipped(model.layers, removed),
+        _buffers_as_loaded(model.model),
+    ):
         logits = _logits(model.model, ids)
     unused = (renamed(tensor, model.adapter, kept) for tensor in model.unused_tensors)
     return Expected(ids.cpu(), logits, frozenset(name for name in unused if name))

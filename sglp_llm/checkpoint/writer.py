@@ -1,5 +1,7 @@
 """Tensors of existing safetensors files -> new files. The bytes are copied by the kernel and never become tensors.
 
+A few tensors may come from memory instead, as bytes.
+
 Only the standard library is used, for the reason given in `sglp_llm.checkpoint.reader`.
 """
 
@@ -7,8 +9,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -16,7 +20,33 @@ from sglp_llm.checkpoint.reader import DTYPE_BYTES, INDEX_FILE_NAME, SINGLE_FILE
 from sglp_llm.errors import UserError
 from sglp_llm.progress import Advance
 
-NamedEntry = tuple[str, TensorEntry]
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor that no file holds yet: what `TensorEntry` is for one that does.
+
+    Attributes:
+        dtype: safetensors' name of the dtype.
+        shape: Its shape; empty for a scalar.
+        data: Its bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.data.nbytes
+
+    @property
+    def num_elements(self) -> int:
+        """The product of the shape."""
+        return math.prod(self.shape)
+
+
+NamedEntry = tuple[str, TensorEntry | NewTensor]
 """A tensor's name in the new file, and where its bytes are now."""
 
 CHUNK_BYTES = 64 * 2**20
@@ -98,7 +128,7 @@ def write_shards(
 
 
 def write_safetensors(path: Path, tensors: Sequence[NamedEntry], metadata: Mapping[str, str], advance: Advance) -> None:
-    """Writes one safetensors file with tensors copied from others, bit for bit.
+    """Writes one safetensors file with tensors copied from others, or from memory, bit for bit.
 
     Tensors of larger elements come first so that every tensor is aligned, as in files that safetensors writes itself;
     among equals the given order stays.
@@ -107,7 +137,7 @@ def write_safetensors(path: Path, tensors: Sequence[NamedEntry], metadata: Mappi
         path: The file to write; it must not be there yet.
         tensors: The tensors' new names and where their bytes are.
         metadata: ``__metadata__``; left out when empty.
-        advance: Called with the number of bytes of tensors that were just copied, `CHUNK_BYTES` at most.
+        advance: Called with the number of bytes of tensors that were just written, `CHUNK_BYTES` at most.
 
     Raises:
         OSError: The disk is full, or a file cannot be read or written.
@@ -118,10 +148,21 @@ def write_safetensors(path: Path, tensors: Sequence[NamedEntry], metadata: Mappi
     with path.open("xb", buffering=0) as target:
         _write_all(target.fileno(), _header(tensors, metadata))
         copy = _Copier(target.fileno(), advance)
-        for file, entries in groupby((entry for _, entry in tensors), key=lambda entry: entry.file):
-            with file.open("rb", buffering=0) as source:
-                for offset, nbytes in _runs(entries):
-                    copy(source.fileno(), offset, nbytes, file)
+        for file, group in groupby((entry for _, entry in tensors), key=_file):
+            entries = list(group)
+            for new in (entry for entry in entries if isinstance(entry, NewTensor)):
+                for start in range(0, new.nbytes, CHUNK_BYTES):
+                    chunk = new.data[start : start + CHUNK_BYTES]
+                    _write_all(target.fileno(), chunk)
+                    advance(chunk.nbytes)
+            if file is not None:
+                with file.open("rb", buffering=0) as source:
+                    for offset, nbytes in _runs(entry for entry in entries if isinstance(entry, TensorEntry)):
+                        copy(source.fileno(), offset, nbytes, file)
+
+
+def _file(entry: TensorEntry | NewTensor) -> Path | None:
+    return entry.file if isinstance(entry, TensorEntry) else None
 
 
 def _header(tensors: Sequence[NamedEntry], metadata: Mapping[str, str]) -> bytes:
@@ -199,7 +240,7 @@ def _by_hand(target: int, source: int, offset: int, nbytes: int) -> int:
     return len(data)
 
 
-def _write_all(target: int, data: bytes) -> None:
+def _write_all(target: int, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(target, rest) :]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglp_llm.errors import UserError
 from sglp_llm.loading import DecoderModel
 
 
@@ -48,6 +49,9 @@ def replaced_weights(model: DecoderModel, tensors: Mapping[str, torch.Tensor]) -
     Args:
         model: The model, its layers in memory or streamed.
         tensors: By the parameter's name in the model, of the parameter's shape; cast to its dtype and device.
+
+    Raises:
+        UserError: accelerate keeps a parameter out of memory (device_map with too little room).
     """
     if model.weights is not None:
         before = model.weights.replace(tensors)
@@ -57,6 +61,8 @@ def replaced_weights(model: DecoderModel, tensors: Mapping[str, torch.Tensor]) -
             model.weights.replace(before)
         return
     parameters = {name: model.model.get_parameter(name) for name in tensors}
+    if away := [name for name, parameter in parameters.items() if parameter.is_meta]:
+        raise UserError(f"accelerate keeps {away[0]!r} out of memory, and it is to be replaced: use --engine streamed")
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sglp_llm.plans import PLAN_FILE_NAME, TENSORS_SUFFIX
 from sglp_llm.records import PrunePlan
 
 
@@ -40,7 +41,7 @@ tags:
 
 - Removed layers (0-based, of the original): {", ".join(map(str, plan.removed))}
 - Chosen by {how}
-- Everything that led to the choice: `sglp_plan.json`; the settings: `sglp_recipe.yaml`
+{_compensation(plan)}- Everything that led to the choice: `sglp_plan.json`; the settings: `sglp_recipe.yaml`
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,3 +52,21 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 """,
         encoding="utf-8",
     )
+
+
+def _compensation(plan: PrunePlan) -> str:
+    """One line of the list, or nothing."""
+    if not plan.replaced:
+        return ""
+    # Plain data that came with the plan, perhaps from another program: only what is understood is said.
+    method = plan.compensation.get("method")
+    how = f"by `{method}`" if isinstance(method, str) else "by tensors that came with the plan"
+    cuts = plan.compensation.get("cuts")
+    if isinstance(cuts, list | tuple) and cuts and all(_is_range(cut) for cut in cuts):
+        how += f" for the cuts {', '.join(f'{start}..{stop - 1}' for start, stop in cuts)}"
+    file = Path(PLAN_FILE_NAME).with_suffix(TENSORS_SUFFIX)
+    return f"- Compensated {how}: {len(plan.replaced)} tensors of layers that stay are new, none of them trained (`{file}`)\n"
+
+
+def _is_range(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(end) is int for end in value)

@@ -1,0 +1,114 @@
+"""A plan's replaced tensors: what they are called in the source's files, and what is left of them in the files' dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from sglp_llm.checkpoint.mapped import DTYPES
+from sglp_llm.checkpoint.reader import CheckpointIndex
+from sglp_llm.errors import UserError
+from sglp_llm.source import Source
+
+
+def checked_parameters(model: nn.Module, replaced: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:
+    """The parameters that the tensors are to replace, by the same names.
+
+    Raises:
+        UserError: The model has no parameter of a name, or it has another shape.
+    """
+    parameters = dict(model.named_parameters())
+    for name, tensor in replaced.items():
+        if name not in parameters:
+            raise UserError(f"the plan replaces {name!r}, and the model has no such parameter")
+        if tensor.shape != parameters[name].shape:
+            raise UserError(
+                f"the plan replaces {name!r} by a tensor of the shape {list(tensor.shape)}; "
+                f"the model's has {list(parameters[name].shape)}"
+            )
+    return {name: parameters[name] for name in replaced}
+
+
+def in_files(source: Source, replaced: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as the source stores them: by its names, in its layout and dtypes.
+
+    Raises:
+        UserError: One has no place in the model, or in the files.
+    """
+    return {stored: piece for pieces in _pieces(source, replaced).values() for stored, piece in pieces.items()}
+
+
+def as_stored(
+    config: PretrainedConfig, source: Source | None, replaced: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors rounded to what an export keeps of them, by the same names.
+
+    Args:
+        config: The model's configuration.
+        source: The checkpoint; where it is not safetensors, or there is none, an export keeps what the loaded model has, and
+            nothing is rounded here.
+        replaced: New values by parameter name.
+
+    Raises:
+        UserError: One has no place in the model, or in the files; or it is not finite, perhaps because it was rounded.
+    """
+    if not replaced:
+        return {}
+    if source is None or source.index is None:
+        checked_parameters(_empty_model(config), replaced)
+        rounded = dict(replaced)
+    else:
+        pieces = _pieces(source, replaced)
+        rounded = {name: tensor.to(next(iter(pieces[name].values())).dtype) for name, tensor in replaced.items()}
+    for name, tensor in rounded.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"the plan replaces {name!r} by numbers that are not finite in {str(tensor.dtype)[6:]}")
+    return rounded
+
+
+def _pieces(source: Source, replaced: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """By parameter name: the stored tensors it is kept in, several for a matrix that stacks those of experts."""
+    assert source.index is not None
+    model = _empty_model(source.config)
+    checked_parameters(model, replaced)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in replaced.items():
+        # Some files keep a tensor as the model has it although others of the family are converted: they were saved so.
+        for pieces in (revert_weight_conversion(model, {name: tensor}), {name: tensor}):
+            stored = {each: _stored_name(each, source) for each in pieces}
+            if all(stored.values()):
+                found[name] = {
+                    known: _cast(piece, known, source.index)
+                    for each, piece in pieces.items()
+                    if (known := stored[each]) is not None
+                }
+                break
+        else:
+            raise UserError(f"{source.identity.name}: the plan replaces {name!r}, and no stored tensor belongs to it")
+    return found
+
+
+def _stored_name(name: str, source: Source) -> str | None:
+    """The name in the files, which lack the first component of the path where the bare decoder was saved."""
+    assert source.index is not None
+    return next((each for each in (name, name.partition(".")[2]) if each in source.index.tensors), None)
+
+
+def _cast(tensor: torch.Tensor, stored: str, index: CheckpointIndex) -> torch.Tensor:
+    entry = index.tensors[stored]
+    if tuple(tensor.shape) != entry.shape:
+        raise UserError(
+            f"{entry.file}: tensor {stored!r} has the shape {list(entry.shape)}, and {list(tensor.shape)} by the configuration"
+        )
+    return tensor.to(DTYPES[entry.dtype])
+
+
+def _empty_model(config: PretrainedConfig) -> nn.Module:
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
