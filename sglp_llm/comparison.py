@@ -26,6 +26,7 @@ from sglp_llm.criteria import GreedyCriterion, get_criterion, make_criterion
 from sglp_llm.engine.observer import Need
 from sglp_llm.engine.trials import Trials
 from sglp_llm.errors import UserError
+from sglp_llm.evaluation.shared import window_losses_without
 from sglp_llm.journal import Journal
 from sglp_llm.progress import Progress, silent
 from sglp_llm.recipe import Recipe
@@ -35,7 +36,10 @@ from sglp_llm.subject import Subject
 from sglp_llm.version import __version__
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
+
+_WINDOWS_A_PIECE = 16
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,15 @@ class Measurement:
         name: For tables.
         key: Everything that its numbers depend on beside the model.
         measure: What it finds on a live model; ``perplexity`` among the numbers is what is plotted.
+        windows: Where it is a perplexity: what it is measured on, ``[windows, window]``, and
+        summarise: what becomes of the windows' losses.
     """
 
     name: str
     key: str
     measure: Callable[[PreTrainedModel], Measured]
+    windows: torch.Tensor | None = None
+    summarise: Callable[[Sequence[float]], Measured] | None = None
 
 
 def compare(
@@ -219,16 +227,44 @@ def _measured(
     """What is found on the whole model, ``()``, and on each different plan, by measurement."""
     different = list(dict.fromkeys([(), *(tuple(sorted(plan)) for plan in plans)]))
     results: dict[tuple[int, ...], dict[str, Measured]] = {plan: {} for plan in different}
-    with progress("Measuring", len(different) * len(measurements)) as advance:
-        for plan in different:
-            for measurement in measurements:
+    for measurement in measurements:
+        if measurement.windows is not None:
+            found = _window_losses(subject, different, measurement.key, measurement.windows, journal, progress)
+            assert measurement.summarise is not None
+            for plan, losses in found.items():
+                results[plan][measurement.name] = measurement.summarise(losses)
+            continue
+        with progress("Measuring", len(different)) as advance:
+            for plan in different:
 
-                def found(plan: tuple[int, ...] = plan, measurement: Measurement = measurement) -> dict[str, Any]:
+                def one(plan: tuple[int, ...] = plan, measurement: Measurement = measurement) -> dict[str, Any]:
                     with shortened(subject.load().model, plan) as model:
                         return asdict(measurement.measure(model))
 
-                piece = f"{measurement.key} without {list(plan)}"
-                kept = journal.once(piece, found)
+                kept = journal.once(f"{measurement.key} without {list(plan)}", one)
                 results[plan][measurement.name] = Measured(kept["numbers"], tuple(kept["losses"]))
                 advance(1)
     return results
+
+
+def _window_losses(
+    subject: Subject,
+    plans: Sequence[tuple[int, ...]],
+    key: str,
+    windows: torch.Tensor,
+    journal: Journal,
+    progress: Progress,
+) -> dict[tuple[int, ...], list[float]]:
+    """The loss of every window for every plan: some windows at a time, all plans together."""
+    losses: dict[tuple[int, ...], list[float]] = {plan: [] for plan in plans}
+    with progress("Measuring", len(windows)) as advance:
+        for first, part in zip(range(0, len(windows), _WINDOWS_A_PIECE), windows.split(_WINDOWS_A_PIECE), strict=True):
+            pieces = {plan: f"{key} from window {first} without {list(plan)}" for plan in plans}
+            if missing := [frozenset(plan) for plan, piece in pieces.items() if journal.get(piece) is None]:
+                found = window_losses_without(subject.load(), part, missing)
+                for removed, values in found.items():
+                    journal.once(pieces[tuple(sorted(removed))], partial(list, values))
+            for plan, piece in pieces.items():
+                losses[plan] += journal.get(piece)
+            advance(len(part))
+    return losses

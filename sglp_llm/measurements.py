@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from sglp_llm.calibration import evaluation_windows
 from sglp_llm.comparison import Measurement
@@ -36,15 +39,17 @@ def perplexity_measurement(subject: Subject, spec: str, window: int, max_windows
     subject.check_tokens(windows.input_ids)
     ids = hashlib.sha256(windows.input_ids.numpy().tobytes()).hexdigest()
 
-    def measure(model: PreTrainedModel) -> Measured:
-        losses = window_losses(model, windows)
-        result = summary(losses, windows)
+    def summarise(losses: Sequence[float]) -> Measured:
+        result = summary(torch.tensor(losses, dtype=torch.float64), windows)
         numbers = {"perplexity": result.perplexity, "perplexity_standard_error": result.perplexity_standard_error}
-        return Measured(numbers, tuple(losses.tolist()))
+        return Measured(numbers, tuple(losses))
+
+    def measure(model: PreTrainedModel) -> Measured:
+        return summarise(window_losses(model, windows).tolist())
 
     count, length = windows.input_ids.shape
     name = windows.source if "/" not in windows.source else windows.source.rpartition("/")[2].partition(":")[0]
-    return Measurement(f"{name} ({count} x {length})", f"perplexity of {ids}", measure)
+    return Measurement(f"{name} ({count} x {length})", f"perplexity of {ids}", measure, windows.input_ids, summarise)
 
 
 def suite_measurement(subject: Subject, suite: Path, limit: int | None, data_dir: Path | None) -> Measurement:

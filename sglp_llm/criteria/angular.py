@@ -53,6 +53,11 @@ class Angular(SetCriterion):
     def on_pass_end(self, processes: Processes) -> None:
         self._distances = processes.sum(self._distances)
 
+    def distances(self) -> list[list[float]]:
+        """``[L + 1][L + 1]``: ``arccos(cos(x_i, x_j)) / pi``, summed over the tokens that were shown."""
+        distances: list[list[float]] = self._distances.tolist()
+        return distances
+
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
         starts = [first for first in removable if first + n - 1 <= removable[-1]]
         if not starts:

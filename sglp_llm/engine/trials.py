@@ -44,8 +44,8 @@ class Trials:
         self.model = model
         self.calibration = calibration
         self._batch_size = batch_size
-        self._progress = progress
-        self._processes = processes
+        self.progress = progress
+        self.processes = processes
 
     def run(
         self,
@@ -64,20 +64,20 @@ class Trials:
         """
         wanted = sorted(set(sets), key=sorted)
         everything = range(len(self.calibration.input_ids)) if sequences is None else sequences
-        share = self._processes.share(len(everything), observer.together)
+        share = self.processes.share(len(everything), observer.together)
         share = everything[share.start : share.stop]
         if self.model.weights is None:
             self._run_resident(wanted, observer, share, description)
         else:
             steps = steps_of(self.model, self.calibration, self._batch_size, share)
-            run_streamed_trials(self.model, steps, wanted, observer, self._progress, description)
-        observer.on_end(wanted, self._processes)
+            run_streamed_trials(self.model, steps, wanted, observer, self.progress, description)
+        observer.on_end(wanted, self.processes)
 
     def _run_resident(self, wanted: Sequence[Removed], observer: TrialObserver, share: range, description: str) -> None:
         with (
             torch.inference_mode(),
             evaluating(self.model.model),
-            self._progress(description, len(wanted) * len(share)) as advance,
+            self.progress(description, len(wanted) * len(share)) as advance,
         ):
             for batch, ids, mask in batches(self.calibration, self._batch_size, self.model.input_device, share):
                 replay = Replay(self.model, ids, mask)
