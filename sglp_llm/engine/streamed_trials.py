@@ -8,7 +8,7 @@ import torch
 
 from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.states import state_store
-from sglp_llm.engine.streamed import Replays, Step, streamed_layers
+from sglp_llm.engine.streamed import Replays, Step, layers_in_turn
 from sglp_llm.engine.trial_observer import TrialObserver
 from sglp_llm.loading import DecoderModel
 from sglp_llm.progress import Progress
@@ -43,7 +43,7 @@ def run_streamed_trials(
             store.put(_CURRENT, step.batch, replays.first_states(step))
         # The last layers may be removed as well: a round that needs no layer still counts them for the progress bar.
         wanted = [index for index in range(model.num_layers) if index not in removed or dense_from is not None]
-        for index, _ in streamed_layers(model, wanted):
+        for index, _ in layers_in_turn(model, wanted):
             branches: list[Hashable] = []
             if index not in removed:
                 branches = [_CURRENT, *trials]
