@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from sglp_llm.calibration import CalibrationSet
+from sglp_llm.compensation import NONE, Compensated, get_method
 from sglp_llm.criteria import Criterion, ScoreCriterion, SetCriterion, get_criterion, make_criterion
 from sglp_llm.engine.observer import Need
 from sglp_llm.engine.passes import run_pass
@@ -145,6 +146,41 @@ def choose_layers(
     return layers_to_remove(recipe.budget, segments, scores, protect, model.parameters_without), segments
 
 
+def compensate(
+    subject: Subject,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    removed: Sequence[int],
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> Compensated:
+    """What the recipe's compensation makes of the layers that stay; nothing without one.
+
+    Args:
+        subject: The model.
+        recipe: For ``compensate``, ``held_out`` and ``batch_size``.
+        calibration: The sequences.
+        removed: The layers that go.
+        progress: Told how far it is.
+        processes: Those that share the sequences; all return the same.
+
+    Raises:
+        UserError: The method does not fit the model, or hidden states or losses are not finite.
+    """
+    if recipe.compensate == NONE:
+        return Compensated({}, {})
+    return get_method(recipe.compensate).run(
+        subject.load(),
+        calibration,
+        removed,
+        held_out=recipe.held_out,
+        stored=subject.stored_dtype,
+        batch_size=recipe.batch_size,
+        progress=progress,
+        processes=processes,
+    )
+
+
 def run_analysis(
     subject: Subject,
     recipe: Recipe,
@@ -160,9 +196,11 @@ def run_analysis(
     observations = observe(model, calibration, recipe, names, is_segmented(recipe), progress, processes)
     scores = observations.scores()
     removed, segments = choose_layers(recipe, model, observations)
+    compensated = compensate(subject, recipe, calibration, removed, progress, processes)
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding_criterion(recipe)}
     # Said elsewhere, of the export, or without influence on the plan.
-    for key in ("model", "revision", "max_shard_size", "engine", "scratch", *recipe.budget.to_dict()):
+    idle = ("held_out",) if recipe.compensate == NONE else ()
+    for key in ("model", "revision", "max_shard_size", "engine", "scratch", *idle, *recipe.budget.to_dict()):
         settings.pop(key, None)
     if list(removed) != sorted(removed):
         settings["removal_order"] = list(removed)
@@ -176,6 +214,8 @@ def run_analysis(
         budget=recipe.budget.to_dict(),
         settings=settings,
         versions=software_versions(),
+        replaced=compensated.replaced,
+        compensation=compensated.report,
     )
     left = model.parameters_without(removed)
     return Analysis(plan, observations.similarity, observations.loss, model.num_parameters, left)

@@ -79,7 +79,7 @@ def compare(
     Args:
         subject: The model.
         calibration: The sequences that the criteria see.
-        recipe: Settings of the criteria; its criterion and budget are not used.
+        recipe: Settings of the criteria; its criterion, budget and compensation are not used.
         criteria: Names, ``sglp`` among them.
         budgets: Ratios or numbers of layers.
         measurements: What is measured.
@@ -98,7 +98,7 @@ def compare(
     for budget in budgets:
         check_budget(budget, subject.num_layers, protect)
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash}
-    idle = "criterion also ratio drop target_params max_shard_size batch_size engine scratch"
+    idle = "criterion also ratio drop target_params compensate held_out max_shard_size batch_size engine scratch"
     for key in idle.split():
         settings.pop(key, None)
     # Another version may keep its pieces in another form.

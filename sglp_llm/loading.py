@@ -19,6 +19,8 @@ from sglp_llm.source import Source
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -164,10 +166,29 @@ def _stored_dtype(source: Source) -> torch.dtype:
     assert source.index is not None
     if isinstance(named := getattr(source.config, "dtype", None), torch.dtype):
         return named
-    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
     return next(
-        (dtypes[entry.dtype] for entry in source.index.tensors.values() if entry.dtype in dtypes), torch.float32
+        (_FLOATS[entry.dtype] for entry in source.index.tensors.values() if entry.dtype in _FLOATS), torch.float32
     )
+
+
+def stored_dtype(source: Source, name: str) -> torch.dtype:
+    """The dtype in which a safetensors checkpoint holds a parameter of a decoder layer.
+
+    Args:
+        source: What `find_source` found.
+        name: The parameter's in the model. Where the files have other names, such as one matrix an expert, the layer's first
+            tensor stands for all.
+    """
+    assert source.index is not None
+    pattern = source.adapter.layer_key_pattern
+    wanted = pattern.match(name)
+    assert wanted is not None
+    found = {}
+    for entry in source.index.tensors.values():
+        match = pattern.match(entry.name)
+        if match is not None and match[2] == wanted[2] and entry.dtype in _FLOATS:
+            found[match[3]] = _FLOATS[entry.dtype]
+    return found.get(wanted[3]) or next(iter(found.values()), None) or _stored_dtype(source)
 
 
 def load_tokenizer(source: Source) -> Any:

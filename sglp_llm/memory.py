@@ -50,6 +50,7 @@ class Work:
         minibatch: Tokens of one minibatch of CKA.
         sums_on_host: Whether gradients are summed on the host although there is a device.
         scratch: Whether stored hidden states go to disk.
+        compensation: Float64 matrices ``[hidden, hidden]`` that making up for removed layers takes; ``None`` without that.
     """
 
     needs: Need
@@ -60,6 +61,7 @@ class Work:
     minibatch: int = 512
     sums_on_host: bool = False
     scratch: bool = False
+    compensation: int | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,10 @@ def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
                 "loss": _trial_logits(model, work.seq_len),
             }
         )
+    if work.compensation is not None:
+        phase = _compensation(dry, model, work, 2)
+        # What waits is on the host: on a device's host there is room, where the model has been before.
+        phases.append({"weights": weights, **phase, **({} if on_device else {"hidden states": _ways(model, work)})})
     parts = max(phases, key=lambda phase: sum(phase.values()))
     # A model that goes to one device is read into the host's memory first.
     return _placed("resident", parts, {"weights": weights} if on_device else {}, on_device, work, model, 0)
@@ -228,6 +234,9 @@ def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
         )
         # One set of hidden states a trial, that of the current model and that of the whole one.
         stored.append((model.layers + 2) * model.states(work.trial_samples, work.seq_len))
+    if work.compensation is not None:
+        phases.append({"weights": weights, **_compensation(dry, model, work, 1)})
+        stored.append(_ways(model, work))
     parts = max(phases, key=lambda phase: sum(phase.values()))
     staged = {"weights": PREFETCHED * counts.layer * model.itemsize} if on_device else {}
     return _placed("streamed", parts, staged, on_device, work, model, max(stored))
@@ -247,6 +256,20 @@ def _placed(
         parts = {**parts, "gradients": parts["gradients"] - sums}
         staged = {**staged, "gradients": sums}
     return EngineMemory(engine, {**staged, **kept, "runtime": RUNTIME + CUDA_CONTEXT}, parts, disk)
+
+
+def _compensation(dry: DryRun, model: _Model, work: Work, layers: int) -> dict[str, int]:
+    """What makes up for removed layers takes beside the weights: a batch in a layer, and the normal equations of one cut."""
+    assert work.compensation is not None
+    return {
+        "activations": _with_fragments(dry.forward_peak(layers, work.batch_size, work.seq_len)),
+        "equations": 8 * work.compensation * model.hidden**2,
+    }
+
+
+def _ways(model: _Model, work: Work) -> int:
+    """Hidden states of the whole model, and of the shortened one without and with a repair, before and behind what follows."""
+    return 5 * model.states(work.samples, work.seq_len)
 
 
 def _differentiates(work: Work) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglp_llm.adapters import get_adapter
 from sglp_llm.analysis import check_criteria, is_segmented, run_analysis, software_versions
 from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
@@ -18,6 +19,7 @@ from sglp_llm.checkpoint.export import check_plan, drop_layers, export_from_file
 from sglp_llm.checkpoint.publish import atomic_folder, check_output
 from sglp_llm.checkpoint.replaced import as_stored
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS, expected_logits, verify_checkpoint
+from sglp_llm.compensation import check_compensation
 from sglp_llm.errors import UserError
 from sglp_llm.plans import PLAN_FILE_NAME, save_plan
 from sglp_llm.prediction import chosen_engine, forecast
@@ -205,6 +207,7 @@ def open_subject(model: Any, recipe: Recipe, tokenizer: Any, criteria: Sequence[
     for each in recipes:
         check_criteria(each)
     subject = _open(model, recipe, tokenizer)
+    check_compensation(recipe.compensate, get_adapter(subject.identity.model_type), subject.config, recipe.samples)
     for each in recipes:
         segments = each.num_segments if isinstance(each.num_segments, int) and is_segmented(each) else 1
         if segments > subject.num_layers:

@@ -6,6 +6,7 @@ import torch
 from transformers import PretrainedConfig
 
 from sglp_llm.analysis import deciding_criterion, is_segmented
+from sglp_llm.compensation import NONE, get_method
 from sglp_llm.criteria import get_criterion
 from sglp_llm.engine.observer import Need
 from sglp_llm.errors import UserError
@@ -38,10 +39,10 @@ def computed_in(config: PretrainedConfig, recipe: Recipe, gguf: bool) -> torch.d
 
 
 def work_of(recipe: Recipe) -> Work:
-    """What the recipe's criteria do, as far as memory is concerned.
+    """What the recipe's criteria and its compensation do, as far as memory is concerned.
 
     Raises:
-        UserError: A criterion does not exist.
+        UserError: A criterion or the compensation does not exist.
     """
     needs = Need.HIDDEN_STATES if is_segmented(recipe) else Need.NOTHING
     for name in (deciding_criterion(recipe), *recipe.also):
@@ -55,6 +56,7 @@ def work_of(recipe: Recipe) -> Work:
         minibatch=recipe.minibatch_sequences * min(recipe.minibatch_positions, recipe.seq_len),
         sums_on_host=recipe.options.get("taylor", {}).get("accumulator") == "host",
         scratch=recipe.scratch is not None,
+        compensation=None if recipe.compensate == NONE else get_method(recipe.compensate).matrices,
     )
 
 

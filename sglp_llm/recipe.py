@@ -65,6 +65,8 @@ class Recipe:
         ratio: Share of the layers to remove, or
         drop: their number, or
         target_params: the number of parameters that may be left.
+        compensate: How the layers that stay make up for those that went: ``none``, or a name from ``compensation/``.
+        held_out: Share of the calibration sequences, the last ones, that a compensation is not fitted on but judged by.
         max_shard_size: Largest file of the output, such as ``2GB``; none = shards like the source's.
     """
 
@@ -94,6 +96,8 @@ class Recipe:
     ratio: float | None = None
     drop: int | None = None
     target_params: int | None = None
+    compensate: str = "none"
+    held_out: float = 0.25
     max_shard_size: str | None = None
 
     @property
@@ -141,6 +145,8 @@ def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
         raise UserError(f"{where}: scratch is for the streamed engine: leave it out, or the engine 'resident'")
     if recipe.num_segments != "auto":
         _at_least(1, recipe.num_segments, f"{where}: num_segments")
+    if not 0 < recipe.held_out < 1:
+        raise UserError(f"{where}: held_out must be between 0 and 1, not {recipe.held_out!r}")
     if not recipe.min_drop >= 0:
         raise UserError(f"{where}: min_drop must not be negative, not {recipe.min_drop!r}")
     return recipe

@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 from transformers import PreTrainedModel
 
 from sglp_llm.errors import UserError
-from sglp_llm.loading import DecoderModel, check_streamable, load_model, load_streamed, load_tokenizer, wrap_model
+from sglp_llm.loading import (
+    DecoderModel,
+    check_streamable,
+    load_model,
+    load_streamed,
+    load_tokenizer,
+    stored_dtype,
+    wrap_model,
+)
 from sglp_llm.records import ModelIdentity
 from sglp_llm.source import Source, find_source, fingerprint
 
@@ -63,7 +71,7 @@ class Subject:
         """The Hub commit, where there is one."""
         return self.source.revision if self.source else None
 
-    def check_tokens(self, input_ids: Tensor) -> None:
+    def check_tokens(self, input_ids: torch.Tensor) -> None:
         """Makes sure that the model can read these token ids, ``[sequences, tokens]``.
 
         Raises:
@@ -75,6 +83,13 @@ class Subject:
                 f"{self.identity.name}: the tokenizer does not belong to the model: "
                 f"it gives the token id {highest}, and the model knows 0..{vocabulary - 1}"
             )
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a parameter of a decoder layer, by its name in the model, is exported: safetensors as they are."""
+        if self.source is None or self.source.index is None:
+            dtype: torch.dtype = self.load().model.dtype
+            return dtype
+        return stored_dtype(self.source, name)
 
     def stream(self, scratch: str | Path | None = None) -> None:
         """From now on the weights are loaded one decoder layer at a time.

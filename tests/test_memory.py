@@ -393,3 +393,21 @@ def test_the_peak_of_a_process_is_near_the_prediction(tmp_path: Path) -> None:
     )
     memory = json.loads(ended.stdout)["memory"]
     assert 0.9 < memory["predicted_host_bytes"] / memory["peak_host_bytes"] < 1.3
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_compensation_is_a_phase_of_its_own(on_device: bool) -> None:
+    nothing = Work(Need.NOTHING, samples=8, seq_len=64, trial_samples=8)
+    without = plan_memory(llama(), torch.float32, nothing, on_device)
+    scale, linear = (
+        plan_memory(llama(), torch.float32, replace(nothing, compensation=count), on_device) for count in (0, 7)
+    )
+    for engine in ("resident", "streamed"):
+        plain, small, large = (getattr(plan, engine) for plan in (without, scale, linear))
+        place = "device" if on_device else "host"
+        assert getattr(large, place)["equations"] == 7 * 8 * 64 * 64
+        assert getattr(large, f"{place}_peak") - getattr(small, f"{place}_peak") == 7 * 8 * 64 * 64
+        assert getattr(small, f"{place}_peak") > getattr(plain, f"{place}_peak")
+    assert linear.streamed.host["hidden states"] == 5 * 8 * 64 * 64 * 4
+    assert work_of(Recipe(compensate="scale")).compensation == 0
+    assert work_of(Recipe()).compensation is None

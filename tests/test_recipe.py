@@ -46,6 +46,8 @@ RECIPES = st.builds(
     ratio=st.none() | st.floats(0, 1),
     drop=st.none() | st.integers(),
     target_params=st.none() | st.integers(),
+    compensate=TEXT,
+    held_out=st.floats(0.01, 0.99),
     max_shard_size=st.none() | st.sampled_from(["2GB", "1.5GiB"]),
 )
 
@@ -99,6 +101,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"min_drop": -0.1}, "min_drop must not be negative, not -0.1"),
     ({"min_drop": float("nan")}, "min_drop must not be negative, not nan"),
     ({"min_drop": "5%"}, "min_drop must be a number, not '5%'"),
+    ({"held_out": 0}, "held_out must be between 0 and 1, not 0.0"),
+    ({"held_out": 1.5}, "held_out must be between 0 and 1, not 1.5"),
+    ({"held_out": float("nan")}, "held_out must be between 0 and 1, not nan"),
+    ({"compensate": None}, "compensate must be text, not None"),
     ({"ratio": "0.25"}, "ratio must be a number, not '0.25'"),
     ({"ratio": True}, "ratio must be a number, not True"),
     ({"drop": 1.5}, "drop must be a whole number, not 1.5"),

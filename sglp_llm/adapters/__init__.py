@@ -5,10 +5,10 @@ A new family is one new file with an `ADAPTER`; the contract tests pick it up by
 
 from __future__ import annotations
 
-from sglp_llm.adapters.base import DecoderAdapter
+from sglp_llm.adapters.base import Branch, DecoderAdapter
 from sglp_llm.registry import member, member_names
 
-__all__ = ["DecoderAdapter", "adapter_names", "get_adapter"]
+__all__ = ["Branch", "DecoderAdapter", "adapter_names", "get_adapter"]
 
 
 def adapter_names() -> list[str]:

@@ -9,6 +9,23 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Branch:
+    """Where what a block adds to the residual stream can be multiplied from the right by changing existing parameters.
+
+    Attributes:
+        output: Module of a decoder layer whose output is that.
+        last: What computes it from its own input: a linear, a stack of matrices ``[experts, hidden, ...]``, or a norm.
+        is_norm: Whether ``last`` is a norm, which takes one factor a channel and no other matrix.
+        offset: What a norm adds to its weight before it multiplies by it.
+    """
+
+    output: str
+    last: str
+    is_norm: bool = False
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
 class DecoderAdapter:
     """Where the parts of a family's ``...ForCausalLM`` sit, and which settings follow its depth.
 
@@ -26,6 +43,13 @@ class DecoderAdapter:
             ones, left over from before the family was merged there.
         active_experts_key: In a mixture of experts, whose matrices transformers stacks as ``[experts, ...]``: the configuration
             key of how many of them a token meets.
+        mlp: Module of a decoder layer whose output joins the residual stream, after `mlp_norm` where there is one.
+        mlp_out: The last linear of the MLP, or in a mixture of experts the parameter that stacks them.
+        attention_out: The last linear of the attention.
+        mlp_norm: A norm between the MLP and the residual stream.
+        norm_offset: What the family's norms add to their weight before they multiply by it.
+        sum_norm: A norm of the sum of residual stream and MLP, in models that set ``sum_norm_unless`` to false.
+        sum_norm_unless: That configuration key; none = no model of the family has such a norm.
         tiny_configs: Configurations of a few thousand parameters for the contract tests, each one a quirk of the family.
     """
 
@@ -38,7 +62,26 @@ class DecoderAdapter:
     refuse: Mapping[str, str] = field(default_factory=dict)
     native_remote_classes: tuple[str, ...] = ()
     active_experts_key: str | None = None
+    mlp: str = "mlp"
+    mlp_out: str = "mlp.down_proj"
+    attention_out: str = "self_attn.o_proj"
+    mlp_norm: str | None = None
+    norm_offset: float = 0.0
+    sum_norm: str = ""
+    sum_norm_unless: str | None = None
     tiny_configs: tuple[Mapping[str, Any], ...] = ()
+
+    def mlp_branch(self, config: object) -> Branch:
+        """Where the MLP's share of what leaves a decoder layer can be changed; all that leaves it, where the sum is normed.
+
+        Args:
+            config: The model's configuration.
+        """
+        if self.sum_norm_unless is not None and not getattr(config, self.sum_norm_unless):
+            return Branch(self.sum_norm, self.sum_norm, is_norm=True, offset=self.norm_offset)
+        if self.mlp_norm is not None:
+            return Branch(self.mlp_norm, self.mlp_norm, is_norm=True, offset=self.norm_offset)
+        return Branch(self.mlp, self.mlp_out)
 
     @property
     def layer_key_pattern(self) -> re.Pattern[str]:

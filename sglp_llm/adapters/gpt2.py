@@ -7,6 +7,8 @@ ADAPTER = DecoderAdapter(
     layers="transformer.h",
     depth_key="n_layer",
     refuse={"scale_attn_by_inverse_layer_idx": "its attention divides by the layer's own index, which pruning changes"},
+    mlp_out="mlp.c_proj",
+    attention_out="attn.c_proj",
     tiny_configs=(
         {
             "vocab_size": 320,

@@ -7,5 +7,7 @@ _TINY = {**{key: value for key, value in TINY_LLAMA.items() if key != "num_key_v
 ADAPTER = DecoderAdapter(
     display_name="GPT-NeoX",
     layers="gpt_neox.layers",
+    mlp_out="mlp.dense_4h_to_h",
+    attention_out="attention.dense",
     tiny_configs=(_TINY, {**_TINY, "use_parallel_residual": False}),
 )

@@ -5,5 +5,6 @@ from sglp_llm.adapters.base import TINY_LLAMA, DecoderAdapter
 ADAPTER = DecoderAdapter(
     display_name="Mixtral",
     active_experts_key="num_experts_per_tok",
+    mlp_out="mlp.experts.down_proj",
     tiny_configs=({**TINY_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},),
 )

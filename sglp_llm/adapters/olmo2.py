@@ -2,4 +2,4 @@
 
 from sglp_llm.adapters.base import TINY_LLAMA, DecoderAdapter
 
-ADAPTER = DecoderAdapter(display_name="OLMo 2", tiny_configs=(TINY_LLAMA,))
+ADAPTER = DecoderAdapter(display_name="OLMo 2", mlp_norm="post_feedforward_layernorm", tiny_configs=(TINY_LLAMA,))

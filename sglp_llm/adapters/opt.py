@@ -19,6 +19,11 @@ _TINY = {
 ADAPTER = DecoderAdapter(
     display_name="OPT",
     layers="model.decoder.layers",
+    mlp="fc2",
+    mlp_out="fc2",
+    attention_out="self_attn.out_proj",
+    sum_norm="final_layer_norm",
+    sum_norm_unless="do_layer_norm_before",
     tiny_configs=(
         {**_TINY, "layerdrop": 0.5},
         {**_TINY, "word_embed_proj_dim": 16, "do_layer_norm_before": False},

@@ -105,7 +105,7 @@ def run_streamed(
         for step in steps:
             store.put(0, step.batch, replays.first_states(step))
         model.weights.rest()
-        for index, layer in streamed_layers(model, range(model.num_layers)):
+        for index, layer in layers_in_turn(model, range(model.num_layers)):
             show_weights(index, layer, observers)
             for step in steps:
                 store.put(index + 1, step.batch, replays.of(step).layer(index, store.get(index, step.batch)))
@@ -118,7 +118,7 @@ def run_streamed(
             store.drop(model.num_layers)
             model.weights.rest()
             trim()
-            for index, layer in streamed_layers(model, range(model.num_layers - 1, -1, -1)):
+            for index, layer in layers_in_turn(model, range(model.num_layers - 1, -1, -1)):
                 _backward(index, layer, steps, replays, store, observers, norms)
                 store.drop(index)
                 end_gradients(index, layer, observers, processes)
@@ -133,12 +133,14 @@ def steps_of(
     return [Step(*step) for step in batches(calibration, batch_size, model.input_device, share)]
 
 
-def streamed_layers(model: DecoderModel, order: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
-    """Brings the layers into memory in this order, each while the caller works on the one before it."""
-    assert model.weights is not None
+def layers_in_turn(model: DecoderModel, order: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
+    """The layers in this order, in memory; streamed ones are brought, each while the caller works on the one before it."""
+    if model.weights is None:
+        yield from ((index, model.layers[index]) for index in order)
+        return
     indices = list(order)
     try:
-        for index, following in zip(indices, [*indices[1:], None], strict=True):
+        for index, following in zip(indices, [*indices, None][1:], strict=True):
             with model.weights.layer(index, following) as layer:
                 yield index, layer
     finally:

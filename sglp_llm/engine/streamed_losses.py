@@ -8,7 +8,7 @@ from sglp_llm.engine.head import losses
 from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.observer import Batch
 from sglp_llm.engine.states import state_store
-from sglp_llm.engine.streamed import Replays, Step, streamed_layers
+from sglp_llm.engine.streamed import Replays, Step, layers_in_turn
 from sglp_llm.loading import DecoderModel
 from sglp_llm.progress import Progress, silent
 
@@ -37,7 +37,7 @@ def streamed_losses(
             ids = input_ids[first : first + batch_size].to(model.input_device)
             steps.append(Step(Batch(first, len(ids), None), ids, None))
             store.put(0, steps[-1].batch, replays.first_states(steps[-1]))
-        for index, _ in streamed_layers(model, range(model.num_layers)):
+        for index, _ in layers_in_turn(model, range(model.num_layers)):
             for step in steps:
                 store.put(0, step.batch, replays.of(step).layer(index, store.get(0, step.batch)))
             advance(1)

@@ -8,7 +8,7 @@ import torch
 
 from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.states import state_store
-from sglp_llm.engine.streamed import Replays, Step, streamed_layers
+from sglp_llm.engine.streamed import Replays, Step, layers_in_turn
 from sglp_llm.engine.trial_observer import Removed, TrialObserver, fork
 from sglp_llm.loading import DecoderModel
 from sglp_llm.progress import Progress
@@ -39,7 +39,7 @@ def run_streamed_trials(
     ):
         for step in steps:
             store.put(groups[0][0], step.batch, replays.first_states(step))
-        for index, _ in streamed_layers(model, needed):
+        for index, _ in layers_in_turn(model, needed):
             staying, leaving = [], []
             for group in groups:
                 stay, leave = fork(index, group)

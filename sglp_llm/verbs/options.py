@@ -53,6 +53,10 @@ Option = Annotated[list[str] | None, typer.Option(help="CRITERION.KEY=VALUE, suc
 Kernel = Annotated[str | None, typer.Option(help="CKA kernel: cosine (default) or linear (the paper's).")]
 ProtectFirst = Annotated[int | None, typer.Option(help="Layers at the front that are never removed. Default: 0.")]
 ProtectLast = Annotated[int | None, typer.Option(help="Layers at the end that are never removed. Default: 0.")]
+Compensate = Annotated[
+    str | None,
+    typer.Option(help="Fold what the removed layers did into weights that stay: none (default), scale or linear."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 DECIDING = [
@@ -67,6 +71,7 @@ DECIDING = [
     "kernel",
     "protect_first",
     "protect_last",
+    "compensate",
 ]
 """Options that decide which layers go."""
 
@@ -77,7 +82,7 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
 
     names = (
         "ratio drop criterion also segments calibration samples seq_len seed trial_samples batch_size kernel "
-        "engine scratch revision dtype device_map max_shard_size"
+        "engine scratch compensate revision dtype device_map max_shard_size"
     )
     settings = {name: arguments.get(name) for name in names.split()}
     settings["also"] = settings["also"] or None

@@ -1,0 +1,54 @@
+"""One file a way to make up for removed layers; the file name is its name on the command line.
+
+A new one is one new file with a `METHOD`; the contract tests pick it up by themselves.
+"""
+
+from __future__ import annotations
+
+from sglp_llm.adapters import DecoderAdapter
+from sglp_llm.compensation.base import Compensated, Method
+from sglp_llm.errors import UserError, unknown
+from sglp_llm.registry import member, member_names
+
+__all__ = ["NONE", "Compensated", "Method", "check_compensation", "compensation_names", "get_method"]
+
+NONE = "none"
+"""The name that stands for no compensation."""
+
+
+def compensation_names() -> list[str]:
+    """Every method there is, sorted, without `NONE`."""
+    return member_names(__path__)
+
+
+def get_method(name: str) -> Method:
+    """A method.
+
+    Raises:
+        UserError: There is none of that name; the message lists the known ones and the nearest name.
+    """
+    if name not in compensation_names():
+        raise unknown("compensation", name, [NONE, *compensation_names()])
+    method: Method = member(__name__, __path__, name, "compensation").METHOD
+    return method
+
+
+def check_compensation(name: str, adapter: DecoderAdapter, config: object, samples: int) -> None:
+    """Refuses, before any work is done, what cannot work.
+
+    Args:
+        name: Of the method, or `NONE`.
+        adapter: The model's family.
+        config: The model's configuration.
+        samples: Number of calibration sequences.
+
+    Raises:
+        UserError: There is no such method, it does not fit the family, or nothing can be held out.
+    """
+    if name == NONE:
+        return
+    get_method(name).check(adapter, config)
+    if samples < 2:
+        raise UserError(
+            f"compensate {name} holds out some calibration sequences: give at least 2 samples, not {samples}"
+        )

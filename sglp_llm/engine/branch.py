@@ -1,0 +1,80 @@
+"""What a block of a decoder layer adds to the residual stream: watched, and multiplied by a matrix in the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sglp_llm.adapters import Branch
+from sglp_llm.errors import UserError
+
+
+@contextmanager
+def branch_outputs(layer: nn.Module, branch: Branch) -> Iterator[list[Tensor]]:
+    """Inside the block the list holds what the branch gave in the layer's last call, with the tokens in any shape."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen[:] = [output.detach()]
+
+    handle = layer.get_submodule(branch.output).register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def folded(layer: nn.Module, branch: Branch, factor: Tensor) -> dict[str, Tensor]:
+    """New values of the parameters behind a branch, so that it gives its output times a matrix.
+
+    Args:
+        layer: The decoder layer, in memory.
+        branch: Which branch of it.
+        factor: ``[D, D]``, by which rows are multiplied from the right, or ``[D]``, one factor a channel. A norm takes the second
+            alone.
+
+    Returns:
+        By the parameter's name in the layer, in its shape, float64.
+
+    Raises:
+        UserError: There is nothing to change: the layer is offloaded, or its norm has no weight.
+    """
+    owner: Any = layer
+    for name in branch.last.split("."):
+        owner = getattr(owner, name)
+    if isinstance(owner, nn.Parameter):
+        _refuse_offloaded(owner)
+        return {branch.last: torch.stack([_times(matrix, factor, 0) for matrix in owner.detach()])}
+    axis = 1 if isinstance(owner, Conv1D) else 0
+    values = {}
+    for name, parameter in owner.named_parameters(recurse=False):
+        _refuse_offloaded(parameter)
+        value = parameter.detach()
+        offset = branch.offset if name == "weight" else 0.0
+        values[f"{branch.last}.{name}"] = (
+            _times(value.double() + offset, factor, axis if value.ndim > 1 else 0) - offset
+        )
+    if not values:
+        raise UserError(
+            f"{branch.last} has no weights in this model: there is nothing that a compensation could be folded into"
+        )
+    return values
+
+
+def _refuse_offloaded(parameter: Tensor) -> None:
+    if parameter.device.type == "meta":
+        raise UserError(
+            "the model does not fit: a part of it was offloaded, and a compensation needs every layer on a device; "
+            "use --engine streamed, or a larger machine"
+        )
+
+
+def _times(value: Tensor, factor: Tensor, axis: int) -> Tensor:
+    """A parameter whose ``axis`` counts output channels, with these multiplied."""
+    rows, factor = value.double().movedim(axis, -1), factor.to(value.device)
+    return (rows @ factor if factor.ndim > 1 else rows * factor).movedim(-1, axis).contiguous()

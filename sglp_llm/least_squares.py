@@ -1,0 +1,195 @@
+"""The linear map of one set of rows that brings another one closest to a third: weighted ridge regression, pure tensors.
+
+Rows are tokens. With ``M`` what may be mapped, ``x`` what it is a part of and ``y`` where ``x`` should be, all ``[n, D]``:
+
+    T = argmin sum_t w_t ||M_t T + (x_t - M_t) - y_t||^2 + lambda ||T - I||_F^2,  w_t = 1 / ||y_t||^2
+
+The change ``T - I = (M'WM + lambda I)^-1 M'W (y - x)`` depends on sums over rows alone, and so does the error of any ``T`` on
+any rows: they are kept in float64, and the rows are not. The weights make the error a relative one: a row with massive
+activations does not own the fit (our choice; METHOD section 6).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sglp_llm.processes import Processes
+
+RIDGES = tuple(10.0**power for power in range(-5, 2))
+"""Values of lambda that are tried, in units of the mean diagonal element of ``M'WM``; and infinity, which means ``T = I``."""
+
+_ROWS = 1024  # in float64 at a time
+
+
+class NormalEquations(ABC):
+    """Sums over rows. Subclasses say which maps are allowed.
+
+    Attributes:
+        gram: ``M'WM``, or what is needed of it, float64.
+        cross: ``M'W (y - x)``, or what is needed of it, float64.
+        start: ``sum_t w_t ||x_t - y_t||^2``: the error of ``T = I``; a float64 scalar.
+        rows: How many rows were added; a float64 scalar.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        self.gram = torch.zeros(*shape, dtype=torch.float64, device=device)
+        self.cross = torch.zeros_like(self.gram)
+        self.start = torch.zeros((), dtype=torch.float64, device=device)
+        self.rows = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, part: Tensor, whole: Tensor, target: Tensor) -> None:
+        """Adds rows; one whose target is 0 has no relative error and counts with weight 0.
+
+        Args:
+            part: M, ``[rows, D]``.
+            whole: x, ``[rows, D]``.
+            target: y, ``[rows, D]``.
+        """
+        for rows in zip(part.split(_ROWS), whole.split(_ROWS), target.split(_ROWS), strict=True):
+            self._add(*(each.double() for each in rows))
+
+    def _add(self, part: Tensor, whole: Tensor, target: Tensor) -> None:
+        norms = target.square().sum(dim=1, keepdim=True)
+        weights = torch.where(norms > 0, 1 / norms, 0)
+        missing = target - whole
+        gram, cross = self._products(part, weights * part, weights * missing)
+        self.gram += gram
+        self.cross += cross
+        self.start += (weights * missing.square()).sum()
+        self.rows += len(part)
+
+    def gather(self, processes: Processes) -> None:
+        """Sums over the rows of all processes; a collective call."""
+        for name in ("gram", "cross", "start", "rows"):
+            setattr(self, name, processes.sum(getattr(self, name)))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every row was."""
+        return all(bool(total.isfinite().all()) for total in (self.gram, self.cross, self.start))
+
+    @property
+    @abstractmethod
+    def unit(self) -> float:
+        """The mean diagonal element of the matrix that is inverted."""
+
+    @abstractmethod
+    def change(self, ridge: float) -> Tensor:
+        """The best ``T - I`` for ``lambda = ridge * unit``: ``[D, D]``, or ``[D]`` where only its diagonal is not 0."""
+
+    @abstractmethod
+    def error(self, change: Tensor) -> float:
+        """``sum_t w_t ||M_t T + (x_t - M_t) - y_t||^2`` of a map."""
+
+    @abstractmethod
+    def _products(self, part: Tensor, weighted: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+        """What some rows add to ``gram`` and ``cross``: M, WM and W(y - x), each ``[rows, D]``."""
+
+
+class MatrixEquations(NormalEquations):
+    """Any matrix. Two float64 matrices ``[D, D]``.
+
+    Args:
+        width: D.
+        device: Where the sums are.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__((width, width), device)
+
+    @property
+    def unit(self) -> float:
+        return float(self.gram.diagonal().mean())
+
+    def change(self, ridge: float) -> Tensor:
+        regular = self.gram.clone()
+        regular.diagonal().add_(ridge * self.unit)
+        return torch.cholesky_solve(self.cross, torch.linalg.cholesky(regular))
+
+    def error(self, change: Tensor) -> float:
+        return float((change * (self.gram @ change - 2 * self.cross)).sum() + self.start)
+
+    def _products(self, part: Tensor, weighted: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+        return part.T @ weighted, part.T @ missing
+
+
+class ChannelEquations(NormalEquations):
+    """A diagonal matrix: one factor a channel.
+
+    Args:
+        width: D.
+        device: Where the sums are.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__((width,), device)
+
+    @property
+    def unit(self) -> float:
+        return float(self.gram.mean())
+
+    def change(self, ridge: float) -> Tensor:
+        return self.cross / (self.gram + ridge * self.unit)
+
+    def error(self, change: Tensor) -> float:
+        return float((change * (self.gram * change - 2 * self.cross)).sum() + self.start)
+
+    def _products(self, part: Tensor, weighted: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+        return (part * weighted).sum(dim=0), (part * missing).sum(dim=0)
+
+
+class FactorEquations(ChannelEquations):
+    """A multiple of the identity: one factor for all channels."""
+
+    @property
+    def unit(self) -> float:
+        return float(self.gram.sum())
+
+    def change(self, ridge: float) -> Tensor:
+        return (self.cross.sum() / (self.gram.sum() + ridge * self.unit)).expand_as(self.cross)
+
+
+@dataclass(frozen=True)
+class RidgeFit:
+    """A map that was fitted on some rows, with the ridge that suits others best.
+
+    Attributes:
+        ridge: In units of the mean diagonal element; ``None`` means infinity.
+        change: ``T - I``; ``None`` where no ridge is better on the held-out rows than no change at all.
+        errors: Weighted error a row on the rows of the fit, and on the held-out rows, each without and with the map.
+    """
+
+    ridge: float | None
+    change: Tensor | None
+    errors: tuple[tuple[float, float], tuple[float, float]]
+
+
+def best_ridge(fit: NormalEquations, held_out: NormalEquations, ridges: Sequence[float] = RIDGES) -> RidgeFit:
+    """Chooses the ridge by the error on held-out rows, which takes no second look at them.
+
+    Args:
+        fit: The rows that the map is fitted on.
+        held_out: Others, of the same kind of equations.
+        ridges: What is tried beside infinity.
+    """
+    best: tuple[float | None, Tensor | None] = (None, None)
+    lowest = float(held_out.start)
+    for ridge in ridges if fit.unit > 0 else ():
+        change = fit.change(ridge)
+        error = held_out.error(change)
+        if error < lowest:
+            lowest, best = error, (ridge, change)
+    ridge_, change_ = best
+    pairs = [
+        (
+            float(part.start / part.rows),
+            (float(part.start) if change_ is None else part.error(change_)) / float(part.rows),
+        )
+        for part in (fit, held_out)
+    ]
+    return RidgeFit(ridge_, change_, (pairs[0], pairs[1]))
