@@ -159,7 +159,7 @@ def load_recipe(name: str | Path) -> Recipe:
         UserError: There is no such file or name, it is not YAML, or it is not a recipe.
     """
     path = Path(name)
-    shipped = _shipped()
+    shipped = _shipped("recipes")
     if str(name) in shipped:
         data = _parse(shipped[str(name)].read_text(encoding="utf-8"), str(name))
     elif path.suffix in (".yaml", ".yml"):
@@ -197,7 +197,7 @@ def _parse(text: str, name: str) -> object:
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package, sorted."""
-    return sorted(_shipped())
+    return sorted(_shipped("recipes"))
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -205,8 +205,27 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-def _shipped() -> dict[str, Any]:
-    files = resources.files("sglp_llm").joinpath("recipes").iterdir()
+def preset_settings(name: str) -> dict[str, Any]:
+    """The settings of a preset, for `Recipe.with_changes`: how layers are chosen and repaired, not of which model.
+
+    Raises:
+        UserError: There is none of that name; the message lists the known ones and the nearest name.
+    """
+    shipped = _shipped("presets")
+    if name not in shipped:
+        raise unknown("preset", name, shipped)
+    settings = _parse(shipped[name].read_text(encoding="utf-8"), name)
+    assert isinstance(settings, dict)
+    return settings
+
+
+def preset_names() -> list[str]:
+    """The presets, sorted."""
+    return sorted(_shipped("presets"))
+
+
+def _shipped(folder: str) -> dict[str, Any]:
+    files = resources.files("sglp_llm").joinpath(folder).iterdir()
     return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
 
 
