@@ -7,10 +7,12 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from sglp_llm.calibration import CalibrationSet
-from sglp_llm.compensation import NONE, Compensated, get_method
+from sglp_llm.compensation import NONE, Compensated, Method, get_method
 from sglp_llm.criteria import Criterion, ScoreCriterion, SetCriterion, get_criterion, make_criterion
+from sglp_llm.criteria.search import Search
 from sglp_llm.engine.observer import Need
 from sglp_llm.engine.passes import run_pass
 from sglp_llm.engine.representations import CKAObserver
@@ -22,7 +24,7 @@ from sglp_llm.progress import Progress, silent
 from sglp_llm.recipe import Recipe
 from sglp_llm.records import Analysis, PrunePlan, Segment, SimilarityMatrix
 from sglp_llm.segmentation import segment_layers
-from sglp_llm.selection import layers_to_remove, set_to_remove
+from sglp_llm.selection import layers_to_remove, removable_layers, set_to_remove
 from sglp_llm.subject import Subject
 from sglp_llm.version import __version__
 
@@ -30,6 +32,9 @@ SGLP = "sglp"
 """The paper's pipeline: CKA segments, and GradNorm inside them."""
 
 CKA_COLUMN_SUM = "cka_column_sum"
+
+_CANDIDATE_SAMPLES = 16
+"""Sequences on which the sets that a search ends with are repaired, so that one of them can be taken."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,19 @@ def compensate(
     """
     if recipe.compensate == NONE:
         return Compensated({}, {})
-    return get_method(recipe.compensate).run(
+    return _repaired(get_method(recipe.compensate), subject, recipe, calibration, removed, progress, processes)
+
+
+def _repaired(
+    method: Method,
+    subject: Subject,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    removed: Sequence[int],
+    progress: Progress,
+    processes: Processes,
+) -> Compensated:
+    return method.run(
         subject.load(),
         calibration,
         removed,
@@ -179,6 +196,57 @@ def compensate(
         progress=progress,
         processes=processes,
     )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which layers go, and what makes up for them.
+
+    Attributes:
+        removed: In the criterion's own order.
+        segments: What the criterion looked at, see `choose_layers`.
+        compensated: New values of what stays, and the report.
+    """
+
+    removed: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    compensated: Compensated
+
+
+def decide(
+    subject: Subject,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    observations: Observations,
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> Decision:
+    """Chooses layers and repairs the cuts: together, where the criterion ends with more than one good set.
+
+    The best set before the repair need not be the best after it: each of the first ``recipe.candidates`` is repaired in closed
+    form on some of the sequences, and the one with the least loss on those held out is taken.
+
+    Raises:
+        UserError: See `choose_layers` and `compensate`.
+    """
+    removed, segments = choose_layers(recipe, subject.load(), observations)
+    criterion = observations.criteria[deciding_criterion(recipe)]
+    judged: list[dict[str, Any]] = []
+    if recipe.compensate != NONE and isinstance(criterion, Search) and recipe.candidates > 1:
+        among = removable_layers(subject.num_layers, (recipe.protect.first, recipe.protect.last))
+        sets = [each for each, _ in criterion.finalists(len(removed), among)][: recipe.candidates]
+        few = calibration.first(_CANDIDATE_SAMPLES)
+        method = get_method(recipe.compensate).closed_form(subject.load())
+        for each in sets if len(sets) > 1 else []:
+            report = _repaired(method, subject, recipe, few, sorted(each), progress, processes).report
+            judged.append({"removed": sorted(each), "held_out_loss": report["losses"]["held_out"]["with"]})
+        if judged:
+            best = min(judged, key=lambda one: (one["held_out_loss"] is None, one["held_out_loss"]))
+            removed = tuple(best["removed"])
+    compensated = compensate(subject, recipe, calibration, removed, progress, processes)
+    if judged:
+        compensated = Compensated(compensated.replaced, {**compensated.report, "candidates": judged})
+    return Decision(removed, segments, compensated)
 
 
 def run_analysis(
@@ -195,11 +263,11 @@ def run_analysis(
     names = (deciding_criterion(recipe), *recipe.also)
     observations = observe(model, calibration, recipe, names, is_segmented(recipe), progress, processes)
     scores = observations.scores()
-    removed, segments = choose_layers(recipe, model, observations)
-    compensated = compensate(subject, recipe, calibration, removed, progress, processes)
+    decision = decide(subject, recipe, calibration, observations, progress, processes)
+    removed, segments, compensated = decision.removed, decision.segments, decision.compensated
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding_criterion(recipe)}
     # Said elsewhere, of the export, or without influence on the plan.
-    idle = ("held_out",) if recipe.compensate == NONE else ()
+    idle = ("held_out", "candidates") if recipe.compensate == NONE else ()
     for key in ("model", "revision", "max_shard_size", "engine", "scratch", *idle, *recipe.budget.to_dict()):
         settings.pop(key, None)
     if list(removed) != sorted(removed):

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.compensation import linear, scale
-from sglp_llm.compensation.base import Compensated, LeastSquares, Method
+from sglp_llm.compensation.base import Compensated, Method
 from sglp_llm.engine.cuts import DtypeOf, cuts_of
 from sglp_llm.engine.refine import Quality, Schedule, refine
 from sglp_llm.engine.walk import split
@@ -47,6 +47,10 @@ class Learned(Method):
     def check(self, adapter: DecoderAdapter, config: object) -> None:
         """Every family takes it."""
 
+    def closed_form(self, model: DecoderModel) -> Method:
+        """`linear` where the family takes it and `scale` elsewhere."""
+        return scale.METHOD if model.adapter.mlp_branch(model.model.config).is_norm else linear.METHOD
+
     def run(
         self,
         model: DecoderModel,
@@ -59,7 +63,7 @@ class Learned(Method):
         progress: Progress = silent,
         processes: Processes = ALONE,
     ) -> Compensated:
-        start = _closed_form(model).run(
+        start = self.closed_form(model).run(
             model,
             calibration,
             removed,
@@ -142,11 +146,6 @@ def refinable(model: DecoderModel, removed: Sequence[int]) -> list[str]:
             if name in norms or any(name == end or name.startswith(f"{end}.") for end in ends):
                 names.append(f"{model.adapter.layers}.{index}.{name}")
     return names
-
-
-def _closed_form(model: DecoderModel) -> LeastSquares:
-    branch = model.adapter.mlp_branch(model.model.config)
-    return scale.METHOD if branch.is_norm else linear.METHOD
 
 
 def _reason_against(before: dict[str, Quality], after: dict[str, Quality]) -> str | None:
