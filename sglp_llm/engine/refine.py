@@ -115,8 +115,8 @@ def refine(
         stack.enter_context(frozen(model.model))
         scratch = None if model.weights is None else model.weights.scratch
         store = stack.enter_context(state_store(model.input_device, scratch))
-        total = len(calibration.input_ids) + schedule.epochs * (len(parts.fit) + len(parts.held_out)) + len(parts.fit)
-        advance = stack.enter_context(progress("Refining", total + len(calibration.input_ids)))
+        passes = 3 + schedule.epochs  # the whole model's, one before and one after, and the steps
+        advance = stack.enter_context(progress("Refining", passes * sum(len(part) for _, part in parts.items())))
         refining = _Refining(model, calibration, removed, names, start, parts, schedule, store, advance, processes)
         return refining.run()
 
