@@ -7,17 +7,19 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.compensation import NONE, Compensated, Method, get_method
-from sglp_llm.criteria import Criterion, ScoreCriterion, SetCriterion, get_criterion, make_criterion
+from sglp_llm.criteria import Criterion, ScoreCriterion, SetCriterion, criterion_names, get_criterion, make_criterion
 from sglp_llm.criteria.search import Search
 from sglp_llm.engine.observer import Need
 from sglp_llm.engine.passes import run_pass
 from sglp_llm.engine.representations import CKAObserver
 from sglp_llm.engine.trials import Trials
 from sglp_llm.errors import UserError
+from sglp_llm.journal import Journal
 from sglp_llm.loading import DecoderModel
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
@@ -92,6 +94,20 @@ def check_criteria(recipe: Recipe) -> None:
         raise UserError(f"{recipe.criterion} gives a set of layers, not scores: it cannot be used inside segments")
 
 
+def check_journal(recipe: Recipe) -> None:
+    """Refuses, before any work is done, a journal that nothing would be written in.
+
+    Raises:
+        UserError: No criterion of the run keeps its trials.
+    """
+    names = (deciding_criterion(recipe), *recipe.also)
+    if recipe.journal is not None and not any(get_criterion(name).keeps_trials for name in names):
+        keeping = [name for name in criterion_names() if get_criterion(name).keeps_trials]
+        raise UserError(
+            f"journal keeps the trials of {', '.join(keeping)}; this run has {recipe.criterion}: leave it out"
+        )
+
+
 def observe(
     model: DecoderModel,
     calibration: CalibrationSet,
@@ -100,6 +116,7 @@ def observe(
     similarity: bool,
     progress: Progress = silent,
     processes: Processes = ALONE,
+    journal: Journal | None = None,
 ) -> Observations:
     """Runs the union of what the criteria need once, and then each criterion's own trials.
 
@@ -111,6 +128,7 @@ def observe(
         similarity: Whether the CKA matrix is wanted.
         progress: Told the sequences that are done.
         processes: Those that share the sequences; all return the same.
+        journal: Keeps the trials of criteria that can go on from them.
     """
     criteria = {
         name: make_criterion(name, model.num_layers, recipe.seed, recipe.options.get(name))
@@ -119,7 +137,9 @@ def observe(
     cka = CKAObserver(model.num_layers, recipe.kernel, recipe.minibatch_sequences, recipe.minibatch_positions)
     observers = [*criteria.values(), *([cka] if similarity else [])]
     loss = run_pass(model, calibration, observers, batch_size=recipe.batch_size, progress=progress, processes=processes)
-    trials = Trials(model, calibration.first(recipe.trial_samples), progress=progress, processes=processes)
+    trials = Trials(
+        model, calibration.first(recipe.trial_samples), progress=progress, processes=processes, journal=journal
+    )
     for criterion in criteria.values():
         if Need.TRIALS in criterion.needs:
             criterion.on_trials(trials)
@@ -259,17 +279,22 @@ def run_analysis(
     """Observes, chooses, and writes down why."""
     processes.check_same("model", subject.identity.fingerprint)
     processes.check_same("calibration set", calibration.hash)
+    journal = _journal(subject, recipe, calibration)
     model = subject.load()
     names = (deciding_criterion(recipe), *recipe.also)
-    observations = observe(model, calibration, recipe, names, is_segmented(recipe), progress, processes)
+    observations = observe(model, calibration, recipe, names, is_segmented(recipe), progress, processes, journal)
     scores = observations.scores()
     decision = decide(subject, recipe, calibration, observations, progress, processes)
     removed, segments, compensated = decision.removed, decision.segments, decision.compensated
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding_criterion(recipe)}
     # Said elsewhere, of the export, or without influence on the plan.
     idle = ("held_out", "candidates") if recipe.compensate == NONE else ()
-    for key in ("model", "revision", "max_shard_size", "engine", "scratch", *idle, *recipe.budget.to_dict()):
+    for key in ("model", "revision", "max_shard_size", "engine", "scratch", "journal", *idle, *recipe.budget.to_dict()):
         settings.pop(key, None)
+    for name, criterion in observations.criteria.items():
+        if report := criterion.report():
+            assert name not in settings
+            settings[name] = dict(report)
     if list(removed) != sorted(removed):
         settings["removal_order"] = list(removed)
     plan = PrunePlan(
@@ -287,6 +312,25 @@ def run_analysis(
     )
     left = model.parameters_without(removed)
     return Analysis(plan, observations.similarity, observations.loss, model.num_parameters, left)
+
+
+def _journal(subject: Subject, recipe: Recipe, calibration: CalibrationSet) -> Journal | None:
+    """Where the trials of an interrupted run are kept: of this model on these sequences, for any budget.
+
+    Raises:
+        UserError: The folder holds those of another model or other sequences.
+    """
+    if recipe.journal is None:
+        return None
+    setting = {
+        "model": subject.identity.name,  # the fingerprint does not tell two fine-tuned copies apart
+        "fingerprint": subject.identity.fingerprint,
+        "revision": subject.revision,
+        "dtype": recipe.dtype,
+        "calibration_hash": calibration.hash,
+        "versions": software_versions(),
+    }
+    return Journal(Path(recipe.journal).expanduser() / "trials", setting)
 
 
 def software_versions() -> dict[str, str]:

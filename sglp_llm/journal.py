@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class Journal:
         if changed := sorted(key for key in {*known, *plain} if known.get(key) != plain.get(key)):
             raise UserError(
                 f"{folder.parent} holds an unfinished or finished run with another {changed[0]} "
-                f"({known.get(changed[0])!r}, now {plain.get(changed[0])!r}); choose another output folder"
+                f"({known.get(changed[0])!r}, now {plain.get(changed[0])!r}); choose another folder"
             )
 
     def get(self, piece: str) -> Any:
@@ -52,6 +53,6 @@ class Journal:
         return self._folder / f"{hashlib.sha256(piece.encode()).hexdigest()[:24]}.json"
 
     def _write(self, file: Path, data: Mapping[str, Any]) -> None:
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(f".{os.getpid()}.partial")  # the processes of one run may open a folder together
         partial.write_text(json.dumps(data), encoding="utf-8")
         partial.replace(file)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglp_llm.adapters import get_adapter
-from sglp_llm.analysis import check_criteria, is_segmented, run_analysis, software_versions
+from sglp_llm.analysis import check_criteria, check_journal, is_segmented, run_analysis, software_versions
 from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
 from sglp_llm.checkpoint.export import check_plan, drop_layers, export_from_files, export_from_model
@@ -25,7 +25,7 @@ from sglp_llm.plans import PLAN_FILE_NAME, save_plan
 from sglp_llm.prediction import chosen_engine, forecast
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
-from sglp_llm.recipe import RECIPE_FILE_NAME, Recipe, save_recipe
+from sglp_llm.recipe import RECIPE_FILE_NAME, Recipe, preset_settings, save_recipe
 from sglp_llm.records import Analysis, EngineMemory, FreeMemory, PrunePlan, RunReport
 from sglp_llm.report.model_card import write_model_card
 from sglp_llm.selection import check_budget
@@ -44,6 +44,7 @@ def analyze(
     model: str | Path | PreTrainedModel,
     *,
     recipe: Recipe | None = None,
+    preset: str | None = None,
     tokenizer: Any = None,
     calibration: CalibrationSet | str | None = None,
     progress: Progress = silent,
@@ -56,6 +57,7 @@ def analyze(
     Args:
         model: Hub id, folder, ``.gguf`` file, or a live transformers model.
         recipe: The settings; the defaults are `Recipe`'s, with a quarter of the layers as the budget.
+        preset: A way to choose and repair, from ``sglp-llm ls presets``; it changes the recipe, and the settings change it.
         tokenizer: Needed with a live model, unless ``calibration`` holds token ids.
         calibration: The calibration set, or where to read it (``"wikitext2"``, ``"text:FILE"``, ``"pydoc"``, ...).
         progress: Told the sequences that are done.
@@ -67,7 +69,7 @@ def analyze(
         UserError: Something in the model, the text or the settings is wrong; one line says what.
     """
     with processes.failing_together():
-        recipe = _recipe(recipe, calibration, settings)
+        recipe = _recipe(recipe, preset, calibration, settings)
         if not recipe.budget.to_dict():
             recipe = replace(recipe, ratio=0.25)
         _check_placement(recipe, processes)
@@ -83,6 +85,7 @@ def prune(
     *,
     plan: PrunePlan | None = None,
     recipe: Recipe | None = None,
+    preset: str | None = None,
     tokenizer: Any = None,
     calibration: CalibrationSet | str | None = None,
     overwrite: bool = False,
@@ -103,6 +106,7 @@ def prune(
         plan: Skips the analysis; ``recipe``'s budget and criterion are not used then. Where it was compensated, the new weights
             are written.
         recipe: See `analyze`; it must hold a budget unless there is a plan.
+        preset: See `analyze`.
         tokenizer: See `analyze`.
         calibration: See `analyze`; with a plan it is only read for the reload check (default: ``"pydoc"``).
         overwrite: Replace an output that exists.
@@ -122,7 +126,7 @@ def prune(
     with processes.failing_together():
         if plan is not None and calibration is None and recipe is None:
             calibration = "pydoc"  # any text does for the reload check, and this one is always there
-        recipe = _recipe(recipe, calibration, settings)
+        recipe = _recipe(recipe, preset, calibration, settings)
         _check_placement(recipe, processes)
         check_output(output, overwrite)
         max_shard_size = None if recipe.max_shard_size is None else parse_bytes(recipe.max_shard_size)
@@ -174,13 +178,15 @@ def prune(
     return RunReport(str(output), plan, written, verification, seconds, analysis)
 
 
-def _recipe(recipe: Recipe | None, calibration: CalibrationSet | str | None, settings: dict[str, Any]) -> Recipe:
+def _recipe(
+    recipe: Recipe | None, preset: str | None, calibration: CalibrationSet | str | None, settings: dict[str, Any]
+) -> Recipe:
     if isinstance(calibration, CalibrationSet):  # it is what it is, whatever a recipe's defaults say
         samples, seq_len = calibration.input_ids.shape
         settings |= {"calibration": calibration.source, "samples": samples, "seq_len": seq_len}
     elif calibration is not None:
         settings["calibration"] = calibration
-    return (recipe or Recipe()).with_changes(**settings)
+    return (recipe or Recipe()).with_changes(**preset_settings(preset)).with_changes(**settings)
 
 
 def _check_placement(recipe: Recipe, processes: Processes) -> None:
@@ -206,6 +212,8 @@ def open_subject(model: Any, recipe: Recipe, tokenizer: Any, criteria: Sequence[
     recipes = [recipe] if criteria is None else [replace(recipe, criterion=name, options={}) for name in criteria]
     for each in recipes:
         check_criteria(each)
+    if criteria is None:
+        check_journal(recipe)
     subject = _open(model, recipe, tokenizer)
     check_compensation(recipe.compensate, get_adapter(subject.identity.model_type), subject.config, recipe.samples)
     for each in recipes:

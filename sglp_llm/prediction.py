@@ -46,7 +46,7 @@ def work_of(recipe: Recipe) -> Work:
     """
     needs = Need.HIDDEN_STATES if is_segmented(recipe) else Need.NOTHING
     for name in (deciding_criterion(recipe), *recipe.also):
-        needs |= get_criterion(name).needs
+        needs |= get_criterion(name).needs | get_criterion(name).needs_with_trials
     return Work(
         needs=needs,
         samples=recipe.samples,

@@ -45,6 +45,8 @@ class Recipe:
         seed: Of everything that is drawn.
         trial_samples: How many of the sequences the criteria use that try removals (ppl, sleb, kl, cka_output), the first ones;
             none = all of them.
+        journal: Folder in which the criterion ``search`` keeps the outcomes of its trials, so that an interrupted run of the same
+            model, sequences and versions goes on where it was.
         engine: ``resident`` holds the whole model in memory, ``streamed`` one decoder layer at a time; ``auto`` takes the first
             where it is predicted to fit. Both give the same plan.
         scratch: Folder for the hidden states that the streamed engine stores between layers; none = the host's memory.
@@ -80,6 +82,7 @@ class Recipe:
     seq_len: int = 512
     seed: int = 0
     trial_samples: int | None = None
+    journal: str | None = None
     engine: Literal["auto", "resident", "streamed"] = "auto"
     scratch: str | None = None
     batch_size: int = 8
@@ -108,7 +111,7 @@ class Recipe:
         return Budget(self.ratio, self.drop, self.target_params)
 
     def with_changes(self, **changes: Any) -> Recipe:
-        """A copy with every change that is not None; a new budget replaces the old one whole.
+        """A copy with every change that is not None; a new budget replaces the old one whole, options join those there are.
 
         Raises:
             UserError: A key is unknown or a value has the wrong type.
@@ -120,7 +123,14 @@ class Recipe:
             base = {key: value for key, value in base.items() if key not in budget_keys}
         if isinstance(given.get("protect"), Mapping):
             given["protect"] = {**base["protect"], **given["protect"]}
-        return recipe_from_dict({**base, **given}, "settings")
+        changed = recipe_from_dict({**base, **given}, "settings")
+        if "options" in given:
+            options = {
+                name: {**self.options.get(name, {}), **changed.options.get(name, {})}
+                for name in {**self.options, **changed.options}
+            }
+            changed = dataclasses.replace(changed, options=options)
+        return changed
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for YAML and JSON; settings that are not set are left out."""
@@ -207,18 +217,28 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-def preset_settings(name: str) -> dict[str, Any]:
+def preset_settings(name: str | None) -> dict[str, Any]:
     """The settings of a preset, for `Recipe.with_changes`: how layers are chosen and repaired, not of which model.
+
+    Args:
+        name: One of `preset_names`; ``None`` means none, which sets nothing.
 
     Raises:
         UserError: There is none of that name; the message lists the known ones and the nearest name.
     """
+    if name is None:
+        return {}
     shipped = _shipped("presets")
     if name not in shipped:
         raise unknown("preset", name, shipped)
     settings = _parse(shipped[name].read_text(encoding="utf-8"), name)
     assert isinstance(settings, dict)
     return settings
+
+
+def preset_description(name: str) -> str:
+    """The comment that a preset begins with."""
+    return str(_shipped("presets")[name].read_text(encoding="utf-8").split("\n")[0].removeprefix("# "))
 
 
 def preset_names() -> list[str]:

@@ -69,11 +69,15 @@ def set_to_remove(
     if budget.target_params is None:
         return tuple(choose(number_to_remove(budget, num_layers, capacity), removable))
     assert params_left is not None
+    by_size = sorted(removable, key=lambda layer: params_left((layer,)))
     for n in range(1, capacity + 1):
-        removed = tuple(choose(n, removable))
-        if params_left(removed) <= budget.target_params:
-            return removed
-    raise _unreachable(budget, capacity, params_left(tuple(choose(capacity, removable))))
+        if (
+            params_left(tuple(by_size[:n])) <= budget.target_params
+        ):  # otherwise no n layers do: a search would be in vain
+            removed = tuple(choose(n, removable))
+            if params_left(removed) <= budget.target_params:
+                return removed
+    raise _unreachable(budget, capacity, params_left(tuple(by_size[:capacity])))
 
 
 def check_budget(budget: Budget, num_layers: int, protect: tuple[int, int] = (0, 0), segments: int = 1) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from sglp_llm.engine.observer import Observer
+from sglp_llm.engine.observer import Need, Observer
 from sglp_llm.engine.trial_observer import Removed
 from sglp_llm.engine.trials import Trials
 
@@ -16,7 +17,14 @@ class Criterion(Observer, ABC):
     Args:
         num_layers: Number of decoder layers L.
         seed: Of anything that is drawn.
+
+    Attributes:
+        needs_with_trials: What it watches in a pass of its own over the sequences of the trials.
+        keeps_trials: Whether it goes on from the outcomes that a journal has kept (`Trials.once`).
     """
+
+    needs_with_trials: ClassVar[Need] = Need.NOTHING
+    keeps_trials: ClassVar[bool] = False
 
     def __init__(self, num_layers: int, seed: int = 0) -> None:
         self.num_layers = num_layers
@@ -24,6 +32,19 @@ class Criterion(Observer, ABC):
 
     def on_trials(self, trials: Trials) -> None:
         """After the pass: lets the criterion remove layers tentatively (`Need.TRIALS`)."""
+
+    def price(self, sequences: int, length: int) -> str:
+        """What its trials will cost, in words; empty where it does not say.
+
+        Args:
+            sequences: How many there are for trials.
+            length: Tokens in each.
+        """
+        return ""
+
+    def report(self) -> Mapping[str, Any]:
+        """After the verdict: how it came about, as plain data for the plan; empty where there is nothing to tell."""
+        return {}
 
 
 class ScoreCriterion(Criterion):

@@ -6,44 +6,84 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from sglp_llm.criteria.angular import Angular
 from sglp_llm.criteria.base import SetCriterion
-from sglp_llm.engine.measures import KLMeasure, LossMeasure
 from sglp_llm.engine.observer import Need
 from sglp_llm.engine.passes import run_pass
 from sglp_llm.engine.representations import CKAObserver
+from sglp_llm.engine.trial_costs import OBJECTIVES, TrialCosts
 from sglp_llm.engine.trial_observer import Removed
 from sglp_llm.engine.trials import Trials
+from sglp_llm.engine.walk import Parts, split
 from sglp_llm.errors import UserError, unknown
-from sglp_llm.proposals import distance_of, neighbours, propose
+from sglp_llm.proposals import distance_of, neighbours, propose, runs_of
 from sglp_llm.records import Segment
 from sglp_llm.segmentation import segment_layers
 
-OBJECTIVES = {"kl": KLMeasure, "loss": LossMeasure}
+_TRIALS = 16
+"""Without a budget: as many tokens as so many trials on all sequences have."""
+
+
+@dataclass(frozen=True)
+class SearchBudget:
+    """Trial tokens, or seconds."""
+
+    tokens: int = 0
+    seconds: float | None = None
+
+
+def parse_budget(budget: int | str) -> SearchBudget:
+    """``16000`` and ``"16k"`` are tokens; ``"30s"``, ``"5m"`` and ``"2h"`` are times.
+
+    Raises:
+        UserError: It is something else, or nothing.
+    """
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)([ksmh])", str(budget))
+    if match is not None:
+        number, unit = float(match[1] or match[2]), match[3]
+        if unit in ("s", "m", "h") and number > 0:
+            return SearchBudget(seconds=number * {"s": 1, "m": 60, "h": 3600}[unit])
+        if unit in (None, "k") and (tokens := round(number * (1000 if unit else 1))) > 0:
+            return SearchBudget(tokens=tokens)
+    raise UserError(f"budget of search must be tokens (16000, 16k) or a time (30s, 5m, 2h), not {budget!r}")
 
 
 class Search(SetCriterion):
-    """Racing and swaps over sets of layers.
+    """Racing and swaps over sets of layers (our choice; successive halving is Jamieson & Talwalkar's, arXiv 1502.07943).
 
-    One forward pass over the trial sequences gives the CKA segments and the angular distance between the inputs of every two
-    layers. The sets with the least distance enter a race: all of them run on the first sequence, the better ones on more,
-    the best on all. Then swaps of one layer of the leaders race against them, until no swap wins or the budget is spent.
+    The last share of the trial sequences is held out. One forward pass over the others gives the CKA segments and the angular
+    distance between what enters any two layers. The sets with the least distance race: all of them run on the first
+    sequence, the better ones on a quarter of the sequences, the best on all. Then swaps of one layer of the leaders race, until
+    all are tried or the budget is spent.
+
+    The leader is taken if it is not worse than the set with the least distance alone on the held-out sequences, as it is on
+    those it was found on; otherwise the next one of which that holds. With a single sequence nothing is held out.
 
     Args:
         num_layers: Number of decoder layers.
         seed: Not used: nothing is drawn.
         objective: ``kl`` to the whole model's next-token distribution, or ``loss``.
-        budget: Trial tokens (``16000``, ``"16k"``) or wall time (``"5m"``, ``"30s"``) after which no new round begins; 0 means as
-            many tokens as 16 trials on all trial sequences have.
-        proposals: Sets that enter the first race.
+        budget: Trial tokens (``16000``, ``"16k"``) or wall time (``"30s"``, ``"5m"``, ``"2h"``) after which no further
+            stage of a race begins; ``None`` means as many tokens as 16 trials on all trial sequences have.
+        proposals: Sets that enter the first race; half as many swaps enter each later one.
         runs: Most runs of consecutive layers in a proposed set.
         beam: Leaders whose swaps are tried.
+        held_out: Share of the trial sequences.
+
+    Attributes:
+        segments: Those that the proposals come from.
+        trace: The stages of the last search's races: name, number of sequences, and each set with its cost on them.
     """
 
     needs = Need.TRIALS
+    needs_with_trials = Need.HIDDEN_STATES
+    keeps_trials = True
 
     def __init__(
         self,
@@ -51,105 +91,149 @@ class Search(SetCriterion):
         seed: int = 0,
         *,
         objective: str = "kl",
-        budget: int | str = 0,
+        budget: int | str | None = None,
         proposals: int = 24,
         runs: int = 3,
         beam: int = 2,
+        held_out: float = 0.25,
     ) -> None:
         super().__init__(num_layers, seed)
         if objective not in OBJECTIVES:
-            raise unknown("objective of search", objective, list(OBJECTIVES))
+            raise unknown("objective of search", objective, OBJECTIVES)
         for name, value in (("proposals", proposals), ("runs", runs), ("beam", beam)):
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise UserError(f"{name} of search must be a positive whole number, not {value!r}")
+        if not isinstance(held_out, float) or not 0 < held_out < 1:
+            raise UserError(f"held_out of search must be a number between 0 and 1, not {held_out!r}")
         self._objective, self._proposals, self._runs, self._beam = objective, proposals, runs, beam
-        self._tokens, self._seconds = _parsed_budget(budget)
+        self._held_out = held_out
+        self._budget = None if budget is None else parse_budget(budget)
         self.trace: list[dict[str, Any]] = []
+        self._report: dict[str, Any] = {}
+
+    def price(self, sequences: int, length: int) -> str:
+        budget = self._budget or SearchBudget(tokens=_TRIALS * sequences * length)
+        if budget.seconds is not None:
+            return f"about {budget.seconds:g} s of trials"
+        return f"about {budget.tokens:,} trial tokens"
 
     def on_trials(self, trials: Trials) -> None:
         self._trials = trials
         sequences, length = trials.calibration.input_ids.shape
-        self._length, self._sequences = length, sequences
-        cka = CKAObserver(self.num_layers)
-        turning = Angular(self.num_layers, tokens="all")
-        run_pass(trials.model, trials.calibration, [cka, turning], progress=trials.progress, processes=trials.processes)
-        self.segments: tuple[Segment, ...] = segment_layers(cka.result(), None)
+        self._parts = split(sequences, self._held_out) if sequences > 1 else Parts(range(1), range(1, 1))
+        self._limit = self._budget or SearchBudget(tokens=_TRIALS * sequences * length)
+        cka, turning = CKAObserver(self.num_layers), Angular(self.num_layers, tokens="all")
+        run_pass(
+            trials.model,
+            trials.calibration.first(len(self._parts.fit)),
+            [cka, turning],
+            batch_size=trials.batch_size,
+            progress=trials.progress,
+            processes=trials.processes,
+        )
         self._distances = turning.distances()
-        self._costs: dict[Removed, tuple[float, int]] = {}  # sum over sequences, and how many of them
+        if not all(math.isfinite(distance) for row in self._distances for distance in row):
+            raise _not_finite("hidden states")
+        self.segments: tuple[Segment, ...] = segment_layers(cka.result(), None)
 
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
         return sorted(self.finalists(n, removable)[0][0])
 
     def finalists(self, n: int, removable: Sequence[int]) -> list[tuple[Removed, float]]:
-        """The sets that ran on all trial sequences, the best first, with their mean cost."""
+        """The sets that ran on the most sequences, with their mean costs: the one that is taken, then the least cost first.
+
+        Args:
+            n: How many layers go.
+            removable: Layers that may go, ascending and without gaps.
+        """
         among = range(removable[0], removable[-1] + 1)
-        self._spent, self._start = 0, time.perf_counter()
-        self._costs, self.trace = {}, []
+        self._costs = TrialCosts(self._trials, self._objective, self._parts.fit)
+        self._start, self.trace = time.perf_counter(), []
         entrants = propose(n, among, self.segments, self._distances, self._proposals, self._runs)
+        baseline, tried = entrants[0], set(entrants)
         self._race(entrants, "proposals")
-        tried = set(entrants)
         while not self._is_spent():
-            leaders = [removed for removed, _ in self._ranking()[: self._beam]]
-            swaps = {each for leader in leaders for each in neighbours(leader, among, self.segments)} - tried
+            leaders = self._costs.ranking()[: self._beam]
+            swaps = {swap for leader in leaders for swap in neighbours(leader, among, self.segments)} - tried
             if not swaps:
                 break
-            entrants = sorted(swaps, key=lambda each: (distance_of(each, self._distances), sorted(each)))
-            entrants = entrants[: max(2, self._proposals // 2)]
+            by_distance = sorted(swaps, key=lambda each: (distance_of(each, self._distances), sorted(each)))
+            entrants = by_distance[: max(2, self._proposals // 2)]
             tried |= set(entrants)
             self._race(entrants, "swaps")
-            if self._ranking()[0][0] in leaders:
-                break
-        return self._ranking()
+        return self._judged(baseline)
 
-    def _race(self, entrants: Sequence[Removed], what: str) -> None:
-        """Successive halving over sequences: the first, then up to a quarter of them, then all, for a third each time."""
-        field, done = list(entrants), 0
-        for stop in sorted({1, max(1, self._sequences // 4), self._sequences}):
-            if stop <= done:
-                continue
-            self._run(field, range(done, stop))
-            done = stop
-            field.sort(key=lambda each: (self._mean(each), sorted(each)))
-            self.trace.append(
-                {
-                    "round": what,
-                    "sequences": stop,
-                    "tried": [[sorted(each), round(self._mean(each), 6)] for each in field],
-                }
-            )
+    def report(self) -> Mapping[str, Any]:
+        return self._report
+
+    def _race(self, entrants: Sequence[Removed], name: str) -> None:
+        """Successive halving over sequences: the first, then up to a quarter of them, then all."""
+        field, everything = list(entrants), len(self._parts.fit)
+        for count in sorted({1, max(1, everything // 4), everything}):
+            self._costs.extend(field, count)
+            field = self._costs.ranking(field)
+            tried = [[_shown(each), _rounded(self._costs.mean(each))] for each in field]
+            self.trace.append({"race": name, "sequences": count, "costs": tried})
+            if self._is_spent():
+                break
             field = field[: max(2, math.ceil(len(field) / 4))]
 
-    def _run(self, sets: Sequence[Removed], sequences: range) -> None:
-        measure = OBJECTIVES[self._objective]()
-        self._trials.run(sets, measure, "Searching", sequences)
-        for removed, mean in measure.means().items():
-            total, count = self._costs.get(removed, (0.0, 0))
-            self._costs[removed] = total + mean * len(sequences), count + len(sequences)
-        self._spent += len(sets) * len(sequences) * self._length
+    def _judged(self, baseline: Removed) -> list[tuple[Removed, float]]:
+        """Takes the first in the ranking that is not worse than the baseline on what is held out, which the baseline is not."""
+        found = self._costs
+        found.extend([baseline], found.most)  # it may have left a race early
+        ranking = found.ranking()
+        if math.isinf(found.mean(ranking[0])):
+            raise _not_finite(self._objective)
+        judge = TrialCosts(self._trials, self._objective, self._parts.held_out)
+        passed_over = 0
+        if self._parts.held_out:
+            for removed in ranking:
+                judge.extend([removed, baseline], len(self._parts.held_out))
+                if judge.mean(removed) <= judge.mean(baseline):
+                    break
+                passed_over += 1
+        taken = ranking[passed_over]
 
-    def _mean(self, removed: Removed) -> float:
-        total, count = self._costs[removed]
-        return total / count
+        def verdict(removed: Removed) -> dict[str, Any]:
+            held_out = _rounded(judge.mean(removed)) if self._parts.held_out else None
+            return {"removed": sorted(removed), "cost": _rounded(found.mean(removed)), "held_out": held_out}
 
-    def _ranking(self) -> list[tuple[Removed, float]]:
-        whole = [(each, self._mean(each)) for each, (_, count) in self._costs.items() if count == self._sequences]
-        return sorted(whole, key=lambda pair: (pair[1], sorted(pair[0])))
+        self._report = {
+            "objective": self._objective,
+            "sequences": {name: len(part) for name, part in self._parts.items()},
+            "tokens": found.tokens + judge.tokens,
+            "segments": [[segment.start, segment.stop] for segment in self.segments],
+            "races": self.trace,
+            "taken": verdict(taken),
+            "least_distance": verdict(baseline),
+            "passed_over": [verdict(removed) for removed in ranking[:passed_over]],
+        }
+        others = [each for each in ranking if each != taken]
+        return [(each, found.mean(each)) for each in (taken, *others)]
 
     def _is_spent(self) -> bool:
-        if self._seconds is not None:
-            return time.perf_counter() - self._start >= self._seconds
-        return self._spent >= (self._tokens or 16 * self._sequences * self._length)
+        if self._limit.seconds is None:
+            return self._costs.tokens >= self._limit.tokens
+        is_late = time.perf_counter() - self._start >= self._limit.seconds
+        processes = self._trials.processes  # the main one's clock counts: all must run the same trials
+        return bool(processes.sum(torch.tensor(float(is_late and processes.is_main), dtype=torch.float64)))
 
 
-def _parsed_budget(budget: int | str) -> tuple[int, float | None]:
-    """Tokens, and seconds where the budget is a time."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kms]?)", str(budget))
-    if match is None:
-        raise UserError(f"budget of search must be tokens (16000, 16k) or a time (5m, 30s), not {budget!r}")
-    number, unit = float(match[1]), match[2]
-    if unit in ("m", "s"):
-        return 0, number * (60 if unit == "m" else 1)
-    return int(number * (1000 if unit == "k" else 1)), None
+def _shown(removed: Removed) -> str:
+    """``10..14 17``: short, because plans hold many."""
+    return " ".join(str(start) if stop == start + 1 else f"{start}..{stop - 1}" for start, stop in runs_of(removed))
+
+
+def _rounded(cost: float) -> float | None:
+    return round(cost, 6) if math.isfinite(cost) else None
+
+
+def _not_finite(what: str) -> UserError:
+    return UserError(
+        f"search: the {what} of the trials are not finite: are the weights damaged, or is the dtype too small "
+        "(try --dtype float32)?"
+    )
 
 
 CRITERION = Search

@@ -6,7 +6,7 @@ Head and loss run once a set. Each of L layers alone costs L(L-1)/2 + L - 1 laye
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ from sglp_llm.engine.resident import batches
 from sglp_llm.engine.streamed import steps_of
 from sglp_llm.engine.streamed_trials import run_streamed_trials
 from sglp_llm.engine.trial_observer import Removed, TrialObserver, fork
+from sglp_llm.journal import Journal
 from sglp_llm.loading import DecoderModel
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
@@ -31,6 +32,7 @@ class Trials:
         batch_size: Sequences computed at once.
         progress: Told the trials that are done, in sequences.
         processes: Each takes its share of the sequences; all must run the same trials.
+        journal: Keeps what is finished, see `once`; the main process's is used.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class Trials:
         batch_size: int = 1,
         progress: Progress = silent,
         processes: Processes = ALONE,
+        journal: Journal | None = None,
     ) -> None:
         self.model = model
         self.calibration = calibration
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self.progress = progress
         self.processes = processes
+        self._journal = journal
 
     def run(
         self,
@@ -69,9 +73,29 @@ class Trials:
         if self.model.weights is None:
             self._run_resident(wanted, observer, share, description)
         else:
-            steps = steps_of(self.model, self.calibration, self._batch_size, share)
+            steps = steps_of(self.model, self.calibration, self.batch_size, share)
             run_streamed_trials(self.model, steps, wanted, observer, self.progress, description)
         observer.on_end(wanted, self.processes)
+
+    def once(self, piece: str, count: int, compute: Callable[[], list[float]]) -> list[float]:
+        """What an earlier run has kept in the journal under this name, or else what ``compute`` returns, which is kept then.
+
+        Args:
+            piece: Everything that the numbers depend on beside the journal's setting.
+            count: How many numbers they are.
+            compute: Gives the same numbers in all processes.
+        """
+        if self._journal is None:
+            return compute()
+        known = self._journal.get(piece) if self.processes.is_main else None
+        # The main process decides for all: those that compute alone would wait for the others for ever.
+        kept = torch.tensor([0.0] * (1 + count) if known is None else [1.0, *known], dtype=torch.float64)
+        is_kept, *numbers = self.processes.sum(kept).tolist()
+        if not is_kept:
+            numbers = compute()
+            if self.processes.is_main:
+                self._journal.once(piece, lambda: numbers)
+        return numbers
 
     def _run_resident(self, wanted: Sequence[Removed], observer: TrialObserver, share: range, description: str) -> None:
         with (
@@ -79,7 +103,7 @@ class Trials:
             evaluating(self.model.model),
             self.progress(description, len(wanted) * len(share)) as advance,
         ):
-            for batch, ids, mask in batches(self.calibration, self._batch_size, self.model.input_device, share):
+            for batch, ids, mask in batches(self.calibration, self.batch_size, self.model.input_device, share):
                 replay = Replay(self.model, ids, mask)
                 for removed, final in self._outcomes(replay, observer.with_reference(wanted)):
                     if removed == observer.reference:

@@ -17,11 +17,13 @@ from sglp_llm.verbs.options import (
     Drop,
     Dtype,
     Engine,
+    JournalDir,
     Json,
     Kernel,
     Model,
     NumSegments,
     Option,
+    Preset,
     ProtectFirst,
     ProtectLast,
     Ratio,
@@ -29,6 +31,7 @@ from sglp_llm.verbs.options import (
     Revision,
     Samples,
     Scratch,
+    SearchBudget,
     Seed,
     Segments,
     SeqLen,
@@ -44,6 +47,7 @@ from sglp_llm.verbs.quiet import prepare
 def analyze(
     model: Model = None,
     recipe: RecipeName = None,
+    preset: Preset = None,
     ratio: Ratio = None,
     drop: Drop = None,
     target_params: TargetParams = None,
@@ -54,6 +58,8 @@ def analyze(
     seq_len: SeqLen = None,
     seed: Seed = None,
     trial_samples: TrialSamples = None,
+    search_budget: SearchBudget = None,
+    journal: JournalDir = None,
     batch_size: BatchSize = None,
     engine: Engine = None,
     scratch: Scratch = None,
@@ -81,15 +87,15 @@ def analyze(
     from sglp_llm.progress import silent
     from sglp_llm.recipe import RECIPE_FILE_NAME, save_recipe
     from sglp_llm.source import find_source
-    from sglp_llm.verbs.memory_table import MemoryLines
+    from sglp_llm.verbs.memory_table import MemoryLines, price_line
 
     processes = current_processes()
     with processes.failing_together():
-        chosen = recipe_of(recipe, settings, model)
+        chosen = recipe_of(recipe, settings, model, preset)
         if output is not None:
             check_output(output, overwrite)
             find_source(model_of(model, chosen), chosen.revision).check_apart(output)
-    memory = MemoryLines()
+    memory = MemoryLines(None if as_json else price_line(chosen))
     analysis = analyze(
         model_of(model, chosen),
         recipe=chosen,

@@ -11,9 +11,10 @@ from sglp_llm.verbs.quiet import prepare
 
 
 def list_members(
-    what: Annotated[str, typer.Argument(metavar="adapters|criteria|recipes")], as_json: Json = False
+    what: Annotated[str, typer.Argument(metavar="adapters|criteria|compensations|presets|recipes")],
+    as_json: Json = False,
 ) -> None:
-    """What there is: model families, criteria, recipes."""
+    """What there is: model families, criteria, compensations, presets, recipes."""
     console = prepare()
     from sglp_llm.catalog import catalog
 

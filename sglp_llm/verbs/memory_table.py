@@ -8,6 +8,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from sglp_llm.analysis import deciding_criterion
+from sglp_llm.compensation import NONE
+from sglp_llm.criteria import make_criterion
 from sglp_llm.evaluation.memory import peak_so_far
 from sglp_llm.memory import USABLE, fits
 from sglp_llm.prediction import computed_in
@@ -17,15 +20,22 @@ from sglp_llm.sizes import show_bytes
 
 
 class MemoryLines:
-    """The first and the last line of a run: the prediction on stderr, like progress, and the measured peak on stdout."""
+    """The first and the last line of a run: the prediction on stderr, like progress, and the measured peak on stdout.
 
-    def __init__(self) -> None:
+    Args:
+        price: A line of what it will cost beside memory, see `price_line`; ``None`` for none.
+    """
+
+    def __init__(self, price: str | None = None) -> None:
         self._forecast: EngineMemory | None = None
+        self._price = price
 
     def print_forecast(self, memory: EngineMemory, free: FreeMemory) -> None:
         """Told before the weights are loaded."""
         self._forecast = memory
         print(forecast_line(memory, free), file=sys.stderr)
+        if self._price is not None:
+            print(self._price, file=sys.stderr)
 
     def print_peak(self) -> None:
         """The peak of this process until now."""
@@ -59,6 +69,23 @@ def forecast_line(memory: EngineMemory, free: FreeMemory) -> str:
     predicted = " and ".join(show_bytes(size) + place for size, _, place in pairs)
     there = " and ".join("unknown" if size is None else show_bytes(size) for _, size, _ in pairs)
     return f"Memory: about {predicted} predicted ({memory.engine} engine), {there} free"
+
+
+def price_line(recipe: Recipe) -> str | None:
+    """``Cost: about 262,144 trial tokens (search), 16,384 calibration tokens to fit (linear)``; ``None`` where nothing is said.
+
+    Raises:
+        UserError: A criterion or an option does not exist.
+    """
+    prices = []
+    for name in (deciding_criterion(recipe), *recipe.also):
+        sequences = min(recipe.trial_samples or recipe.samples, recipe.samples)
+        criterion = make_criterion(name, 1, recipe.seed, recipe.options.get(name))
+        prices.append((criterion.price(sequences, recipe.seq_len), name))
+    if recipe.compensate != NONE:
+        prices.append((f"{recipe.samples * recipe.seq_len:,} calibration tokens to fit", recipe.compensate))
+    said = [f"{price} ({name})" for price, name in prices if price]
+    return f"Cost: {', '.join(said)}" if said else None
 
 
 def title(name: str, config: PretrainedConfig, recipe: Recipe, gguf: bool) -> str:

@@ -18,6 +18,12 @@ Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")
 Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32: what is computed in.")]
 DeviceMap = Annotated[str | None, typer.Option(help="accelerate's placement, such as auto. Default: one device.")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="YAML file, or a name from `sglp-llm ls recipes`.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="A way to choose and repair, from `sglp-llm ls presets`; changes the recipe, other options change it."
+    ),
+]
 Ratio = Annotated[float | None, typer.Option(help="Share of the decoder layers to remove, in (0, 1).")]
 Drop = Annotated[int | None, typer.Option(help="Number of decoder layers to remove.")]
 TargetParams = Annotated[
@@ -33,7 +39,15 @@ Samples = Annotated[int | None, typer.Option(help="Calibration sequences. Defaul
 SeqLen = Annotated[int | None, typer.Option(help="Tokens in each. Default: 512.")]
 Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn. Default: 0.")]
 TrialSamples = Annotated[
-    int | None, typer.Option(help="Sequences that ppl, sleb, kl and cka_output try removals on. Default: all.")
+    int | None, typer.Option(help="Sequences that ppl, sleb, kl, cka_output and search try removals on. Default: all.")
+]
+SearchBudget = Annotated[
+    str | None,
+    typer.Option(metavar="16k|5m", help="Tokens, or time, that the criterion search tries removals for."),
+]
+JournalDir = Annotated[
+    str | None,
+    typer.Option("--journal", metavar="DIR", help="Where search keeps its trials, to go on from when interrupted."),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences a forward-only pass computes at once. Default: 8.")]
 Engine = Annotated[
@@ -60,12 +74,15 @@ Compensate = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 DECIDING = [
+    "preset",
     "ratio",
     "drop",
     "target_params",
     "criterion",
     "also",
     "option",
+    "search_budget",
+    "journal",
     "segments",
     "num_segments",
     "kernel",
@@ -81,7 +98,7 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
     from sglp_llm.sizes import parse_count
 
     names = (
-        "ratio drop criterion also segments calibration samples seq_len seed trial_samples batch_size kernel "
+        "ratio drop criterion also segments calibration samples seq_len seed trial_samples journal batch_size kernel "
         "engine scratch compensate revision dtype device_map max_shard_size"
     )
     settings = {name: arguments.get(name) for name in names.split()}
@@ -89,12 +106,15 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
     if (target := arguments.get("target_params")) is not None:
         target = parse_count(target)
     number = arguments.get("num_segments")
+    options = _options(arguments["option"] or [])
+    if (budget := arguments.get("search_budget")) is not None:
+        options["search"] = {**options.get("search", {}), "budget": budget}
     protect = {"first": arguments.get("protect_first"), "last": arguments.get("protect_last")}
     return {
         **settings,
         "target_params": target,
         "num_segments": int(number) if number is not None and re.fullmatch("-?[0-9]+", number) else number,
-        "options": _options(arguments["option"] or []) or None,
+        "options": options or None,
         "protect": {end: number for end, number in protect.items() if number is not None} or None,
     }
 
@@ -106,26 +126,40 @@ def _options(given: list[str]) -> dict[str, dict[str, Any]]:
         if match is None:
             raise UserError(f"--option {text!r} is not of the form CRITERION.KEY=VALUE")
         name, key, value = match.groups()
-        options.setdefault(name, {})[key] = int(value) if re.fullmatch("-?[0-9]+", value) else value
+        options.setdefault(name, {})[key] = _number(value)
     return options
 
 
-def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = None) -> Any:
-    """The recipe of that name, or the defaults, with the settings that were given.
+def _number(text: str) -> int | float | str:
+    """A number where it is one."""
+    if re.fullmatch("-?[0-9]+", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"-?[0-9]+\.[0-9]+", text) else text
+
+
+def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = None, preset: str | None = None) -> Any:
+    """The recipe of that name, or the defaults, with what the preset says, and then with the settings that were given.
 
     Args:
         name: A YAML file, or the name of a recipe that comes with the package.
         settings: As from `settings_of`.
         model: The model that was given beside the recipe.
+        preset: Name of a preset.
+
+    Raises:
+        UserError: There is no such recipe or preset, a setting has the wrong type, or is for another criterion.
     """
     from dataclasses import replace
 
-    from sglp_llm.recipe import Recipe, load_recipe
+    from sglp_llm.recipe import Recipe, load_recipe, preset_settings
 
     recipe = Recipe() if name is None else load_recipe(name)
     if model is not None and model != recipe.model:
         recipe = replace(recipe, model=None, revision=None)  # the revision is that of the recipe's own model
-    return recipe.with_changes(**settings)
+    recipe = recipe.with_changes(**preset_settings(preset)).with_changes(**settings)
+    if "budget" in recipe.options.get("search", {}) and recipe.criterion != "search":
+        raise UserError(f"--search-budget is for --criterion search, and this run has the criterion {recipe.criterion}")
+    return recipe
 
 
 def model_of(model: str | None, recipe: Any) -> str:

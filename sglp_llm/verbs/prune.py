@@ -20,11 +20,13 @@ from sglp_llm.verbs.options import (
     Drop,
     Dtype,
     Engine,
+    JournalDir,
     Json,
     Kernel,
     Model,
     NumSegments,
     Option,
+    Preset,
     ProtectFirst,
     ProtectLast,
     Ratio,
@@ -32,6 +34,7 @@ from sglp_llm.verbs.options import (
     Revision,
     Samples,
     Scratch,
+    SearchBudget,
     Seed,
     Segments,
     SeqLen,
@@ -48,6 +51,7 @@ def prune(
     model: Model = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     recipe: RecipeName = None,
+    preset: Preset = None,
     plan: Annotated[Path | None, typer.Option(help="Export this sglp_plan.json instead of analysing.")] = None,
     ratio: Ratio = None,
     drop: Drop = None,
@@ -59,6 +63,8 @@ def prune(
     seq_len: SeqLen = None,
     seed: Seed = None,
     trial_samples: TrialSamples = None,
+    search_budget: SearchBudget = None,
+    journal: JournalDir = None,
     batch_size: BatchSize = None,
     engine: Engine = None,
     scratch: Scratch = None,
@@ -98,15 +104,15 @@ def prune(
     from sglp_llm.pipeline import prune
     from sglp_llm.plans import load_plan
     from sglp_llm.progress import silent
-    from sglp_llm.verbs.memory_table import MemoryLines
+    from sglp_llm.verbs.memory_table import MemoryLines, price_line
 
     processes = current_processes()
     with processes.failing_together():
         if push_to_hub is not None:
             check_repo_name(push_to_hub)
-        chosen = recipe_of(recipe, settings, model)
+        chosen = recipe_of(recipe, settings, model, preset)
         given_plan = None if plan is None else load_plan(plan)
-    memory = MemoryLines()
+    memory = MemoryLines(None if as_json else price_line(chosen))
     report = prune(
         model_of(model, chosen),
         output,
