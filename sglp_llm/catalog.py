@@ -5,9 +5,9 @@ from __future__ import annotations
 from inspect import getdoc
 from types import ModuleType
 
-from sglp_llm.adapters import adapter_names, get_adapter
 import sglp_llm.compensation as compensation
 import sglp_llm.criteria as criteria
+from sglp_llm.adapters import adapter_names, get_adapter
 from sglp_llm.compensation import compensation_names
 from sglp_llm.criteria import criterion_names, get_criterion
 from sglp_llm.errors import unknown

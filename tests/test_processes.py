@@ -51,6 +51,7 @@ COSTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("cka_output", {}),
     ("cka_output", {"sequences": 3}),
 )
+SEARCHES: tuple[tuple[str, dict[str, Any]], ...] = (("search", {}),)
 
 
 def verdicts(calibration: CalibrationSet) -> dict[str, Any]:
@@ -81,6 +82,14 @@ def verdicts(calibration: CalibrationSet) -> dict[str, Any]:
             candidates = [layer for layer in range(depth) if layer not in removed]
             found[f"{name} {options} {removed}"] = criterion.costs(removed, candidates)
         found[f"{name} {options}"] = criterion.choose(3, range(depth))
+    for name, options in SEARCHES:
+        criterion = make_criterion(name, depth, options=options)
+        assert isinstance(criterion, SetCriterion)
+        criterion.on_trials(Trials(model, calibration, processes=processes))
+        found[f"{name} {options}"] = criterion.choose(2, range(depth))
+        report = criterion.report()
+        found[f"{name} {options} costs"] = [cost for race in report["races"] for _, cost in race["costs"]]
+        found[f"{name} {options} tokens"] = report["tokens"]
     return found
 
 
@@ -105,7 +114,37 @@ def test_every_number_is_that_of_one_process(count: int, names: list[str], tmp_p
 
 def test_every_criterion_that_looks_at_sequences_is_compared() -> None:
     looking = {name for name in criterion_names() if get_criterion(name).needs & ~Need.WEIGHTS}
-    assert looking == {*SCORES, *(name for name, _ in (*CHOICES, *COSTS))}
+    assert looking == {*SCORES, *(name for name, _ in (*CHOICES, *COSTS, *SEARCHES))}
+
+
+def searched(folders: list[Path], budget: int | str) -> Any:
+    processes = current_processes()
+    report = analyze(
+        tiny_model(Tiny("llama", 0)),
+        calibration=plain_set(5),
+        criterion="search",
+        options={"search": {"budget": budget}},
+        journal=str(folders[processes.index % len(folders)]),
+        drop=2,
+        processes=processes,
+    )
+    return report.plan.removed
+
+
+def test_processes_go_on_from_the_journal_of_the_main_one(tmp_path: Path) -> None:
+    shared, apart = [tmp_path / "shared"], [tmp_path / "main", tmp_path / "other"]
+    expected = searched(shared, "1000k")
+    assert in_processes(2, tmp_path, searched, shared, "1000k") == [expected] * 2
+    # As on hosts that share no disk: nothing but the main process's folder is filled, and read.
+    for _ in range(2):
+        assert in_processes(2, tmp_path, searched, apart, "1000k") == [expected] * 2
+    assert len([*apart[0].rglob("*.json")]) > len([*apart[1].rglob("*.json")]) == 1
+
+
+def test_the_clock_of_the_main_process_ends_the_search(tmp_path: Path) -> None:
+    (main, other) = in_processes(2, tmp_path, searched, [tmp_path / "kept"], "0.05s")
+    assert main == other
+    assert len(main) == 2
 
 
 class Broken(Observer):

@@ -92,7 +92,9 @@ def test_neighbours_are_all_swaps_of_an_end(
     for other in map(frozenset, combinations(removable, n)):
         stays = layers - other
         is_end = all({layer - 1, layer + 1} - layers for layer in stays)
-        emptied = [segment for segment in segments if set(segment.layers) <= other and not set(segment.layers) <= layers]
+        emptied = [
+            segment for segment in segments if set(segment.layers) <= other and not set(segment.layers) <= layers
+        ]
         if len(stays) == 1 and is_end and not emptied:
             expected.append(other)
     assert neighbours(layers, removable, segments) == sorted(expected, key=sorted)

@@ -132,8 +132,6 @@ class Search(SetCriterion):
             processes=trials.processes,
         )
         self._distances = turning.distances()
-        if not all(math.isfinite(distance) for row in self._distances for distance in row):
-            raise _not_finite("hidden states")
         self.segments: tuple[Segment, ...] = segment_layers(cka.result(), None)
 
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
@@ -184,7 +182,10 @@ class Search(SetCriterion):
         found.extend([baseline], found.most)  # it may have left a race early
         ranking = found.ranking()
         if math.isinf(found.mean(ranking[0])):
-            raise _not_finite(self._objective)
+            raise UserError(
+                f"search: the {self._objective} of no trial is finite: are the weights damaged, or is the dtype too small "
+                "(try --dtype float32)?"
+            )
         judge = TrialCosts(self._trials, self._objective, self._parts.held_out)
         passed_over = 0
         if self._parts.held_out:
@@ -227,13 +228,6 @@ def _shown(removed: Removed) -> str:
 
 def _rounded(cost: float) -> float | None:
     return round(cost, 6) if math.isfinite(cost) else None
-
-
-def _not_finite(what: str) -> UserError:
-    return UserError(
-        f"search: the {what} of the trials are not finite: are the weights damaged, or is the dtype too small "
-        "(try --dtype float32)?"
-    )
 
 
 CRITERION = Search
