@@ -123,6 +123,27 @@ def test_recipe_with_the_model_in_it_and_its_own_output_again(tiny: Path, tmp_pa
     assert "Removed           3 of 6 layers: " in changed.out
 
 
+def test_a_preset_over_a_recipe_under_the_options(tiny: Path, tmp_path: Path) -> None:
+    written("r.yaml", f"model: {tiny}\ndrop: 2\ncriterion: bi\ncalibration: pydoc\nsamples: 4\nseq_len: 16\n")(tmp_path)
+    options = ("--search-budget", "5m", "--option", "search.proposals=4", "--compensate", "scale")
+    where = ("-o", tmp_path / "out", "--journal", tmp_path / "kept")
+    outcome = run_cli("analyze", "--recipe", tmp_path / "r.yaml", "--preset", "sglp-search", *options, *where)
+    assert outcome.code == 0, outcome
+    assert "Cost: about 300 s of trials (search), 64 calibration tokens to fit (scale)" in outcome.err.splitlines()
+    recipe = load_recipe(tmp_path / "out" / "sglp_recipe.yaml")
+    assert (recipe.criterion, recipe.drop, recipe.compensate) == ("search", 2, "scale")
+    assert recipe.options == {"search": {"proposals": 4, "budget": "5m"}}
+    plan = json.loads((tmp_path / "out" / "sglp_plan.json").read_text())
+    assert plan["settings"]["search"]["taken"]["removed"] == plan["removed"]
+    assert not {"journal", "preset"} & set(plan["settings"])
+    again = run_cli("analyze", "--recipe", tmp_path / "out" / "sglp_recipe.yaml", "--json")
+    assert json.loads(again.out)["plan"]["settings"] == plan["settings"]
+    assert "Cost: " not in again.err
+    other = run_cli("analyze", "--recipe", tmp_path / "out" / "sglp_recipe.yaml", "--samples", "5")
+    assert other.code == 2
+    assert f"{tmp_path / 'kept'} holds an unfinished or finished run with another calibration_hash" in other.err
+
+
 def test_recipe_of_another_model(tiny: Path, tmp_path: Path) -> None:
     written("r.yaml", "model: owner/name\nrevision: v1\ndrop: 2\n")(tmp_path)
     outcome = run_cli("prune", tiny, "--recipe", tmp_path / "r.yaml", "-o", tmp_path / "out", *QUICK, "--no-verify")
@@ -176,7 +197,16 @@ def test_eval(tiny: Path) -> None:
     assert f"Perplexity  {result['perplexity']:.3f} ± " in text
 
 
-@pytest.mark.parametrize(("what", "member"), [("adapters", "llama"), ("criteria", "sglp"), ("recipes", "opt-125m")])
+@pytest.mark.parametrize(
+    ("what", "member"),
+    [
+        ("adapters", "llama"),
+        ("criteria", "sglp"),
+        ("compensations", "linear"),
+        ("presets", "sglp-search"),
+        ("recipes", "opt-125m"),
+    ],
+)
 def test_ls(what: str, member: str) -> None:
     rows = json.loads(run_cli("ls", what, "--json").out)[what]
     assert member in [next(iter(row.values())) for row in rows]

@@ -111,6 +111,17 @@ SETTINGS = [
     ("--recipe {typed.yaml}", "ratio must be a number, not 'half'"),
     ("--recipe {broken.yaml}", "not a YAML file"),
     ("--recipe {list.yaml}", "expected 'key: value' lines"),
+    ("--preset sglp-serch", "unknown preset 'sglp-serch'; did you mean 'sglp-search'?"),
+    (
+        "--preset sglp --search-budget 5m",
+        "--search-budget is for --criterion search, and this run has the criterion sglp",
+    ),
+    ("--criterion bi --option search.budget=1", "--search-budget is for --criterion search"),
+    ("--criterion search --search-budget 16x", "budget of search must be tokens (16000, 16k) or a time (30s, 5m, 2h)"),
+    ("--preset sglp-search --search-budget 0", "budget of search must be tokens"),
+    ("--criterion search --option search.held_out=1.5", "held_out of search must be a number between 0 and 1, not 1.5"),
+    ("--criterion bi --journal kept", "journal keeps the trials of search; this run has bi: leave it out"),
+    ("--preset sglp-search --segments", "search gives a set of layers, not scores"),
     ("--nonsense", "No such option: --nonsense"),
 ]
 
@@ -118,6 +129,8 @@ PLANS = [
     ("--plan {plan} --ratio 0.5", "leave out --ratio"),
     ("--plan {plan} --target-params 1M", "leave out --target-params"),
     ("--plan {plan} --criterion bi", "leave out --criterion"),
+    ("--plan {plan} --preset best", "leave out --preset"),
+    ("--plan {plan} --search-budget 5m", "leave out --search-budget"),
     ("--plan {plan} --num-segments 3", "leave out --num-segments"),
     ("--plan {plan} --protect-first 1", "leave out --protect-first"),
     ("--plan /nowhere/plan.json", "there is no such plan file"),

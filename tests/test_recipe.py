@@ -10,10 +10,21 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sglp_llm.analysis import SGLP
+from sglp_llm.analysis import SGLP, check_criteria
+from sglp_llm.compensation import NONE, compensation_names
 from sglp_llm.criteria import criterion_names
 from sglp_llm.errors import UserError
-from sglp_llm.recipe import Protect, Recipe, load_recipe, recipe_from_dict, recipe_names, save_recipe
+from sglp_llm.recipe import (
+    Protect,
+    Recipe,
+    load_recipe,
+    preset_description,
+    preset_names,
+    preset_settings,
+    recipe_from_dict,
+    recipe_names,
+    save_recipe,
+)
 from sglp_llm.selection import check_budget
 from sglp_llm.sizes import parse_bytes
 from sglp_llm.texts import check_spec
@@ -30,6 +41,7 @@ RECIPES = st.builds(
     samples=POSITIVE,
     seq_len=st.integers(2, 10**6),
     seed=st.integers(),
+    journal=st.none() | TEXT,
     engine=st.sampled_from(["auto", "streamed"]),
     scratch=st.none() | TEXT,
     batch_size=POSITIVE,
@@ -191,3 +203,31 @@ def test_a_shipped_recipe_names_what_there_is(name: str) -> None:
     check_spec(recipe.calibration)
     check_budget(recipe.budget, 12, (recipe.protect.first, recipe.protect.last))
     assert recipe.max_shard_size is None or parse_bytes(recipe.max_shard_size)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_say_how_and_not_of_what(name: str) -> None:
+    settings = preset_settings(name)
+    assert settings.keys().isdisjoint({"model", "revision", "ratio", "drop", "target_params", "calibration"})
+    recipe = Recipe().with_changes(**settings)
+    assert recipe.criterion in {SGLP, *criterion_names()}
+    assert recipe.compensate in {NONE, *compensation_names()}
+    check_criteria(recipe)
+    assert preset_description(name).endswith(".")
+
+
+def test_no_preset_changes_nothing() -> None:
+    assert Recipe().with_changes(**preset_settings(None)) == Recipe()
+    with pytest.raises(UserError, match="unknown preset 'bset'; did you mean 'best'"):
+        preset_settings("bset")
+
+
+def test_options_join_those_there_are() -> None:
+    recipe = Recipe(options={"search": {"proposals": 8, "budget": 1}, "bi": {}})
+    changed = recipe.with_changes(options={"search": {"budget": "5m"}, "angular": {"tokens": "all"}})
+    assert changed.options == {
+        "search": {"proposals": 8, "budget": "5m"},
+        "bi": {},
+        "angular": {"tokens": "all"},
+    }
+    assert recipe.options == {"search": {"proposals": 8, "budget": 1}, "bi": {}}

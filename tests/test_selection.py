@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 
 from sglp_llm.errors import UserError
 from sglp_llm.records import Budget, Segment
-from sglp_llm.selection import check_budget, layers_to_remove, number_to_remove, segment_capacities, spread
+from sglp_llm.selection import (
+    check_budget,
+    layers_to_remove,
+    number_to_remove,
+    segment_capacities,
+    set_to_remove,
+    spread,
+)
 
 
 @st.composite
@@ -111,3 +119,27 @@ def test_target_params_removes_the_fewest_layers() -> None:
     assert layers_to_remove(Budget(target_params=60), segments, scores, params_left=left) == (1, 2, 4, 5)
     with pytest.raises(UserError, match="with the 4 layers that can go removed, 60 parameters are left"):
         layers_to_remove(Budget(target_params=59), segments, scores, params_left=left)
+
+
+def test_a_set_is_only_asked_for_where_so_many_layers_can_be_enough() -> None:
+    sizes, asked = [10, 30, 20, 10, 10], []
+
+    def choose(n: int, removable: Sequence[int]) -> list[int]:
+        asked.append(n)
+        return list(removable)[:n]
+
+    def left(removed: tuple[int, ...]) -> int:
+        return 80 - sum(sizes[layer] for layer in removed)
+
+    assert set_to_remove(Budget(target_params=40), 5, choose, params_left=left) == (0, 1)
+    assert asked == [2]
+    asked.clear()
+    assert set_to_remove(Budget(target_params=25), 5, choose, params_left=left) == (0, 1, 2)
+    assert asked == [3]
+    asked.clear()
+    assert set_to_remove(Budget(target_params=50), 5, choose, params_left=left) == (0, 1)
+    assert asked == [1, 2]
+    asked.clear()
+    with pytest.raises(UserError, match="with the 4 layers that can go removed, 10 parameters are left"):
+        set_to_remove(Budget(target_params=9), 5, choose, params_left=left)
+    assert asked == []
