@@ -134,7 +134,8 @@ def test_a_preset_over_a_recipe_under_the_options(tiny: Path, tmp_path: Path) ->
     assert (recipe.criterion, recipe.drop, recipe.compensate) == ("search", 2, "scale")
     assert recipe.options == {"search": {"proposals": 4, "budget": "5m"}}
     plan = json.loads((tmp_path / "out" / "sglp_plan.json").read_text())
-    assert plan["settings"]["search"]["taken"]["removed"] == plan["removed"]
+    first, *_ = plan["compensation"]["candidates"]  # those that were repaired before one was taken
+    assert plan["settings"]["search"]["winner"]["removed"] == first["removed"]
     assert not {"journal", "preset"} & set(plan["settings"])
     again = run_cli("analyze", "--recipe", tmp_path / "out" / "sglp_recipe.yaml", "--json")
     assert json.loads(again.out)["plan"]["settings"] == plan["settings"]

@@ -175,6 +175,7 @@ def test_trials_store_one_set_of_states_a_layer() -> None:
 def test_what_a_recipe_does() -> None:
     assert work_of(Recipe()).needs == Need.HIDDEN_STATES | Need.GRADIENT_NORMS
     assert work_of(Recipe(criterion="magnitude")).needs == Need.WEIGHTS
+    assert work_of(Recipe(criterion="search")).needs == Need.HIDDEN_STATES | Need.TRIALS
     work = work_of(Recipe(criterion="bi", also=("taylor", "kl"), samples=4, trial_samples=9, scratch="x"))
     assert work.needs == Need.HIDDEN_STATES | Need.GRADIENTS | Need.TRIALS
     assert (work.trial_samples, work.batch_size, work.scratch, work.sums_on_host) == (4, 4, True, False)

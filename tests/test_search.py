@@ -67,8 +67,8 @@ def test_every_cost_in_the_report_is_plain_transformers(calibration: Calibration
     removed = search.choose(2, range(6))
     report = search.report()
     assert report["sequences"] == {"fit": 6, "held_out": 2}
-    assert report["taken"]["removed"] == removed
-    for each in (report["taken"], report["least_distance"], *report["passed_over"]):
+    assert report["winner"]["removed"] == removed
+    for each in (report["winner"], report["least_distance"], *report["passed_over"]):
         for name, part in (("cost", slice(6)), ("held_out", slice(6, 8))):
             naive = mean_divergence(model, rows(calibration, part), tuple(each["removed"]))
             assert each[name] == pytest.approx(naive, rel=1e-4, abs=2e-6)
@@ -106,7 +106,7 @@ def test_races_halve_and_the_tokens_are_those_of_the_trials() -> None:
         tokens += len(field) * new * 24
     baseline_ran_on = max(s["sequences"] for s in report["races"] if report_name(report) in dict(s["costs"]))
     tokens += (9 - baseline_ran_on) * 24  # what the proposal of least distance had missed
-    judged = {tuple(each["removed"]) for each in (report["taken"], report["least_distance"], *report["passed_over"])}
+    judged = {tuple(each["removed"]) for each in (report["winner"], report["least_distance"], *report["passed_over"])}
     assert report["tokens"] == tokens + len(judged) * 3 * 24
 
 
@@ -143,14 +143,14 @@ def test_a_leader_that_loses_on_held_out_sequences_is_not_taken() -> None:
                 search = searching(model, calibration, objective=objective, budget="1000k")
                 found = search.finalists(2, range(model.num_layers))
                 report = search.report()
-                taken, baseline, passed = report["taken"], report["least_distance"], report["passed_over"]
+                taken, baseline, passed = report["winner"], report["least_distance"], report["passed_over"]
                 assert taken["cost"] <= baseline["cost"]
                 assert taken["held_out"] <= baseline["held_out"]
                 assert all(each["held_out"] > baseline["held_out"] for each in passed)
                 assert all(each["cost"] <= taken["cost"] for each in passed)
                 assert sorted(found[0][0]) == taken["removed"]
-                others = [cost for _, cost in found[1:]]
-                assert others == sorted(others)
+                assert [cost for _, cost in found] == sorted(cost for _, cost in found)
+                assert not {layers for layers, _ in found} & {frozenset(each["removed"]) for each in passed}
                 outcomes.append(bool(passed))
     assert set(outcomes) == {False, True}
 
@@ -160,7 +160,7 @@ def test_one_sequence_holds_nothing_out_and_says_so() -> None:
     search.choose(1, range(6))
     report = search.report()
     assert report["sequences"] == {"fit": 1, "held_out": 0}
-    assert report["taken"]["held_out"] is None
+    assert report["winner"]["held_out"] is None
     assert report["passed_over"] == []
 
 
@@ -172,10 +172,19 @@ def test_only_what_may_go_goes(n: int) -> None:
         assert removed <= {2, 3, 4}
 
 
+def test_a_search_runs_once_for_all_who_ask() -> None:
+    model = wrapped("llama")
+    search = searching(model, plain_set(4))
+    removed, report = search.choose(2, range(6)), search.report()
+    model.layers[5].register_forward_hook(lambda *_: pytest.fail("a layer ran again"))
+    assert sorted(search.finalists(2, range(6))[0][0]) == removed
+    assert search.report() == report
+
+
 def test_the_plan_holds_the_report_and_survives_the_file(tmp_path: Path) -> None:
     plan = analyze(tiny_model(Tiny("llama", 0)), calibration=plain_set(4), preset="sglp-search", drop=2).plan
     assert plan.settings["criterion"] == plan.settings["scored_by"] == "search"
-    assert plan.settings["search"]["taken"]["removed"] == list(plan.removed)
+    assert plan.settings["search"]["winner"]["removed"] == list(plan.removed)
     save_plan(plan, tmp_path / "plan.json")
     assert plan_to_dict(load_plan(tmp_path / "plan.json")) == plan_to_dict(plan)
 

@@ -110,6 +110,7 @@ class Search(SetCriterion):
         self._budget = None if budget is None else parse_budget(budget)
         self.trace: list[dict[str, Any]] = []
         self._report: dict[str, Any] = {}
+        self._searched: tuple[int, range] | None = None
 
     def price(self, sequences: int, length: int) -> str:
         budget = self._budget or SearchBudget(tokens=_TRIALS * sequences * length)
@@ -118,7 +119,7 @@ class Search(SetCriterion):
         return f"about {budget.tokens:,} trial tokens"
 
     def on_trials(self, trials: Trials) -> None:
-        self._trials = trials
+        self._trials, self._searched = trials, None
         sequences, length = trials.calibration.input_ids.shape
         self._parts = split(sequences, self._held_out) if sequences > 1 else Parts(range(1), range(1, 1))
         self._limit = self._budget or SearchBudget(tokens=_TRIALS * sequences * length)
@@ -138,13 +139,21 @@ class Search(SetCriterion):
         return sorted(self.finalists(n, removable)[0][0])
 
     def finalists(self, n: int, removable: Sequence[int]) -> list[tuple[Removed, float]]:
-        """The sets that ran on the most sequences, with their mean costs: the one that is taken, then the least cost first.
+        """The set that is taken, and those behind it of the sets that ran on the most sequences, with their mean costs.
 
         Args:
             n: How many layers go.
             removable: Layers that may go, ascending and without gaps.
         """
         among = range(removable[0], removable[-1] + 1)
+        if (n, among) != self._searched:
+            self._searched, self._found = (n, among), self._search(n, among)
+        return self._found
+
+    def report(self) -> Mapping[str, Any]:
+        return self._report
+
+    def _search(self, n: int, among: range) -> list[tuple[Removed, float]]:
         self._costs = TrialCosts(self._trials, self._objective, self._parts.fit)
         self._start, self.trace = time.perf_counter(), []
         entrants = propose(n, among, self.segments, self._distances, self._proposals, self._runs)
@@ -161,9 +170,6 @@ class Search(SetCriterion):
             self._race(entrants, "swaps")
         return self._judged(baseline)
 
-    def report(self) -> Mapping[str, Any]:
-        return self._report
-
     def _race(self, entrants: Sequence[Removed], name: str) -> None:
         """Successive halving over sequences: the first, then up to a quarter of them, then all."""
         field, everything = list(entrants), len(self._parts.fit)
@@ -177,7 +183,7 @@ class Search(SetCriterion):
             field = field[: max(2, math.ceil(len(field) / 4))]
 
     def _judged(self, baseline: Removed) -> list[tuple[Removed, float]]:
-        """Takes the first in the ranking that is not worse than the baseline on what is held out, which the baseline is not."""
+        """Takes the first in the ranking that is not worse than the baseline on what is held out, at the latest itself."""
         found = self._costs
         found.extend([baseline], found.most)  # it may have left a race early
         ranking = found.ranking()
@@ -194,7 +200,7 @@ class Search(SetCriterion):
                 if judge.mean(removed) <= judge.mean(baseline):
                     break
                 passed_over += 1
-        taken = ranking[passed_over]
+        winner = ranking[passed_over]
 
         def verdict(removed: Removed) -> dict[str, Any]:
             held_out = _rounded(judge.mean(removed)) if self._parts.held_out else None
@@ -206,12 +212,11 @@ class Search(SetCriterion):
             "tokens": found.tokens + judge.tokens,
             "segments": [[segment.start, segment.stop] for segment in self.segments],
             "races": self.trace,
-            "taken": verdict(taken),
+            "winner": verdict(winner),
             "least_distance": verdict(baseline),
             "passed_over": [verdict(removed) for removed in ranking[:passed_over]],
         }
-        others = [each for each in ranking if each != taken]
-        return [(each, found.mean(each)) for each in (taken, *others)]
+        return [(each, found.mean(each)) for each in ranking[passed_over:]]
 
     def _is_spent(self) -> bool:
         if self._limit.seconds is None:
