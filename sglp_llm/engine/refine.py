@@ -38,7 +38,7 @@ class Schedule:
         seed: Of the order of the steps.
     """
 
-    epochs: int = 4
+    epochs: int = 3
     sequences: int = 4
     rate: float = 3e-4
     vector_rate: float = 1e-3
