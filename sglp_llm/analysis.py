@@ -7,6 +7,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.compensation import NONE, Compensated, get_method
@@ -197,13 +198,6 @@ def run_analysis(
     scores = observations.scores()
     removed, segments = choose_layers(recipe, model, observations)
     compensated = compensate(subject, recipe, calibration, removed, progress, processes)
-    settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding_criterion(recipe)}
-    # Said elsewhere, of the export, or without influence on the plan.
-    idle = ("held_out",) if recipe.compensate == NONE else ()
-    for key in ("model", "revision", "max_shard_size", "engine", "scratch", *idle, *recipe.budget.to_dict()):
-        settings.pop(key, None)
-    if list(removed) != sorted(removed):
-        settings["removal_order"] = list(removed)
     plan = PrunePlan(
         num_layers=model.num_layers,
         kept=tuple(layer for layer in range(model.num_layers) if layer not in removed),
@@ -212,13 +206,31 @@ def run_analysis(
         segments=segments,
         scores=scores,
         budget=recipe.budget.to_dict(),
-        settings=settings,
+        settings=plan_settings(recipe, calibration, removed),
         versions=software_versions(),
         replaced=compensated.replaced,
         compensation=compensated.report,
     )
     left = model.parameters_without(removed)
     return Analysis(plan, observations.similarity, observations.loss, model.num_parameters, left)
+
+
+def plan_settings(recipe: Recipe, calibration: CalibrationSet, removed: Sequence[int]) -> dict[str, Any]:
+    """The settings that led to a plan, for `PrunePlan.settings`; the budget stands beside them.
+
+    Args:
+        recipe: All settings.
+        calibration: The sequences.
+        removed: The layers that go, in the order in which the criterion removes them.
+    """
+    settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding_criterion(recipe)}
+    # Said elsewhere, of the export, or without influence on the plan.
+    idle = ("held_out",) if recipe.compensate == NONE else ()
+    for key in ("model", "revision", "max_shard_size", "engine", "scratch", *idle, *recipe.budget.to_dict()):
+        settings.pop(key, None)
+    if list(removed) != sorted(removed):
+        settings["removal_order"] = list(removed)
+    return settings
 
 
 def software_versions() -> dict[str, str]:

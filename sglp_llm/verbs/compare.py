@@ -33,7 +33,12 @@ from sglp_llm.verbs.quiet import prepare
 
 def compare(
     model: Model = None,
-    criteria: Annotated[str, typer.Option(help="Names, separated by commas; sglp among them.")] = "sglp,bi",
+    criteria: Annotated[
+        str,
+        typer.Option(
+            help="Criteria and presets, separated by commas; angular+linear is compensated by linear.",
+        ),
+    ] = "sglp,bi",
     ratios: Annotated[
         str | None, typer.Option(help="Shares to remove, separated by commas. Default: 0.1,0.2,0.3.")
     ] = None,
@@ -66,16 +71,17 @@ def compare(
     device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
-    """Compare criteria on one model: each at every depth, measured in memory. Goes on where it was interrupted."""
+    """Compare methods on one model: each at every depth, measured in memory. Goes on where it was interrupted."""
     settings = settings_of(locals())
     if output is None:
         raise UserError("where to? Give --output FOLDER")
     if suite is None and (limit is not None or data_dir is not None):
         raise UserError("--limit and --data-dir are about tasks: give --suite too")
     console = prepare()
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
-    from sglp_llm.comparison import compare
+    from sglp_llm.comparison import check_compensations, checked_recipes, compare
+    from sglp_llm.compensation import NONE
     from sglp_llm.measurements import perplexity_measurement, suite_measurement
     from sglp_llm.pipeline import open_subject, read_calibration
     from sglp_llm.report.comparison_tables import to_markdown, write_tables
@@ -87,7 +93,10 @@ def compare(
     budgets = _budgets(ratios, drops)
     names = [name.strip() for name in criteria.split(",") if name.strip()]
     chosen = recipe_of(recipe, settings, model).with_changes(**budgets[0].to_dict())
-    subject = open_subject(model_of(model, chosen), chosen, None, names)
+    recipes = checked_recipes(chosen, names, budgets)
+    used = list(dict.fromkeys(each[0].criterion for each in recipes.values()))
+    subject = open_subject(model_of(model, chosen), replace(chosen, compensate=NONE), None, used)
+    check_compensations(recipes, subject, chosen.samples)
     sequences = read_calibration(subject, chosen, None)
     texts = evaluate or ["wikitext2"]
     measurements = [perplexity_measurement(subject, text, window, max_windows) for text in texts]
