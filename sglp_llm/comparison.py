@@ -121,8 +121,10 @@ def checked_recipes(recipe: Recipe, methods: Sequence[str], budgets: Sequence[Bu
     """The settings of every method at every depth; whatever can be wrong without knowing the model is found here.
 
     Raises:
-        UserError: A method stands twice, is unknown, or its settings do not fit; or an option is no method's.
+        UserError: There is no method, one stands twice, is unknown, or its settings do not fit; or an option is no method's.
     """
+    if not methods:
+        raise UserError("criteria: name at least one")
     if len(set(methods)) != len(methods):
         raise UserError(f"criteria: a name stands twice in {', '.join(methods)}")
     recipes = {name: [method_recipe(recipe, name, budget) for budget in budgets] for name in methods}

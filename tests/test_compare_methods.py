@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import run_cli
+from helpers import tiny_tokenizer
 from tiny_models import Tiny, load_plain, save_tiny, tiny_model
 
-from sglp_llm.calibration import evaluation_windows
+from sglp_llm.calibration import calibration_set, evaluation_windows
 from sglp_llm.criteria import criterion_names
 from sglp_llm.evaluation.pairs import pairs
 from sglp_llm.loading import load_tokenizer
@@ -28,8 +29,8 @@ from sglp_llm.recipe import Recipe, preset_names
 from sglp_llm.records import Budget, ComparisonRow
 from sglp_llm.source import find_source
 
-METHODS = ("angular", "angular+linear", "bi+scale", "search", "sglp-search", "sglp-search+linear", "bi")
-SETTINGS = ("--calibration", "pydoc", "--samples", "4", "--seq-len", "48", "--trial-samples", "2")
+METHODS = ("angular", "angular+linear", "bi+scale", "bi+linear", "search", "sglp-search", "sglp-search+linear", "bi")
+SETTINGS = ("--calibration", "pydoc", "--samples", "8", "--seq-len", "48", "--trial-samples", "2")
 WINDOWS = 20  # two pieces
 MEASURES = ("--eval", "pydoc", "--window", "32", "--max-windows", str(WINDOWS))
 NAME = f"pydoc:test ({WINDOWS} x 32)"
@@ -37,7 +38,17 @@ NAME = f"pydoc:test ({WINDOWS} x 32)"
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tiny_model(Tiny("llama", 0)), tmp_path_factory.mktemp("tiny"))
+    """A model that has learned a little of the text: what a random one loses cannot be restored."""
+    model = tiny_model(Tiny("llama", 0))
+    ids = calibration_set(tiny_tokenizer(), "pydoc", samples=64, seq_len=48).input_ids
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(60):
+        batch = ids.roll(-8 * step, 0)[:8]
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return save_tiny(model, tmp_path_factory.mktemp("tiny"))
 
 
 def arguments(model: Path, output: Path, methods: tuple[str, ...] = METHODS) -> list[str]:
@@ -104,6 +115,9 @@ def test_who_chooses_alike_chooses_once(result: dict[str, Any]) -> None:
         plain, preset = row_of(result, "search", count), row_of(result, "sglp-search", count)
         assert {**plain, "method": "", "plan": ""} == {**preset, "method": "", "plan": ""}
         assert row_of(result, "sglp-search+linear", count)["removed"] == plain["removed"]
+    # Both remove the same layer, which is repaired once.
+    angular, bi = (row_of(result, f"{method}+linear", 1) for method in ("angular", "bi"))
+    assert {**angular, "method": "", "plan": ""} == {**bi, "method": "", "plan": ""}
     seconds = {row["method"]: row["compensation_seconds"] for row in result["rows"]}
     assert {method for method, value in seconds.items() if value > 0} == {each for each in METHODS if "+" in each}
 
@@ -186,6 +200,29 @@ def test_finished_work_is_not_done_again(tiny: Path, finished: Path) -> None:
     assert csv_before == (finished / "compare.csv").read_bytes()
 
 
+def test_a_suite_has_an_average_and_pairs(tiny: Path, tmp_path: Path) -> None:
+    names = ("bi", "angular", "bi+linear")
+    suite = ("--suite", Path(__file__).parents[1] / "eval" / "generated.yaml", "--limit", 4)
+    outcome = run_cli(*arguments(tiny, tmp_path / "out", names), *suite, "--json")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    (name,) = {*result["dense"]} - {NAME}
+    for row in result["rows"]:
+        numbers = row["results"][name]
+        tasks = [key for key in numbers if key.endswith(" acc")]
+        assert len(tasks) == 3
+        assert numbers["average"] == pytest.approx(np.mean([numbers[task] for task in tasks]))
+        errors = [numbers[f"{task}_standard_error"] for task in tasks]
+        assert numbers["average_standard_error"] == pytest.approx(np.sqrt(np.square(errors).sum()) / 3)
+    for count in (1, 3):
+        averages = {method: row_of(result, method, count)["results"][name]["average"] for method in names}
+        best = max(("bi", "angular"), key=lambda method: averages[method])
+        found = [pair for pair in result["pairs"] if (pair["layers_removed"], pair["measurement"]) == (count, name)]
+        assert [(pair["method"], pair["best"]) for pair in found] == [(m, best) for m in names if m != best]
+        assert [pair["difference"] for pair in found] == [averages[m] - averages[best] for m in names if m != best]
+    assert f"| 3 | {name} | bi+linear |" in (tmp_path / "out" / "compare.md").read_text()
+
+
 def test_methods_by_name() -> None:
     budget = Budget(drop=2)
     base = Recipe(compensate="scale", options={"search": {"budget": "1k"}, "angular": {"tokens": "all"}})
@@ -219,6 +256,7 @@ def test_refusals(tiny: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "x"
     normed = save_tiny(tiny_model(Tiny("olmo2", 0)), tmp_path / "olmo2")
     for changed, message in (
+        (arguments(tiny, out, ()), "criteria: name at least one"),
         (arguments(tiny, out, ("bi", "angulr+linear")), "did you mean 'angular'"),
         (arguments(tiny, out, ("bi", "sglp-serch")), "did you mean 'sglp-search'"),
         (arguments(tiny, out, ("bi", "angular+liner")), "did you mean 'linear'"),
