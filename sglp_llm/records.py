@@ -354,3 +354,26 @@ class Comparison:
     selection_seconds: dict[str, float]
     settings: dict[str, Any]
     versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """One number of a method at one depth over several calibration seeds.
+
+    Attributes:
+        method: The method.
+        layers_removed: The depth.
+        measurement: Name of the measurement.
+        number: Name of the number.
+        mean: Over seeds.
+        standard_deviation: Of the numbers of single seeds, not of their mean.
+        different_choices: How many different sets of layers the seeds led to.
+    """
+
+    method: str
+    layers_removed: int
+    measurement: str
+    number: str
+    mean: float
+    standard_deviation: float
+    different_choices: int

@@ -223,6 +223,27 @@ def test_a_suite_has_an_average_and_pairs(tiny: Path, tmp_path: Path) -> None:
     assert f"| 3 | {name} | bi+linear |" in (tmp_path / "out" / "compare.md").read_text()
 
 
+def test_seeds_give_means_and_spreads(tiny: Path, tmp_path: Path) -> None:
+    names = ("bi", "angular+linear", "random")
+    outcome = run_cli(*arguments(tiny, tmp_path / "out", names), "--seeds", "0,3,5", "--json")
+    assert outcome.code == 0, outcome.err
+    together = json.loads(outcome.out)
+    one = run_cli(*arguments(tiny, tmp_path / "one", names), "--seed", "3")
+    assert one.code == 0, one.err
+    alone = (tmp_path / "one" / "compare.csv").read_bytes()
+    assert alone == (tmp_path / "out" / "seed-3" / "compare.csv").read_bytes()
+    table = list(csv.DictReader((tmp_path / "out" / "seeds.csv").read_text().splitlines()))
+    assert len(table) == len(together["spreads"]) == 3 * 2 * 2  # perplexity and log_gap
+    for line in table:
+        count = int(line["layers_removed"])
+        rows = [row_of(together["seeds"][seed], line["method"], count) for seed in ("0", "3", "5")]
+        values = [row["results"][NAME][line["number"]] for row in rows]
+        assert float(line["mean"]) == pytest.approx(np.mean(values))
+        assert float(line["standard_deviation"]) == pytest.approx(np.std(values, ddof=1), abs=1e-9)
+        assert int(line["different_choices"]) == len({tuple(row["removed"]) for row in rows})
+    assert "\n| angular+linear | 3 | " in (tmp_path / "out" / "seeds.md").read_text()
+
+
 def test_methods_by_name() -> None:
     budget = Budget(drop=2)
     base = Recipe(compensate="scale", options={"search": {"budget": "1k"}, "angular": {"tokens": "all"}})
@@ -256,6 +277,10 @@ def test_refusals(tiny: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "x"
     normed = save_tiny(tiny_model(Tiny("olmo2", 0)), tmp_path / "olmo2")
     for changed, message in (
+        ((*arguments(tiny, out), "--seeds", "1"), "at least two"),
+        ((*arguments(tiny, out), "--seeds", "1,x"), "must be whole numbers"),
+        ((*arguments(tiny, out), "--seeds", "1,2", "--seed", "1"), "give --seed or --seeds, not both"),
+        ((*arguments(tiny, finished), "--seeds", "1,2"), "exists and holds no comparison"),
         (arguments(tiny, out, ()), "criteria: name at least one"),
         (arguments(tiny, out, ("bi", "angulr+linear")), "did you mean 'angular'"),
         (arguments(tiny, out, ("bi", "sglp-serch")), "did you mean 'sglp-search'"),

@@ -62,6 +62,9 @@ def compare(
     samples: Samples = None,
     seq_len: SeqLen = None,
     seed: Seed = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Repeat all for these calibration seeds, such as 0,1,2: means and spreads.")
+    ] = None,
     trial_samples: TrialSamples = None,
     kernel: Kernel = None,
     protect_first: ProtectFirst = None,
@@ -77,6 +80,9 @@ def compare(
         raise UserError("where to? Give --output FOLDER")
     if suite is None and (limit is not None or data_dir is not None):
         raise UserError("--limit and --data-dir are about tasks: give --suite too")
+    if seeds is not None and seed is not None:
+        raise UserError("give --seed or --seeds, not both")
+    drawn = None if seeds is None else _seeds(seeds)
     console = prepare()
     from dataclasses import asdict, replace
 
@@ -86,9 +92,11 @@ def compare(
     from sglp_llm.pipeline import open_subject, read_calibration
     from sglp_llm.report.comparison_tables import to_markdown, write_tables
     from sglp_llm.report.plots import check_plotting, plot_perplexity
+    from sglp_llm.report.seed_tables import seeds_to_markdown, spreads, write_seed_tables
 
     check_plotting()
-    if output.exists() and not (output / "journal").is_dir() and any(output.iterdir()):
+    held = "journal" if drawn is None else "seed-*/journal"
+    if output.exists() and not any(output.glob(held)) and any(output.iterdir()):
         raise UserError(f"{output}: exists and holds no comparison; choose another folder")
     budgets = _budgets(ratios, drops)
     names = [name.strip() for name in criteria.split(",") if name.strip()]
@@ -97,18 +105,43 @@ def compare(
     used = list(dict.fromkeys(each[0].criterion for each in recipes.values()))
     subject = open_subject(model_of(model, chosen), replace(chosen, compensate=NONE), None, used)
     check_compensations(recipes, subject, chosen.samples)
-    sequences = read_calibration(subject, chosen, None)
     texts = evaluate or ["wikitext2"]
+    sets = [read_calibration(subject, replace(chosen, seed=each), None) for each in drawn or [chosen.seed]]
     measurements = [perplexity_measurement(subject, text, window, max_windows) for text in texts]
     if suite is not None:
         measurements.append(suite_measurement(subject, suite, limit, data_dir))
-    result = compare(subject, sequences, chosen, names, budgets, measurements, output, console.progress_bar)
-    write_tables(result, output)
-    plot_perplexity(result, output)
+    results = []
+    for sequences in sets:
+        folder = output if drawn is None else output / f"seed-{sequences.seed}"
+        own = replace(chosen, seed=sequences.seed)
+        results.append(compare(subject, sequences, own, names, budgets, measurements, folder, console.progress_bar))
+        write_tables(results[-1], folder)
+        plot_perplexity(results[-1], folder)
+    if drawn is None:
+        (result,) = results
+        if as_json:
+            console.print_json(asdict(result))
+        else:
+            print(to_markdown(result), end="")
+        return
+    found = spreads(results)
+    write_seed_tables(found, drawn, output)
     if as_json:
-        console.print_json(asdict(result))
+        console.print_json(
+            {"seeds": dict(zip(drawn, map(asdict, results), strict=True)), "spreads": list(map(asdict, found))}
+        )
     else:
-        print(to_markdown(result), end="")
+        print(seeds_to_markdown(found, drawn), end="")
+
+
+def _seeds(given: str) -> list[int]:
+    try:
+        seeds = [int(number) for number in given.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {given!r} must be whole numbers separated by commas") from None
+    if len(seeds) < 2 or len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds {given!r} must be at least two, each once: of one alone there is no spread (--seed)")
+    return seeds
 
 
 def _budgets(ratios: str | None, drops: str | None) -> list[Any]:
