@@ -10,8 +10,9 @@ from importlib.metadata import version
 from typing import Any
 
 from sglp_llm.calibration import CalibrationSet
-from sglp_llm.compensation import NONE, Compensated, get_method
+from sglp_llm.compensation import NONE, Compensated, Method, get_method
 from sglp_llm.criteria import Criterion, ScoreCriterion, SetCriterion, get_criterion, make_criterion
+from sglp_llm.criteria.search import Search
 from sglp_llm.engine.observer import Need
 from sglp_llm.engine.passes import run_pass
 from sglp_llm.engine.representations import CKAObserver
@@ -23,7 +24,7 @@ from sglp_llm.progress import Progress, silent
 from sglp_llm.recipe import Recipe
 from sglp_llm.records import Analysis, PrunePlan, Segment, SimilarityMatrix
 from sglp_llm.segmentation import segment_layers
-from sglp_llm.selection import layers_to_remove, set_to_remove
+from sglp_llm.selection import layers_to_remove, removable_layers, set_to_remove
 from sglp_llm.subject import Subject
 from sglp_llm.version import __version__
 
@@ -31,6 +32,9 @@ SGLP = "sglp"
 """The paper's pipeline: CKA segments, and GradNorm inside them."""
 
 CKA_COLUMN_SUM = "cka_column_sum"
+
+_CANDIDATE_SAMPLES = 16
+"""Sequences on which the sets that a search ends with are repaired, so that one of them can be taken."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,19 @@ def compensate(
     """
     if recipe.compensate == NONE:
         return Compensated({}, {})
-    return get_method(recipe.compensate).run(
+    return _repaired(get_method(recipe.compensate), subject, recipe, calibration, removed, progress, processes)
+
+
+def _repaired(
+    method: Method,
+    subject: Subject,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    removed: Sequence[int],
+    progress: Progress,
+    processes: Processes,
+) -> Compensated:
+    return method.run(
         subject.load(),
         calibration,
         removed,
@@ -180,6 +196,93 @@ def compensate(
         progress=progress,
         processes=processes,
     )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which layers go, and what makes up for them.
+
+    Attributes:
+        removed: In the criterion's own order.
+        segments: What the criterion looked at, see `choose_layers`.
+        compensated: New values of what stays, and the report.
+    """
+
+    removed: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    compensated: Compensated
+
+
+def decide(
+    subject: Subject,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    observations: Observations,
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> Decision:
+    """Chooses layers and repairs the cuts: together, where the criterion ends with more than one good set.
+
+    The best set before the repair need not be the best after it: each of the first ``recipe.candidates`` is repaired in closed
+    form on some of the sequences, and the one with the least loss on those held out is taken.
+
+    Raises:
+        UserError: See `choose_layers` and `compensate`.
+    """
+    model = subject.load()
+    removed, segments = choose_layers(recipe, model, observations)
+    sets = [removed] if recipe.compensate == NONE else finalists(recipe, model, observations, removed)
+    removed, compensated = repair_best(subject, recipe, calibration, sets, progress, processes)
+    return Decision(removed, segments, compensated)
+
+
+def finalists(
+    recipe: Recipe, model: DecoderModel, observations: Observations, removed: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """The good sets that the recipe's criterion ends with, what `choose_layers` gave first; most criteria know that one only."""
+    criterion = observations.criteria[deciding_criterion(recipe)]
+    if not isinstance(criterion, Search):
+        return [tuple(removed)]
+    among = removable_layers(model.num_layers, (recipe.protect.first, recipe.protect.last))
+    return [tuple(sorted(each)) for each, _ in criterion.finalists(len(removed), among)]
+
+
+def repair_best(
+    subject: Subject,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    sets: Sequence[Sequence[int]],
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> tuple[tuple[int, ...], Compensated]:
+    """The set of layers that goes, and what makes up for it; see `decide`.
+
+    Args:
+        subject: The model.
+        recipe: For ``candidates`` and what `compensate` looks at.
+        calibration: The sequences.
+        sets: The good sets, the best before the repair first; at least one.
+        progress: Told how far it is.
+        processes: Those that share the sequences; all return the same.
+
+    Raises:
+        UserError: See `compensate`.
+    """
+    removed = tuple(sets[0])
+    candidates = sets[: recipe.candidates] if recipe.compensate != NONE else []
+    judged: list[dict[str, Any]] = []
+    if len(candidates) > 1:
+        few = calibration.first(_CANDIDATE_SAMPLES)
+        method = get_method(recipe.compensate).closed_form(subject.load())
+        for each in candidates:
+            report = _repaired(method, subject, recipe, few, each, progress, processes).report
+            judged.append({"removed": list(each), "held_out_loss": report["losses"]["held_out"]["with"]})
+        best = min(judged, key=lambda one: (one["held_out_loss"] is None, one["held_out_loss"]))
+        removed = tuple(best["removed"])
+    compensated = compensate(subject, recipe, calibration, removed, progress, processes)
+    if judged:
+        compensated = Compensated(compensated.replaced, {**compensated.report, "candidates": judged})
+    return removed, compensated
 
 
 def run_analysis(
@@ -196,8 +299,8 @@ def run_analysis(
     names = (deciding_criterion(recipe), *recipe.also)
     observations = observe(model, calibration, recipe, names, is_segmented(recipe), progress, processes)
     scores = observations.scores()
-    removed, segments = choose_layers(recipe, model, observations)
-    compensated = compensate(subject, recipe, calibration, removed, progress, processes)
+    decision = decide(subject, recipe, calibration, observations, progress, processes)
+    removed, segments, compensated = decision.removed, decision.segments, decision.compensated
     plan = PrunePlan(
         num_layers=model.num_layers,
         kept=tuple(layer for layer in range(model.num_layers) if layer not in removed),
@@ -225,7 +328,7 @@ def plan_settings(recipe: Recipe, calibration: CalibrationSet, removed: Sequence
     """
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding_criterion(recipe)}
     # Said elsewhere, of the export, or without influence on the plan.
-    idle = ("held_out",) if recipe.compensate == NONE else ()
+    idle = ("held_out", "candidates") if recipe.compensate == NONE else ()
     for key in ("model", "revision", "max_shard_size", "engine", "scratch", *idle, *recipe.budget.to_dict()):
         settings.pop(key, None)
     if list(removed) != sorted(removed):

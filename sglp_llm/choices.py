@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from sglp_llm.analysis import Observations, choose_layers, deciding_criterion, is_segmented, observe
+from sglp_llm.analysis import Observations, choose_layers, deciding_criterion, finalists, is_segmented, observe
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import GreedyCriterion, get_criterion, make_criterion
 from sglp_llm.engine.observer import Need
@@ -26,8 +26,8 @@ def choices(
     choosers: Mapping[str, list[Recipe]],
     journal: Journal,
     progress: Progress,
-) -> tuple[dict[str, list[list[int]]], dict[str, float]]:
-    """For each chooser the layers it removes at each depth, and the seconds that took.
+) -> tuple[dict[str, list[list[list[int]]]], dict[str, float]]:
+    """For each chooser the sets of layers that it ends with at each depth, and the seconds that took.
 
     Args:
         subject: The model.
@@ -38,10 +38,11 @@ def choices(
         progress: Told how far it is.
 
     Returns:
-        The layers in each one's own order; and the seconds, those of a pass that is shared under ``shared pass``.
+        The sets, the best first and most often alone, in each one's own order; and the seconds, those of a pass that is shared
+        under ``shared pass``.
     """
     deciding = {name: deciding_criterion(each[0]) for name, each in choosers.items()}
-    chosen: dict[str, list[list[int]]] = {}
+    chosen: dict[str, list[list[list[int]]]] = {}
     seconds: dict[str, float] = {}
 
     def together(group: Sequence[str], shared: Recipe) -> dict[str, Any]:
@@ -49,8 +50,8 @@ def choices(
         segmented = any(is_segmented(choosers[name][0]) for name in group)
         names = [deciding[name] for name in group]
         observations = observe(subject.load(), calibration, shared, names, segmented, progress)
-        found = {name: _chosen(subject, choosers[name], observations) for name in group}
-        return {"choices": found, "seconds": time.perf_counter() - start}
+        sets = {name: [_sets(subject, each, observations) for each in choosers[name]] for name in group}
+        return {"sets": sets, "seconds": time.perf_counter() - start}
 
     depths = [each.budget.to_dict() for each in next(iter(choosers.values()))]
     # A preset's own settings may be of the pass itself.
@@ -60,24 +61,26 @@ def choices(
         if name == each[0].criterion and Need.TRIALS not in get_criterion(deciding[name]).needs
     ]
     if watching:
-        kept = journal.once(f"pass of {watching} at {depths}", lambda: together(watching, recipe))
-        chosen |= kept["choices"]
+        kept = journal.once(f"sets from the pass of {watching} at {depths}", lambda: together(watching, recipe))
+        chosen |= kept["sets"]
         seconds["shared pass"] = kept["seconds"]
     for name, recipes in choosers.items():
         if name in watching:
             continue
         known = name if name == recipes[0].criterion else f"{name} {preset_settings(name)}"
         if issubclass(get_criterion(deciding[name]), GreedyCriterion):
-            chosen[name], seconds[name] = _greedy(known, subject, calibration, recipes, journal, progress)
+            found, seconds[name] = _greedy(known, subject, calibration, recipes, journal, progress)
+            chosen[name] = [[each] for each in found]
             continue
-        kept = journal.once(f"trials of {known} at {depths}", partial(together, [name], recipes[0]))
-        chosen |= kept["choices"]
+        kept = journal.once(f"sets from trials of {known} at {depths}", partial(together, [name], recipes[0]))
+        chosen |= kept["sets"]
         seconds[name] = kept["seconds"]
     return chosen, seconds
 
 
-def _chosen(subject: Subject, recipes: list[Recipe], observations: Observations) -> list[list[int]]:
-    return [list(choose_layers(each, subject.load(), observations)[0]) for each in recipes]
+def _sets(subject: Subject, recipe: Recipe, observations: Observations) -> list[tuple[int, ...]]:
+    removed, _ = choose_layers(recipe, subject.load(), observations)
+    return finalists(recipe, subject.load(), observations, removed)
 
 
 def _greedy(

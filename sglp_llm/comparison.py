@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sglp_llm.adapters import get_adapter
-from sglp_llm.analysis import check_criteria, compensate, deciding_criterion, plan_settings, software_versions
+from sglp_llm.analysis import check_criteria, deciding_criterion, plan_settings, repair_best, software_versions
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.checkpoint.replaced import as_stored
 from sglp_llm.choices import choices
@@ -25,7 +25,7 @@ from sglp_llm.methods import chooser, is_single, method_recipe
 from sglp_llm.plans import PLAN_FILE_NAME, load_plan, plan_from_indices, save_plan
 from sglp_llm.progress import Progress, silent
 from sglp_llm.recipe import Recipe
-from sglp_llm.records import Budget, Comparison, ComparisonRow, PrunePlan
+from sglp_llm.records import Budget, Comparison, ComparisonRow
 from sglp_llm.selection import check_budget
 from sglp_llm.subject import Subject
 from sglp_llm.version import __version__
@@ -68,7 +68,7 @@ def compare(
         check_budget(budget, subject.num_layers, protect)
     check_compensations(recipes, subject, len(calibration.input_ids))
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash}
-    idle = "criterion also ratio drop target_params compensate held_out max_shard_size batch_size engine scratch"
+    idle = "criterion also ratio drop target_params compensate held_out candidates max_shard_size batch_size engine scratch"
     for key in idle.split():
         settings.pop(key, None)
     # Another version may keep its pieces in another form.
@@ -79,9 +79,9 @@ def compare(
     own = {choosers[name]: [replace(each, compensate=NONE) for each in recipes[name]] for name in methods}
     chosen, seconds = choices(subject, calibration, recipe, own, run.journal, progress)
     plans = [
-        (name, _decided(run, name, each, removed))
+        (name, _decided(run, name, each, sets))
         for name in methods
-        for each, removed in zip(recipes[name], chosen[choosers[name]], strict=True)
+        for each, sets in zip(recipes[name], chosen[choosers[name]], strict=True)
     ]
     dense = Shortened(())
     found = measured(subject, [dense, *(plan.model for _, plan in plans)], measurements, run.journal, progress)
@@ -103,7 +103,7 @@ def compare(
         for name, plan in plans
     )
     if any(each[0].compensate != NONE for each in recipes.values()):
-        settings["held_out"] = recipe.held_out
+        settings |= {"held_out": recipe.held_out, "candidates": recipe.candidates}
     return Comparison(
         model=subject.identity.name,
         num_layers=subject.num_layers,
@@ -170,52 +170,53 @@ class _Decided:
     seconds: float
 
 
-def _decided(run: _Run, method: str, recipe: Recipe, chosen: Sequence[int]) -> _Decided:
+def _decided(run: _Run, method: str, recipe: Recipe, sets: Sequence[Sequence[int]]) -> _Decided:
     """What a method makes of one depth: the layers that go, and what makes up for them.
-
-    The one place that knows that the layers are chosen first and repaired then.
 
     Args:
         run: What all have in common.
         method: Its name.
         recipe: Its settings at this depth.
-        chosen: The layers that its criterion removes, in the criterion's order.
+        sets: The sets of layers that its criterion ends with, see `sglp_llm.analysis.finalists`.
     """
-    removed = tuple(sorted(chosen))
-    plan = replace(
-        plan_from_indices(run.subject.num_layers, removed),
-        source=run.subject.identity,
-        revision=run.subject.revision,
-        budget=recipe.budget.to_dict(),
-        settings=plan_settings(recipe, run.calibration, chosen),
-        versions=software_versions(),
-    )
-    repair = f"without {list(removed)} repaired by {recipe.compensate}, {recipe.held_out} held out"
-    what = f"without {list(removed)}" if recipe.compensate == NONE else repair
+    sets = [list(each) for each in sets[: 1 if recipe.compensate == NONE else recipe.candidates]]
+    how = "" if recipe.compensate == NONE else f" repaired by {recipe.compensate}, {recipe.held_out} held out"
+    what = f"the best of {sets}{how}"
     folder = run.folder / _PLANS / f"{hashlib.sha256(what.encode()).hexdigest()[:8]}-{method}"
+
+    def save(removed: Sequence[int], replaced: Mapping[str, torch.Tensor], report: Mapping[str, Any]) -> None:
+        plan = replace(
+            plan_from_indices(run.subject.num_layers, removed),
+            source=run.subject.identity,
+            revision=run.subject.revision,
+            budget=recipe.budget.to_dict(),
+            settings=plan_settings(recipe, run.calibration, removed),
+            versions=software_versions(),
+            replaced=replaced,
+            compensation=report,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        save_plan(plan, folder / PLAN_FILE_NAME)
+
     if recipe.compensate == NONE:
-        _save(plan, folder)
-        return _Decided(Shortened(removed), folder, 0.0)
+        save(sets[0], {}, {})
+        return _Decided(Shortened(tuple(sorted(sets[0]))), folder, 0.0)
 
     def repaired() -> dict[str, Any]:
         start = time.perf_counter()
-        found = compensate(run.subject, recipe, run.calibration, removed, run.progress)
+        removed, found = repair_best(run.subject, recipe, run.calibration, sets, run.progress)
         # What is measured is what an export would hold.
         replaced = as_stored(run.subject.config, run.subject.source, found.replaced)
-        _save(replace(plan, replaced=replaced, compensation=found.report), folder)
-        return {"folder": folder.name, "tensors": _digest(replaced), "seconds": time.perf_counter() - start}
+        save(removed, replaced, found.report)
+        seconds = time.perf_counter() - start
+        return {"removed": removed, "folder": folder.name, "tensors": _digest(replaced), "seconds": seconds}
 
-    kept = run.journal.once(repair, repaired)
+    kept = run.journal.once(what, repaired)
     first = run.folder / _PLANS / kept["folder"]
     if first != folder:
         known = load_plan(first)
-        _save(replace(plan, replaced=known.replaced, compensation=known.compensation), folder)
-    return _Decided(Shortened(removed, kept["tensors"], first), folder, kept["seconds"])
-
-
-def _save(plan: PrunePlan, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_plan(plan, folder / PLAN_FILE_NAME)
+        save(kept["removed"], known.replaced, known.compensation)
+    return _Decided(Shortened(tuple(sorted(kept["removed"])), kept["tensors"], first), folder, kept["seconds"])
 
 
 def _digest(replaced: Mapping[str, torch.Tensor]) -> str:

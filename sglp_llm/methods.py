@@ -49,7 +49,7 @@ def chooser(recipe: Recipe, method: str, budget: Budget) -> str:
     own = method_recipe(recipe, method, budget)
     plain = _with_settings(recipe, {"criterion": own.criterion}, budget)
     # These decide what becomes of the layers that stay.
-    alike = replace(own, compensate=plain.compensate, held_out=plain.held_out)
+    alike = replace(own, compensate=plain.compensate, held_out=plain.held_out, candidates=plain.candidates)
     return own.criterion if alike == plain else method.partition("+")[0]
 
 

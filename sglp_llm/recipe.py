@@ -67,6 +67,7 @@ class Recipe:
         target_params: the number of parameters that may be left.
         compensate: How the layers that stay make up for those that went: ``none``, or a name from ``compensation/``.
         held_out: Share of the calibration sequences, the last ones, that a compensation is not fitted on but judged by.
+        candidates: How many of the sets that a search ends with are repaired in closed form before one is taken.
         max_shard_size: Largest file of the output, such as ``2GB``; none = shards like the source's.
     """
 
@@ -98,6 +99,7 @@ class Recipe:
     target_params: int | None = None
     compensate: str = "none"
     held_out: float = 0.25
+    candidates: int = 3
     max_shard_size: str | None = None
 
     @property
@@ -133,7 +135,7 @@ def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
         UserError: A key is unknown (the message names the nearest one) or a value has the wrong type.
     """
     recipe: Recipe = record_from_dict(Recipe, data, where)
-    for key in ("samples", "batch_size", "minibatch_sequences", "minibatch_positions"):
+    for key in ("samples", "batch_size", "minibatch_sequences", "minibatch_positions", "candidates"):
         _at_least(1, getattr(recipe, key), f"{where}: {key}")
     for key, layers in vars(recipe.protect).items():
         if layers < 0:

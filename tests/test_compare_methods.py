@@ -19,6 +19,7 @@ from checkpoints import run_cli
 from helpers import tiny_tokenizer
 from tiny_models import Tiny, load_plain, save_tiny, tiny_model
 
+from sglp_llm.analysis import repair_best
 from sglp_llm.calibration import calibration_set, evaluation_windows
 from sglp_llm.criteria import criterion_names
 from sglp_llm.evaluation.pairs import pairs
@@ -28,6 +29,7 @@ from sglp_llm.plans import load_plan
 from sglp_llm.recipe import Recipe, preset_names
 from sglp_llm.records import Budget, ComparisonRow
 from sglp_llm.source import find_source
+from sglp_llm.subject import Subject
 
 METHODS = ("angular", "angular+linear", "bi+scale", "bi+linear", "search", "sglp-search", "sglp-search+linear", "bi")
 SETTINGS = ("--calibration", "pydoc", "--samples", "8", "--seq-len", "48", "--trial-samples", "2")
@@ -81,11 +83,13 @@ def plain_losses(folder: Path, tokenizer: Any) -> list[float]:
         return [float(model(input_ids=each[None], labels=each[None]).loss) for each in windows]
 
 
-@pytest.mark.parametrize(("method", "compensation", "count"), [("angular", "linear", 3), ("bi", "scale", 1)])
+@pytest.mark.parametrize(
+    ("method", "compensation", "count"), [("angular", "linear", 3), ("bi", "scale", 1), ("sglp-search", "linear", 3)]
+)
 def test_a_compensated_row_is_what_prune_writes(
     method: str, compensation: str, count: int, tiny: Path, result: dict[str, Any], tmp_path: Path
 ) -> None:
-    options = ("--criterion", method, "--compensate", compensation, "--drop", count, *SETTINGS)
+    options = ("--criterion", method.removeprefix("sglp-"), "--compensate", compensation, "--drop", count, *SETTINGS)
     outcome = run_cli("prune", tiny, "-o", tmp_path / "out", *options, "--no-verify")
     assert outcome.code == 0, outcome.err
     row = row_of(result, f"{method}+{compensation}", count)
@@ -93,6 +97,7 @@ def test_a_compensated_row_is_what_prune_writes(
     losses = plain_losses(tmp_path / "out", load_tokenizer(find_source(tiny)))
     assert row["losses"][NAME] == pytest.approx(losses, rel=1e-5)
     assert row["losses"][NAME] != pytest.approx(row_of(result, method, count)["losses"][NAME], rel=1e-4)
+    assert np.mean(row["losses"][NAME]) < np.mean(row_of(result, method, count)["losses"][NAME])
 
 
 def test_every_plan_can_be_applied(tiny: Path, finished: Path, result: dict[str, Any], tmp_path: Path) -> None:
@@ -114,7 +119,6 @@ def test_who_chooses_alike_chooses_once(result: dict[str, Any]) -> None:
     for count in (1, 3):
         plain, preset = row_of(result, "search", count), row_of(result, "sglp-search", count)
         assert {**plain, "method": "", "plan": ""} == {**preset, "method": "", "plan": ""}
-        assert row_of(result, "sglp-search+linear", count)["removed"] == plain["removed"]
     # Both remove the same layer, which is repaired once.
     angular, bi = (row_of(result, f"{method}+linear", 1) for method in ("angular", "bi"))
     assert {**angular, "method": "", "plan": ""} == {**bi, "method": "", "plan": ""}
@@ -242,6 +246,18 @@ def test_seeds_give_means_and_spreads(tiny: Path, tmp_path: Path) -> None:
         assert float(line["standard_deviation"]) == pytest.approx(np.std(values, ddof=1), abs=1e-9)
         assert int(line["different_choices"]) == len({tuple(row["removed"]) for row in rows})
     assert "\n| angular+linear | 3 | " in (tmp_path / "out" / "seeds.md").read_text()
+
+
+def test_a_candidate_that_nothing_can_repair_loses_to_one_that_can(tiny: Path) -> None:
+    """Nothing is in front of a cut of the first layers."""
+    subject = Subject(tiny)
+    calibration = calibration_set(subject.tokenizer, "pydoc", samples=8, seq_len=48)
+    recipe = Recipe(compensate="linear", drop=1)
+    removed, compensated = repair_best(subject, recipe, calibration, [(0,), (5,)])
+    assert removed == (5,)
+    assert compensated.replaced
+    assert [each["held_out_loss"] is None for each in compensated.report["candidates"]] == [True, False]
+    assert repair_best(subject, recipe, calibration, [(0,)])[0] == (0,)
 
 
 def test_methods_by_name() -> None:

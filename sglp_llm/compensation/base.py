@@ -56,6 +56,10 @@ class Method(ABC):
         """
 
     @abstractmethod
+    def closed_form(self, model: DecoderModel) -> Method:
+        """What it begins with, or it itself: quick enough to try on several sets of layers."""
+
+    @abstractmethod
     def run(
         self,
         model: DecoderModel,
@@ -113,6 +117,9 @@ class LeastSquares(Method):
                 f"compensate {self.name} does not work for this {adapter.display_name} model: a norm ({branch.last}) follows its "
                 "MLP, and takes no matrix; --compensate scale works there"
             )
+
+    def closed_form(self, model: DecoderModel) -> Method:
+        return self
 
     def run(
         self,

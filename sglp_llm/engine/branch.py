@@ -48,12 +48,12 @@ def folded(layer: nn.Module, branch: Branch, factor: Tensor) -> dict[str, Tensor
     for name in branch.last.split("."):
         owner = getattr(owner, name)
     if isinstance(owner, nn.Parameter):
-        _refuse_offloaded(owner)
+        refuse_offloaded(owner)
         return {branch.last: torch.stack([_times(matrix, factor, 0) for matrix in owner.detach()])}
     axis = 1 if isinstance(owner, Conv1D) else 0
     values = {}
     for name, parameter in owner.named_parameters(recurse=False):
-        _refuse_offloaded(parameter)
+        refuse_offloaded(parameter)
         value = parameter.detach()
         offset = branch.offset if name == "weight" else 0.0
         values[f"{branch.last}.{name}"] = (
@@ -66,7 +66,12 @@ def folded(layer: nn.Module, branch: Branch, factor: Tensor) -> dict[str, Tensor
     return values
 
 
-def _refuse_offloaded(parameter: Tensor) -> None:
+def refuse_offloaded(parameter: Tensor) -> None:
+    """Refuses a parameter that accelerate has put elsewhere.
+
+    Raises:
+        UserError: It has.
+    """
     if parameter.device.type == "meta":
         raise UserError(
             "the model does not fit: a part of it was offloaded, and a compensation needs every layer on a device; "

@@ -43,6 +43,54 @@ def loss_and_gradient(replay: Replay, states: torch.Tensor) -> tuple[float, torc
     return total, gradient
 
 
+def divergence(replay: Replay, states: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """KL(dense next-token distribution || that of ``states``), mean over each sequence's positions, ``[batch]`` float64.
+
+    Args:
+        replay: The batch.
+        states: ``[batch, tokens, hidden]``, before the final norm.
+        dense: The same of the model that is compared with.
+    """
+    total = torch.zeros(len(states), dtype=torch.float64, device=states.device)
+    for first, end in _pieces(replay, states):
+        own = replay.logits(states[:, first:end], slice(first, end)).float().log_softmax(dim=-1)
+        other = replay.logits(dense[:, first:end], slice(first, end)).float().log_softmax(dim=-1)
+        each = (other.exp() * (other - own)).sum(dim=-1)
+        total += (each * _weights(replay, states)[:, first:end]).double().sum(dim=1)
+    return total
+
+
+def divergence_gradient(replay: Replay, states: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """The gradient of the sum of `divergence` by ``states``, of their shape and dtype."""
+    gradient = torch.zeros_like(states)
+    for first, end in _pieces(replay, states):
+        with torch.no_grad():
+            other = replay.logits(dense[:, first:end], slice(first, end)).float().softmax(dim=-1)
+        part = states[:, first:end].detach().requires_grad_(True)
+        with torch.enable_grad():
+            logits = replay.logits(part, slice(first, end))
+        # Of KL by the logits: a difference of two distributions. Autograd would keep three more tensors of that size.
+        by_logits = (logits.detach().float().softmax(dim=-1) - other) * _weights(replay, states)[:, first:end, None]
+        (gradient[:, first:end],) = torch.autograd.grad(logits, part, by_logits.to(logits.dtype))
+    return gradient
+
+
+def _weights(replay: Replay, states: torch.Tensor) -> torch.Tensor:
+    """What each position counts in its sequence's mean, ``[batch, tokens]``."""
+    if replay.mask is None:
+        return torch.full(states.shape[:2], 1 / states.shape[1], device=states.device)
+    mask = replay.mask.to(states.device)
+    return mask / mask.sum(dim=1, keepdim=True)
+
+
+def _pieces(replay: Replay, states: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Half open ranges of positions."""
+    batch, tokens, _ = states.shape
+    length = max(1, _CHUNK_BYTES // (4 * batch * replay.vocabulary))
+    for first in range(0, tokens, length):
+        yield first, min(first + length, tokens)
+
+
 def _chunks(replay: Replay, states: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Half open ranges of positions that overlap by one: what the last of a chunk predicts belongs to the next."""
     batch, tokens, _ = states.shape

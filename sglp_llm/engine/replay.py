@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -55,10 +55,22 @@ class Replay:
             model.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         self.first_states = seen[0]
 
-    def layer(self, index: int, states: torch.Tensor) -> torch.Tensor:
-        """What leaves a decoder layer, ``[batch, tokens, hidden]``, when ``states`` of the same shape enter it."""
-        call = self._calls[index]
-        result: torch.Tensor = leaving_states(self._model.layers[index](states, *call.args, **call.kwargs))
+    def layer(
+        self, index: int, states: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """What leaves a decoder layer, ``[batch, tokens, hidden]``, when ``states`` of the same shape enter it.
+
+        Args:
+            index: Which one.
+            states: What enters.
+            weights: Tensors that stand in for parameters of the layer, by their names in it.
+        """
+        call, layer = self._calls[index], self._model.layers[index]
+        if weights:
+            output = torch.func.functional_call(layer, dict(weights), (states, *call.args), call.kwargs)
+        else:
+            output = layer(states, *call.args, **call.kwargs)
+        result: torch.Tensor = leaving_states(output)
         return result
 
     def layers(self, start: int, removed: frozenset[int], states: torch.Tensor) -> torch.Tensor:

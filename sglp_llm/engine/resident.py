@@ -90,7 +90,7 @@ def _run(
         if watching:
             stack.enter_context(_layer_hooks(model.layers, watching, current))
         if differentiate:
-            stack.enter_context(_frozen(model.model))
+            stack.enter_context(frozen(model.model))
             stack.enter_context(watched_gradients(dict(enumerate(model.layers)), observers, current, norms))
         stack.enter_context(torch.enable_grad() if differentiate else torch.inference_mode())
         advance = stack.enter_context(progress("Analysing", len(share)))
@@ -155,7 +155,7 @@ def _layer_hooks(layers: nn.ModuleList, watching: Sequence[Observer], current: l
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Inside the block no parameter takes gradients, and none holds any."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     model.requires_grad_(False)

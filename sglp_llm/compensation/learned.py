@@ -1,0 +1,164 @@
+"""The linear fold, refined by gradient: the weights around the cuts are moved until the predictions are the whole model's.
+
+The objective is that of knowledge distillation (Hinton et al., arXiv 1503.02531) on the calibration sequences alone: the
+divergence from the whole model's next-token distribution. What may move: the output projections of attention and MLP and the
+scales of the norms, from the layer before the first cut on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sglp_llm.adapters import DecoderAdapter
+from sglp_llm.calibration import CalibrationSet
+from sglp_llm.compensation import linear, scale
+from sglp_llm.compensation.base import Compensated, Method
+from sglp_llm.engine.cuts import DtypeOf, cuts_of
+from sglp_llm.engine.refine import Quality, Schedule, refine
+from sglp_llm.engine.walk import split
+from sglp_llm.loading import DecoderModel
+from sglp_llm.processes import ALONE, Processes
+from sglp_llm.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Learned(Method):
+    """Begins with the closed form, `linear` where the family takes it and `scale` elsewhere, and refines it.
+
+    The guard: refined values are taken only where they lower divergence and loss, both on the held-out sequences and on those
+    of the fit; otherwise the closed form stays.
+
+    Attributes:
+        schedule: Of the refinement.
+    """
+
+    schedule: Schedule = field(default_factory=Schedule)
+
+    @property
+    def matrices(self) -> int:
+        return linear.METHOD.matrices
+
+    def check(self, adapter: DecoderAdapter, config: object) -> None:
+        """Every family takes it."""
+
+    def closed_form(self, model: DecoderModel) -> Method:
+        """`linear` where the family takes it and `scale` elsewhere."""
+        return scale.METHOD if model.adapter.mlp_branch(model.model.config).is_norm else linear.METHOD
+
+    def run(
+        self,
+        model: DecoderModel,
+        calibration: CalibrationSet,
+        removed: Sequence[int],
+        *,
+        held_out: float = 0.25,
+        stored: DtypeOf | None = None,
+        batch_size: int = 8,
+        progress: Progress = silent,
+        processes: Processes = ALONE,
+    ) -> Compensated:
+        start = self.closed_form(model).run(
+            model,
+            calibration,
+            removed,
+            held_out=held_out,
+            stored=stored,
+            batch_size=batch_size,
+            progress=progress,
+            processes=processes,
+        )
+        names = refinable(model, removed)
+        if not names:
+            return Compensated(start.replaced, {**start.report, "method": "learned", "refined": {"taken": False}})
+        parts = split(len(calibration.input_ids), held_out)
+        found = refine(
+            model,
+            calibration,
+            removed,
+            names,
+            start.replaced,
+            parts,
+            self.schedule,
+            progress=progress,
+            processes=processes,
+        )
+        reason = _reason_against(found.before, found.after)
+        dtype_of = stored or (lambda _: model.model.dtype)
+        values = {} if reason else {name: value.to(dtype_of(name)) for name, value in found.values.items()}
+        refined: dict[str, Any] = {
+            "parameters": sum(value.numel() for value in found.values.values()),
+            "epochs": self.schedule.epochs,
+            "divergences": {
+                part: {"without": _number(found.before[part].divergence), "with": _number(found.after[part].divergence)}
+                for part in found.before
+            },
+            "losses": {
+                part: {"without": _number(found.before[part].loss), "with": _number(found.after[part].loss)}
+                for part in found.before
+            },
+            "held_out_divergences": [_number(value) for value in found.held_out_divergences],
+            "taken": not reason,
+            **({"reason": reason} if reason else {}),
+        }
+        report = {**start.report, "method": "learned", "start": start.report["method"], "refined": refined}
+        if not reason:
+            report["losses"] = {
+                part: {**start.report["losses"].get(part, {}), "with": _number(found.after[part].loss)}
+                for part in found.after
+            }
+        return Compensated({**start.replaced, **values}, report)
+
+
+def refinable(model: DecoderModel, removed: Sequence[int]) -> list[str]:
+    """What may move: see this module. Nothing where all cuts are at the front.
+
+    Args:
+        model: The whole model; only its structure is looked at.
+        removed: The layers that go.
+
+    Returns:
+        Names of parameters in the model.
+    """
+    starts = [cut.start for cut in cuts_of(removed) if cut.start]
+    if not starts:
+        return []
+    names = []
+    width = model.model.config.hidden_size
+    for index in range(min(starts) - 1, model.num_layers):
+        if index in removed:
+            continue
+        layer = model.layers[index]
+        norms = {
+            f"{path}.{name}"
+            for path, module in layer.named_modules()
+            if not isinstance(module, nn.Linear | Conv1D)
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.shape == (width,)
+        }
+        ends = (model.adapter.attention_out, model.adapter.mlp_out)
+        for name, _ in layer.named_parameters():
+            if name in norms or any(name == end or name.startswith(f"{end}.") for end in ends):
+                names.append(f"{model.adapter.layers}.{index}.{name}")
+    return names
+
+
+def _reason_against(before: dict[str, Quality], after: dict[str, Quality]) -> str | None:
+    for part, words in (("held_out", "held-out sequences"), ("fit", "sequences that it was fitted on")):
+        if not after[part].divergence < before[part].divergence:
+            return f"it does not lower the divergence on the {words}"
+        if not after[part].loss <= before[part].loss:
+            return f"it raises the loss on the {words}"
+    return None
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+METHOD = Learned()

@@ -1,0 +1,274 @@
+"""Refines a few weights of a shortened model by gradient, so that it predicts more nearly what the whole model predicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sglp_llm.calibration import CalibrationSet
+from sglp_llm.engine.branch import refuse_offloaded
+from sglp_llm.engine.head import divergence, divergence_gradient, losses
+from sglp_llm.engine.modes import evaluating
+from sglp_llm.engine.resident import frozen
+from sglp_llm.engine.states import StateStore, state_store
+from sglp_llm.engine.streamed import Replays, Step, layers_in_turn, steps_of
+from sglp_llm.engine.walk import Parts
+from sglp_llm.loading import DecoderModel
+from sglp_llm.processes import ALONE, Processes
+from sglp_llm.progress import Advance, Progress, silent
+
+_ENTERING, _DENSE = "entering", "dense"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How weights are refined: Adam, the rate rising over the first twentieth of the steps and falling by half a cosine.
+
+    Attributes:
+        epochs: How often the fit sequences are seen.
+        sequences: Of them in one step.
+        rate: Learning rate of matrices.
+        vector_rate: Learning rate of biases and of the scales of norms.
+        seed: Of the order of the steps.
+    """
+
+    epochs: int = 4
+    sequences: int = 4
+    rate: float = 3e-4
+    vector_rate: float = 1e-3
+    seed: int = 0
+
+    def factor(self, step: int, steps: int) -> float:
+        """What the rates are multiplied by at a step, counted from 0."""
+        return min(1.0, (step + 1) / max(1.0, 0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well the shortened model does on some sequences.
+
+    Attributes:
+        divergence: KL(whole model's next-token distribution || the shortened model's), nats a token.
+        loss: Mean negative log-likelihood, nats a token.
+    """
+
+    divergence: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What refining has given.
+
+    Attributes:
+        values: The best values by the held-out divergence, by name, float32 on the CPU.
+        before: Quality by part, with the values that it began with.
+        after: The same with the best values.
+        held_out_divergences: After each epoch.
+    """
+
+    values: dict[str, Tensor]
+    before: dict[str, Quality]
+    after: dict[str, Quality]
+    held_out_divergences: list[float]
+
+
+def refine(
+    model: DecoderModel,
+    calibration: CalibrationSet,
+    removed: Sequence[int],
+    names: Sequence[str],
+    start: Mapping[str, Tensor],
+    parts: Parts,
+    schedule: Schedule,
+    *,
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> Refined:
+    """Minimises the mean divergence of the fit sequences; the model's own weights are not changed.
+
+    What comes before the first of the refined layers is computed once. A model with streamed layers brings every later layer
+    twice a step, and holds the activations of one of them at a time.
+
+    Args:
+        model: The whole model, resident or streamed.
+        calibration: The sequences.
+        removed: The layers that go.
+        names: Parameters to refine, of layers that stay, by name in the model.
+        start: Values of some parameters of layers that stay to begin with, those of ``names`` among them or not.
+        parts: The sequences by what they are for.
+        schedule: See `Schedule`.
+        progress: Told the sequences that are done.
+        processes: Each takes its share of every step; all return the same.
+
+    Raises:
+        UserError: A layer is offloaded, or the divergence is not finite.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model.model))
+        stack.enter_context(frozen(model.model))
+        scratch = None if model.weights is None else model.weights.scratch
+        store = stack.enter_context(state_store(model.input_device, scratch))
+        passes = 3 + schedule.epochs  # the whole model's, one before and one after, and the steps
+        advance = stack.enter_context(progress("Refining", passes * sum(len(part) for _, part in parts.items())))
+        refining = _Refining(model, calibration, removed, names, start, parts, schedule, store, advance, processes)
+        return refining.run()
+
+
+class _Refining:
+    def __init__(
+        self,
+        model: DecoderModel,
+        calibration: CalibrationSet,
+        removed: Sequence[int],
+        names: Sequence[str],
+        start: Mapping[str, Tensor],
+        parts: Parts,
+        schedule: Schedule,
+        store: StateStore,
+        advance: Advance,
+        processes: Processes,
+    ) -> None:
+        self._model, self._schedule, self._parts = model, schedule, parts
+        self._store, self._advance, self._processes = store, advance, processes
+        self._replays = Replays(model)
+        self._values, self._fixed = self._leaves(names, start)
+        first = min(self._layer_of(name) for name in (*self._values, *self._fixed))
+        self._kept = [layer for layer in range(first, model.num_layers) if layer not in set(removed)]
+        self._steps = {name: self._groups(calibration, part) for name, part in parts.items()}
+        self._prepare(first)
+
+    def run(self) -> Refined:
+        before = {part: self._quality(part) for part, _ in self._parts.items()}
+        best, values = before["held_out"].divergence, self._snapshot()
+        matrices = [value for value in self._values.values() if value.ndim > 1]
+        vectors = [value for value in self._values.values() if value.ndim == 1]
+        rates = {"matrices": self._schedule.rate, "vectors": self._schedule.vector_rate}
+        groups = [{"params": matrices, "name": "matrices"}, {"params": vectors, "name": "vectors"}]
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95))
+        order, history, done = torch.Generator().manual_seed(self._schedule.seed), [], 0
+        steps = self._schedule.epochs * len(self._steps["fit"])
+        for _ in range(self._schedule.epochs):
+            for index in torch.randperm(len(self._steps["fit"]), generator=order).tolist():
+                for group in optimizer.param_groups:
+                    group["lr"] = rates[group["name"]] * self._schedule.factor(done, steps)
+                self._descend(optimizer, self._steps["fit"][index])
+                done += 1
+            history.append(self._quality("held_out").divergence)
+            if not math.isfinite(history[-1]):
+                break
+            if history[-1] < best:
+                best, values = history[-1], self._snapshot()
+        for name, value in self._values.items():
+            value.data = values[name].to(value.device)
+        after = {part: self._quality(part) for part, _ in self._parts.items()}
+        return Refined(values, before, after, history)
+
+    def _leaves(self, names: Sequence[str], start: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is refined, in float32, and what only stands in for the model's own values."""
+        device, values = self._model.input_device, {}
+        for index in sorted({self._layer_of(name) for name in names}):
+            with self._at(index) as layer:
+                own = dict(layer.named_parameters())
+                for name in names:
+                    if self._layer_of(name) == index:
+                        value = start.get(name, own[self._local(name)])
+                        refuse_offloaded(value)
+                        values[name] = value.detach().to(torch.float32, copy=True).requires_grad_(True)
+        fixed = {name: value.to(device) for name, value in start.items() if name not in values}
+        return values, fixed
+
+    def _groups(self, calibration: CalibrationSet, part: range) -> list[tuple[list[Step], int]]:
+        """The sequences of a part in steps: those that are this process's, and how many all processes have."""
+        groups = []
+        for first in part[:: self._schedule.sequences]:
+            whole = range(first, min(first + self._schedule.sequences, part.stop))
+            share = self._processes.share(len(whole))
+            mine = whole[share.start : share.stop]
+            groups.append((steps_of(self._model, calibration, len(whole), mine), len(whole)))
+        return groups
+
+    def _prepare(self, first: int) -> None:
+        """What enters the first refined layer, and what leaves the last of the whole model."""
+        everything = [step for groups in self._steps.values() for steps, _ in groups for step in steps]
+        with torch.no_grad():
+            for step in everything:
+                self._store.put(_DENSE, step.batch, self._replays.first_states(step))
+            for index, _ in layers_in_turn(self._model, range(self._model.num_layers)):
+                if index == first:
+                    self._store.share(_DENSE, _ENTERING)
+                for step in everything:
+                    states = self._store.get(_DENSE, step.batch)
+                    self._store.put(_DENSE, step.batch, self._replays.of(step).layer(index, states))
+        self._advance(sum(step.batch.size for step in everything))
+
+    def _descend(self, optimizer: torch.optim.Optimizer, group: tuple[list[Step], int]) -> None:
+        steps, sequences = group
+        optimizer.zero_grad(set_to_none=True)
+        for step in steps:
+            final = self._final(step)
+            dense = self._store.get(_DENSE, step.batch)
+            gradient = divergence_gradient(self._replays.of(step), final.detach(), dense)
+            final.backward(gradient / sequences)
+            self._advance(step.batch.size)
+        for value in self._values.values():
+            own = torch.zeros_like(value) if value.grad is None else value.grad
+            value.grad = self._processes.sum(own)
+        optimizer.step()
+
+    def _quality(self, part: str) -> Quality:
+        """Means over the sequences of a part."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad():
+            for steps, _ in self._steps[part]:
+                for step in steps:
+                    final, dense = self._final(step), self._store.get(_DENSE, step.batch)
+                    replay = self._replays.of(step)
+                    sums[0] += float(divergence(replay, final, dense).sum())
+                    sums[1] += float(losses(replay, final).sum())
+                    self._advance(step.batch.size)
+        means = self._processes.sum(sums) / sum(sequences for _, sequences in self._steps[part])
+        return Quality(*means.tolist())
+
+    def _final(self, step: Step) -> Tensor:
+        """What leaves the last layer of the shortened model with the values as they are."""
+        states, replay = self._store.get(_ENTERING, step.batch), self._replays.of(step)
+        for index in self._kept:
+
+            def through(entering: Tensor, index: int = index) -> Tensor:
+                with self._at(index) as layer:
+                    layer.requires_grad_(False)
+                    return replay.layer(index, entering, self._standing_in(index))
+
+            if self._model.weights is not None and torch.is_grad_enabled():
+                states = checkpoint(through, states, use_reentrant=False, preserve_rng_state=False)
+            else:
+                states = through(states)
+        return states
+
+    def _standing_in(self, index: int) -> dict[str, Tensor]:
+        """Values of a layer's parameters, by their names in it, in the model's dtype."""
+        dtype = self._model.model.dtype
+        both = (*self._fixed.items(), *self._values.items())
+        return {self._local(name): value.to(dtype) for name, value in both if self._layer_of(name) == index}
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: value.detach().to("cpu", copy=True) for name, value in self._values.items()}
+
+    @contextmanager
+    def _at(self, index: int) -> Iterator[nn.Module]:
+        model = self._model
+        with nullcontext(model.layers[index]) if model.weights is None else model.weights.layer(index) as layer:
+            yield layer
+
+    def _layer_of(self, name: str) -> int:
+        return int(name.removeprefix(f"{self._model.adapter.layers}.").partition(".")[0])
+
+    def _local(self, name: str) -> str:
+        return name.removeprefix(f"{self._model.adapter.layers}.").partition(".")[2]
