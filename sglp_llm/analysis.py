@@ -276,7 +276,8 @@ def repair_best(
         method = get_method(recipe.compensate).closed_form(subject.load())
         for each in candidates:
             report = _repaired(method, subject, recipe, few, each, progress, processes).report
-            judged.append({"removed": list(each), "held_out_loss": report["losses"]["held_out"]["with"]})
+            loss = report["losses"].get("held_out", {}).get("with")  # nothing is in front of a cut of the first layers
+            judged.append({"removed": list(each), "held_out_loss": loss})
         best = min(judged, key=lambda one: (one["held_out_loss"] is None, one["held_out_loss"]))
         removed = tuple(best["removed"])
     compensated = compensate(subject, recipe, calibration, removed, progress, processes)
