@@ -249,24 +249,61 @@ def decide(
     Raises:
         UserError: See `choose_layers` and `compensate`.
     """
-    removed, segments = choose_layers(recipe, subject.load(), observations)
+    model = subject.load()
+    removed, segments = choose_layers(recipe, model, observations)
+    sets = [removed] if recipe.compensate == NONE else finalists(recipe, model, observations, removed)
+    removed, compensated = repair_best(subject, recipe, calibration, sets, progress, processes)
+    return Decision(removed, segments, compensated)
+
+
+def finalists(
+    recipe: Recipe, model: DecoderModel, observations: Observations, removed: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """The good sets that the recipe's criterion ends with, what `choose_layers` gave first; most criteria know that one only."""
     criterion = observations.criteria[deciding_criterion(recipe)]
+    if not isinstance(criterion, Search):
+        return [tuple(removed)]
+    among = removable_layers(model.num_layers, (recipe.protect.first, recipe.protect.last))
+    return [tuple(sorted(each)) for each, _ in criterion.finalists(len(removed), among)]
+
+
+def repair_best(
+    subject: Subject,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    sets: Sequence[Sequence[int]],
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> tuple[tuple[int, ...], Compensated]:
+    """The set of layers that goes, and what makes up for it; see `decide`.
+
+    Args:
+        subject: The model.
+        recipe: For ``candidates`` and what `compensate` looks at.
+        calibration: The sequences.
+        sets: The good sets, the best before the repair first; at least one.
+        progress: Told how far it is.
+        processes: Those that share the sequences; all return the same.
+
+    Raises:
+        UserError: See `compensate`.
+    """
+    removed = tuple(sets[0])
+    candidates = sets[: recipe.candidates] if recipe.compensate != NONE else []
     judged: list[dict[str, Any]] = []
-    if recipe.compensate != NONE and isinstance(criterion, Search) and recipe.candidates > 1:
-        among = removable_layers(subject.num_layers, (recipe.protect.first, recipe.protect.last))
-        sets = [each for each, _ in criterion.finalists(len(removed), among)][: recipe.candidates]
+    if len(candidates) > 1:
         few = calibration.first(_CANDIDATE_SAMPLES)
         method = get_method(recipe.compensate).closed_form(subject.load())
-        for each in sets if len(sets) > 1 else []:
-            report = _repaired(method, subject, recipe, few, sorted(each), progress, processes).report
-            judged.append({"removed": sorted(each), "held_out_loss": report["losses"]["held_out"]["with"]})
-        if judged:
-            best = min(judged, key=lambda one: (one["held_out_loss"] is None, one["held_out_loss"]))
-            removed = tuple(best["removed"])
+        for each in candidates:
+            report = _repaired(method, subject, recipe, few, each, progress, processes).report
+            loss = report["losses"].get("held_out", {}).get("with")  # nothing is in front of a cut of the first layers
+            judged.append({"removed": list(each), "held_out_loss": loss})
+        best = min(judged, key=lambda one: (one["held_out_loss"] is None, one["held_out_loss"]))
+        removed = tuple(best["removed"])
     compensated = compensate(subject, recipe, calibration, removed, progress, processes)
     if judged:
         compensated = Compensated(compensated.replaced, {**compensated.report, "candidates": judged})
-    return Decision(removed, segments, compensated)
+    return removed, compensated
 
 
 def run_analysis(
@@ -286,17 +323,11 @@ def run_analysis(
     scores = observations.scores()
     decision = decide(subject, recipe, calibration, observations, progress, processes)
     removed, segments, compensated = decision.removed, decision.segments, decision.compensated
-    settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding_criterion(recipe)}
-    # Said elsewhere, of the export, or without influence on the plan.
-    idle = ("held_out", "candidates") if recipe.compensate == NONE else ()
-    for key in ("model", "revision", "max_shard_size", "engine", "scratch", "journal", *idle, *recipe.budget.to_dict()):
-        settings.pop(key, None)
+    settings = plan_settings(recipe, calibration, removed)
     for name, criterion in observations.criteria.items():
         if report := criterion.report():
             assert name not in settings
             settings[name] = dict(report)
-    if list(removed) != sorted(removed):
-        settings["removal_order"] = list(removed)
     plan = PrunePlan(
         num_layers=model.num_layers,
         kept=tuple(layer for layer in range(model.num_layers) if layer not in removed),
@@ -312,6 +343,24 @@ def run_analysis(
     )
     left = model.parameters_without(removed)
     return Analysis(plan, observations.similarity, observations.loss, model.num_parameters, left)
+
+
+def plan_settings(recipe: Recipe, calibration: CalibrationSet, removed: Sequence[int]) -> dict[str, Any]:
+    """The settings that led to a plan, for `PrunePlan.settings`; the budget stands beside them.
+
+    Args:
+        recipe: All settings.
+        calibration: The sequences.
+        removed: The layers that go, in the order in which the criterion removes them.
+    """
+    settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": deciding_criterion(recipe)}
+    # Said elsewhere, of the export, or without influence on the plan.
+    idle = ("held_out", "candidates") if recipe.compensate == NONE else ()
+    for key in ("model", "revision", "max_shard_size", "engine", "scratch", "journal", *idle, *recipe.budget.to_dict()):
+        settings.pop(key, None)
+    if list(removed) != sorted(removed):
+        settings["removal_order"] = list(removed)
+    return settings
 
 
 def _journal(subject: Subject, recipe: Recipe, calibration: CalibrationSet) -> Journal | None:

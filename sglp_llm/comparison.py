@@ -1,270 +1,236 @@
-"""Many criteria at many depths on one model, one calibration set and one set of measurements."""
+"""Many methods at many depths on one model, one calibration set and one set of measurements."""
 
 from __future__ import annotations
 
-import math
+import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sglp_llm.analysis import (
-    Observations,
-    check_criteria,
-    choose_layers,
-    deciding_criterion,
-    is_segmented,
-    observe,
-    software_versions,
-)
+import torch
+
+from sglp_llm.adapters import get_adapter
+from sglp_llm.analysis import check_criteria, deciding_criterion, plan_settings, repair_best, software_versions
 from sglp_llm.calibration import CalibrationSet
-from sglp_llm.checkpoint.export import shortened
-from sglp_llm.criteria import GreedyCriterion, get_criterion, make_criterion
-from sglp_llm.engine.observer import Need
-from sglp_llm.engine.trials import Trials
+from sglp_llm.checkpoint.replaced import as_stored
+from sglp_llm.choices import choices
+from sglp_llm.compensation import NONE, check_compensation
 from sglp_llm.errors import UserError
-from sglp_llm.evaluation.shared import window_losses_without
+from sglp_llm.evaluation.pairs import paired_difference, pairs
 from sglp_llm.journal import Journal
+from sglp_llm.measured import Measurement, Shortened, measured
+from sglp_llm.methods import chooser, is_single, method_recipe
+from sglp_llm.plans import PLAN_FILE_NAME, load_plan, plan_from_indices, save_plan
 from sglp_llm.progress import Progress, silent
 from sglp_llm.recipe import Recipe
-from sglp_llm.records import Budget, Comparison, ComparisonRow, Measured
-from sglp_llm.selection import check_budget, number_to_remove, removable_layers
+from sglp_llm.records import Budget, Comparison, ComparisonRow
+from sglp_llm.selection import check_budget
 from sglp_llm.subject import Subject
 from sglp_llm.version import __version__
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-_WINDOWS_A_PIECE = 16
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Something that is measured on every shortened model.
-
-    Attributes:
-        name: For tables.
-        key: Everything that its numbers depend on beside the model.
-        measure: What it finds on a live model; ``perplexity`` among the numbers is what is plotted.
-        windows: Where it is a perplexity: what it is measured on, ``[windows, window]``, and
-        summarise: what becomes of the windows' losses.
-    """
-
-    name: str
-    key: str
-    measure: Callable[[PreTrainedModel], Measured]
-    windows: torch.Tensor | None = None
-    summarise: Callable[[Sequence[float]], Measured] | None = None
+_PLANS = "plans"
 
 
 def compare(
     subject: Subject,
     calibration: CalibrationSet,
     recipe: Recipe,
-    criteria: Sequence[str],
+    methods: Sequence[str],
     budgets: Sequence[Budget],
     measurements: Sequence[Measurement],
     folder: Path,
     progress: Progress = silent,
 ) -> Comparison:
-    """Lets every criterion choose at every depth and measures what is left, in memory.
+    """Lets every method choose layers, and repair the cuts, at every depth, and measures what is left, in memory.
 
-    All criteria that watch hidden states or gradients share one pass; equal choices are measured once. What is finished is
-    kept in ``folder/journal``, and a run that was interrupted goes on from there.
+    All criteria that watch hidden states or gradients share one pass; methods that choose alike choose once, equal choices
+    are compensated and measured once. What is finished is kept in ``folder/journal``, and a run that was interrupted goes on
+    from there; every row's plan lies in ``folder/plans``.
 
     Args:
         subject: The model.
-        calibration: The sequences that the criteria see.
-        recipe: Settings of the criteria; its criterion, budget and compensation are not used.
-        criteria: Names, ``sglp`` among them.
+        calibration: The sequences that the criteria and compensations see.
+        recipe: Settings that all methods share; its criterion, budget and compensation are not used.
+        methods: See `sglp_llm.methods.method_recipe`.
         budgets: Ratios or numbers of layers.
         measurements: What is measured.
-        folder: For the journal.
+        folder: For the journal and the plans.
         progress: Told how far everything is.
 
     Raises:
-        UserError: A criterion or budget does not fit.
+        UserError: A method or budget does not fit.
     """
-    if len(set(criteria)) != len(criteria):
-        raise UserError(f"criteria: a name stands twice in {', '.join(criteria)}")
-    recipes = {name: [_recipe_of(recipe, name, budget) for budget in budgets] for name in criteria}
+    recipes = checked_recipes(recipe, methods, budgets)
     protect = (recipe.protect.first, recipe.protect.last)
-    for each in recipes.values():
-        check_criteria(each[0])
     for budget in budgets:
         check_budget(budget, subject.num_layers, protect)
+    check_compensations(recipes, subject, len(calibration.input_ids))
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash}
-    idle = "criterion also ratio drop target_params compensate held_out max_shard_size batch_size engine scratch"
+    idle = "criterion also ratio drop target_params compensate held_out candidates max_shard_size batch_size engine scratch journal"
     for key in idle.split():
         settings.pop(key, None)
     # Another version may keep its pieces in another form.
     known = {**settings, "model": subject.identity.fingerprint, "sglp-llm": __version__}
-    journal = Journal(folder / "journal", known)
-    chosen, seconds = _choices(subject, calibration, recipe, recipes, journal, progress)
-    plans = [(name, removed) for name in criteria for removed in chosen[name]]
-    measured = _measured(subject, [removed for _, removed in plans], measurements, journal, progress)
-    dense = measured[()]
-    dense_losses = {name: found.losses for name, found in dense.items()}
+    run = _Run(subject, calibration, Journal(folder / "journal", known), folder, progress)
 
-    def row(criterion: str, removed: tuple[int, ...]) -> ComparisonRow:
-        found = measured[removed]
-        results = {name: each.numbers | _gap(each.losses, dense_losses[name]) for name, each in found.items()}
-        losses = {name: each.losses for name, each in found.items()}
-        return ComparisonRow(criterion, round(len(removed) / subject.num_layers, 4), removed, results, losses)
+    choosers = {name: chooser(recipe, name, budgets[0]) for name in methods}
+    own = {choosers[name]: [replace(each, compensate=NONE) for each in recipes[name]] for name in methods}
+    chosen, seconds = choices(subject, calibration, recipe, own, run.journal, progress)
+    plans = [
+        (name, _decided(run, name, each, sets))
+        for name in methods
+        for each, sets in zip(recipes[name], chosen[choosers[name]], strict=True)
+    ]
+    dense = Shortened(())
+    found = measured(subject, [dense, *(plan.model for _, plan in plans)], measurements, run.journal, progress)
+    dense_losses = {name: each.losses for name, each in found[dense].items()}
 
+    def results(model: Shortened) -> dict[str, dict[str, float]]:
+        return {name: each.numbers | _gap(each.losses, dense_losses[name]) for name, each in found[model].items()}
+
+    rows = tuple(
+        ComparisonRow(
+            method=name,
+            ratio=round(len(plan.model.removed) / subject.num_layers, 4),
+            removed=plan.model.removed,
+            results=results(plan.model),
+            losses={measurement: each.losses for measurement, each in found[plan.model].items()},
+            plan=f"{_PLANS}/{plan.folder.name}",
+            compensation_seconds=plan.seconds,
+        )
+        for name, plan in plans
+    )
+    if any(each[0].compensate != NONE for each in recipes.values()):
+        settings |= {"held_out": recipe.held_out, "candidates": recipe.candidates}
     return Comparison(
         model=subject.identity.name,
         num_layers=subject.num_layers,
-        dense={name: found.numbers | _gap(found.losses, found.losses) for name, found in dense.items()},
+        dense=results(dense),
         dense_losses=dense_losses,
-        rows=tuple(row(name, tuple(sorted(removed))) for name, removed in plans),
+        rows=rows,
+        pairs=pairs(rows, dense_losses, [name for name in methods if is_single(recipes[name][0])]),
         selection_seconds=seconds,
         settings=settings,
         versions=software_versions(),
     )
 
 
+def checked_recipes(recipe: Recipe, methods: Sequence[str], budgets: Sequence[Budget]) -> dict[str, list[Recipe]]:
+    """The settings of every method at every depth; whatever can be wrong without knowing the model is found here.
+
+    Raises:
+        UserError: There is no method, one stands twice, is unknown, or its settings do not fit; or an option is no method's.
+    """
+    if not methods:
+        raise UserError("criteria: name at least one")
+    if len(set(methods)) != len(methods):
+        raise UserError(f"criteria: a name stands twice in {', '.join(methods)}")
+    recipes = {name: [method_recipe(recipe, name, budget) for budget in budgets] for name in methods}
+    for each in recipes.values():
+        check_criteria(each[0])
+    deciding = {deciding_criterion(each[0]) for each in recipes.values()}
+    if idle := sorted(set(recipe.options) - deciding):
+        raise UserError(f"options: {idle[0]} is not among the criteria of this run ({', '.join(sorted(deciding))})")
+    return recipes
+
+
+def check_compensations(recipes: Mapping[str, list[Recipe]], subject: Subject, samples: int) -> None:
+    """Refuses, before any text is read, a method whose compensation the model cannot take.
+
+    Args:
+        recipes: See `checked_recipes`.
+        subject: The model.
+        samples: Number of calibration sequences.
+
+    Raises:
+        UserError: There is one.
+    """
+    adapter = get_adapter(subject.identity.model_type)
+    for each in recipes.values():
+        check_compensation(each[0].compensate, adapter, subject.config, samples)
+
+
+@dataclass(frozen=True)
+class _Run:
+    subject: Subject
+    calibration: CalibrationSet
+    journal: Journal
+    folder: Path
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """A row's model, the folder of its plan, and the seconds of its compensation."""
+
+    model: Shortened
+    folder: Path
+    seconds: float
+
+
+def _decided(run: _Run, method: str, recipe: Recipe, sets: Sequence[Sequence[int]]) -> _Decided:
+    """What a method makes of one depth: the layers that go, and what makes up for them.
+
+    Args:
+        run: What all have in common.
+        method: Its name.
+        recipe: Its settings at this depth.
+        sets: The sets of layers that its criterion ends with, see `sglp_llm.analysis.finalists`.
+    """
+    sets = [list(each) for each in sets[: 1 if recipe.compensate == NONE else recipe.candidates]]
+    how = "" if recipe.compensate == NONE else f" repaired by {recipe.compensate}, {recipe.held_out} held out"
+    what = f"the best of {sets}{how}"
+    folder = run.folder / _PLANS / f"{hashlib.sha256(what.encode()).hexdigest()[:8]}-{method}"
+
+    def save(removed: Sequence[int], replaced: Mapping[str, torch.Tensor], report: Mapping[str, Any]) -> None:
+        plan = replace(
+            plan_from_indices(run.subject.num_layers, removed),
+            source=run.subject.identity,
+            revision=run.subject.revision,
+            budget=recipe.budget.to_dict(),
+            settings=plan_settings(recipe, run.calibration, removed),
+            versions=software_versions(),
+            replaced=replaced,
+            compensation=report,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        save_plan(plan, folder / PLAN_FILE_NAME)
+
+    if recipe.compensate == NONE:
+        save(sets[0], {}, {})
+        return _Decided(Shortened(tuple(sorted(sets[0]))), folder, 0.0)
+
+    def repaired() -> dict[str, Any]:
+        start = time.perf_counter()
+        removed, found = repair_best(run.subject, recipe, run.calibration, sets, run.progress)
+        # What is measured is what an export would hold.
+        replaced = as_stored(run.subject.config, run.subject.source, found.replaced)
+        save(removed, replaced, found.report)
+        seconds = time.perf_counter() - start
+        return {"removed": removed, "folder": folder.name, "tensors": _digest(replaced), "seconds": seconds}
+
+    kept = run.journal.once(what, repaired)
+    first = run.folder / _PLANS / kept["folder"]
+    if first != folder:
+        known = load_plan(first)
+        save(kept["removed"], known.replaced, known.compensation)
+    return _Decided(Shortened(tuple(sorted(kept["removed"])), kept["tensors"], first), folder, kept["seconds"])
+
+
+def _digest(replaced: Mapping[str, torch.Tensor]) -> str:
+    """Of the tensors and their names; empty when there are none."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(replaced.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16] if replaced else ""
+
+
 def _gap(losses: Sequence[float], dense: Sequence[float]) -> dict[str, float]:
     """How far a model's log perplexity is above the dense model's, with the standard error of the paired differences."""
     if not losses:
         return {}
-    gaps = [own - other for own, other in zip(losses, dense, strict=True)]
-    error = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
-    return {"log_gap": fmean(gaps), "log_gap_standard_error": error}
-
-
-def _recipe_of(recipe: Recipe, criterion: str, budget: Budget) -> Recipe:
-    """The settings of one criterion at one depth, with its own options alone."""
-    chosen = replace(recipe, criterion=criterion, also=(), ratio=budget.ratio, drop=budget.drop, target_params=None)
-    name = deciding_criterion(chosen)
-    return replace(chosen, options={name: recipe.options[name]} if name in recipe.options else {})
-
-
-def _choices(
-    subject: Subject,
-    calibration: CalibrationSet,
-    recipe: Recipe,
-    recipes: dict[str, list[Recipe]],
-    journal: Journal,
-    progress: Progress,
-) -> tuple[dict[str, list[list[int]]], dict[str, float]]:
-    """For each criterion the layers it removes at each depth, and the seconds that took."""
-    names = {name: deciding_criterion(each[0]) for name, each in recipes.items()}
-    watching = [name for name, deciding in names.items() if Need.TRIALS not in get_criterion(deciding).needs]
-    chosen: dict[str, list[list[int]]] = {}
-    seconds: dict[str, float] = {}
-
-    def together(group: Sequence[str]) -> dict[str, Any]:
-        start = time.perf_counter()
-        segmented = any(is_segmented(recipes[name][0]) for name in group)
-        deciding = [names[name] for name in group]
-        observations = observe(subject.load(), calibration, recipe, deciding, segmented, progress)
-        choices = {name: _chosen(subject, recipes[name], observations) for name in group}
-        return {"choices": choices, "seconds": time.perf_counter() - start}
-
-    depths = [each.budget.to_dict() for each in next(iter(recipes.values()))]
-    if watching:
-        kept = journal.once(f"pass of {watching} at {depths}", lambda: together(watching))
-        chosen |= kept["choices"]
-        seconds["shared pass"] = kept["seconds"]
-    for name in recipes:
-        if name in watching:
-            continue
-        if issubclass(get_criterion(name), GreedyCriterion):
-            chosen[name], seconds[name] = _greedy(name, subject, calibration, recipes[name], journal, progress)
-            continue
-        kept = journal.once(f"trials of {name} at {depths}", partial(together, [name]))
-        chosen |= kept["choices"]
-        seconds[name] = kept["seconds"]
-    return chosen, seconds
-
-
-def _chosen(subject: Subject, recipes: list[Recipe], observations: Observations) -> list[list[int]]:
-    return [list(choose_layers(each, subject.load(), observations)[0]) for each in recipes]
-
-
-def _greedy(
-    name: str,
-    subject: Subject,
-    calibration: CalibrationSet,
-    recipes: list[Recipe],
-    journal: Journal,
-    progress: Progress,
-) -> tuple[list[list[int]], float]:
-    """Each round is a piece of work of its own: the rounds of a shallower plan are the first of a deeper one's."""
-    recipe = recipes[0]
-    protect = (recipe.protect.first, recipe.protect.last)
-    removable = removable_layers(subject.num_layers, protect)
-    numbers = [number_to_remove(each.budget, subject.num_layers, len(removable)) for each in recipes]
-    order: list[int] = []
-    seconds = 0.0
-    for count in range(1, max(numbers) + 1):
-
-        def one_round(count: int = count, order: list[int] = order) -> dict[str, Any]:
-            start = time.perf_counter()
-            criterion = make_criterion(name, subject.num_layers, recipe.seed, recipe.options.get(name))
-            assert isinstance(criterion, GreedyCriterion)
-            criterion.on_trials(Trials(subject.load(), calibration.first(recipe.trial_samples), progress=progress))
-            criterion.continue_from(order, removable)
-            return {"order": criterion.choose(count, removable), "seconds": time.perf_counter() - start}
-
-        kept = journal.once(f"round {count} of {name}", one_round)
-        order, seconds = kept["order"], seconds + kept["seconds"]
-    return [order[:number] for number in numbers], seconds
-
-
-def _measured(
-    subject: Subject,
-    plans: Sequence[Sequence[int]],
-    measurements: Sequence[Measurement],
-    journal: Journal,
-    progress: Progress,
-) -> dict[tuple[int, ...], dict[str, Measured]]:
-    """What is found on the whole model, ``()``, and on each different plan, by measurement."""
-    different = list(dict.fromkeys([(), *(tuple(sorted(plan)) for plan in plans)]))
-    results: dict[tuple[int, ...], dict[str, Measured]] = {plan: {} for plan in different}
-    for measurement in measurements:
-        if measurement.windows is not None:
-            found = _window_losses(subject, different, measurement.key, measurement.windows, journal, progress)
-            assert measurement.summarise is not None
-            for plan, losses in found.items():
-                results[plan][measurement.name] = measurement.summarise(losses)
-            continue
-        with progress("Measuring", len(different)) as advance:
-            for plan in different:
-
-                def one(plan: tuple[int, ...] = plan, measurement: Measurement = measurement) -> dict[str, Any]:
-                    with shortened(subject.load().model, plan) as model:
-                        return asdict(measurement.measure(model))
-
-                kept = journal.once(f"{measurement.key} without {list(plan)}", one)
-                results[plan][measurement.name] = Measured(kept["numbers"], tuple(kept["losses"]))
-                advance(1)
-    return results
-
-
-def _window_losses(
-    subject: Subject,
-    plans: Sequence[tuple[int, ...]],
-    key: str,
-    windows: torch.Tensor,
-    journal: Journal,
-    progress: Progress,
-) -> dict[tuple[int, ...], list[float]]:
-    """The loss of every window for every plan: some windows at a time, all plans together."""
-    losses: dict[tuple[int, ...], list[float]] = {plan: [] for plan in plans}
-    with progress("Measuring", len(windows)) as advance:
-        for first, part in zip(range(0, len(windows), _WINDOWS_A_PIECE), windows.split(_WINDOWS_A_PIECE), strict=True):
-            pieces = {plan: f"{key} from window {first} without {list(plan)}" for plan in plans}
-            if missing := [frozenset(plan) for plan, piece in pieces.items() if journal.get(piece) is None]:
-                found = window_losses_without(subject.load(), part, missing)
-                for removed, values in found.items():
-                    journal.once(pieces[tuple(sorted(removed))], partial(list, values))
-            for plan, piece in pieces.items():
-                losses[plan] += journal.get(piece)
-            advance(len(part))
-    return losses
+    gap, error = paired_difference(losses, dense)
+    return {"log_gap": gap, "log_gap_standard_error": error}

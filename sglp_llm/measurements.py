@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglp_llm.calibration import evaluation_windows
-from sglp_llm.comparison import Measurement
 from sglp_llm.evaluation.perplexity import summary, window_losses
+from sglp_llm.evaluation.side_by_side import AVERAGE, average
+from sglp_llm.measured import Measurement
 from sglp_llm.records import Measured
 from sglp_llm.subject import Subject
 from sglp_llm.texts import check_spec
@@ -53,7 +54,7 @@ def perplexity_measurement(subject: Subject, spec: str, window: int, max_windows
 
 
 def suite_measurement(subject: Subject, suite: Path, limit: int | None, data_dir: Path | None) -> Measurement:
-    """The tasks of a suite, each with its metric.
+    """The tasks of a suite, each with its metric, and their average.
 
     Args:
         subject: The model, for its tokenizer.
@@ -72,12 +73,17 @@ def suite_measurement(subject: Subject, suite: Path, limit: int | None, data_dir
 
     def measure(model: PreTrainedModel) -> Measured:
         results = evaluate_tasks(model, subject.tokenizer, opened, limit=limit, batch_size=_TASK_BATCH)
+        found = scores(results, opened)
+        named = {f"{score.task} {score.metric}": score for score in found}
+        if (mean := average(found)) is not None:
+            named[AVERAGE] = mean
         numbers: dict[str, float] = {}
-        for score in scores(results, opened):
-            numbers[f"{score.task} {score.metric}"] = score.value
+        for name, score in named.items():
+            numbers[name] = score.value
             if score.stderr is not None:
-                numbers[f"{score.task} {score.metric}_standard_error"] = score.stderr
+                numbers[f"{name}_standard_error"] = score.stderr
         return Measured(numbers)
 
     examples = "" if limit is None else f" (first {limit})"
-    return Measurement(f"{opened.suite.name}{examples}", f"suite {opened.suite} in {data_dir}, limit {limit}", measure)
+    key = f"suite {opened.suite} in {data_dir}, limit {limit}, and average"
+    return Measurement(f"{opened.suite.name}{examples}", key, measure)

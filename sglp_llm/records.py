@@ -279,22 +279,53 @@ class Measured:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One criterion at one depth.
+    """One method at one depth.
 
     Attributes:
-        criterion: Its name.
+        method: Its name: a criterion or preset, with ``+`` and the compensation where one is added.
         ratio: Share of the layers that are removed.
         removed: Original indices of the layers that are removed, ascending.
         results: Numbers by measurement and name. ``log_gap`` is ln(perplexity / dense perplexity), and its standard error that
             of the differences over windows.
         losses: See `Measured`, by measurement.
+        plan: Folder of the plan, in that of the comparison.
+        compensation_seconds: Wall time of the compensation, which rows that remove the same layers share; 0 without one.
     """
 
-    criterion: str
+    method: str
     ratio: float
     removed: tuple[int, ...]
     results: dict[str, dict[str, float]]
     losses: dict[str, tuple[float, ...]]
+    plan: str
+    compensation_seconds: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A method against the best single criterion at the same depth, on one measurement.
+
+    Attributes:
+        method: The method.
+        best: The single criterion that did best there.
+        layers_removed: The depth.
+        measurement: Name of the measurement.
+        difference: Of the log perplexities, or of a suite's averages: the method's less the best's.
+        difference_standard_error: Over windows, pair by pair; of averages from the tasks' own standard errors, ``None`` where a
+            task has none.
+        gap_ratio: The method's ``log_gap`` over the best's: below 1, less is lost. ``None`` of a suite, and where the best loses
+            nothing.
+        gap_ratio_standard_error: By the delta method.
+    """
+
+    method: str
+    best: str
+    layers_removed: int
+    measurement: str
+    difference: float
+    difference_standard_error: float | None
+    gap_ratio: float | None = None
+    gap_ratio_standard_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -306,9 +337,10 @@ class Comparison:
         num_layers: Its depth.
         dense: Numbers of the whole model, by measurement and name.
         dense_losses: See `Measured`, by measurement.
-        rows: One a criterion and depth, in the order in which they were asked for.
-        selection_seconds: Wall time of each criterion's selection. Criteria that share the pass share its time, which stands
-            under ``shared pass``.
+        rows: One a method and depth, in the order in which they were asked for.
+        pairs: Methods against the best single criterion.
+        selection_seconds: Wall time of each criterion's selection, which methods that choose alike share. Criteria that share
+            the pass share its time, which stands under ``shared pass``.
         settings: What led to the numbers.
         versions: The software.
     """
@@ -318,6 +350,30 @@ class Comparison:
     dense: dict[str, dict[str, float]]
     dense_losses: dict[str, tuple[float, ...]]
     rows: tuple[ComparisonRow, ...]
+    pairs: tuple[Pair, ...]
     selection_seconds: dict[str, float]
     settings: dict[str, Any]
     versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """One number of a method at one depth over several calibration seeds.
+
+    Attributes:
+        method: The method.
+        layers_removed: The depth.
+        measurement: Name of the measurement.
+        number: Name of the number.
+        mean: Over seeds.
+        standard_deviation: Of the numbers of single seeds, not of their mean.
+        different_choices: How many different sets of layers the seeds led to.
+    """
+
+    method: str
+    layers_removed: int
+    measurement: str
+    number: str
+    mean: float
+    standard_deviation: float
+    different_choices: int

@@ -47,17 +47,17 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_choice_is_that_of_the_criterions_own_analysis(tiny: Path, finished: Path) -> None:
     rows = json.loads((finished / "compare.json").read_text())["rows"]
-    assert [(row["criterion"], len(row["removed"])) for row in rows] == [(name, n) for name in CRITERIA for n in (1, 3)]
+    assert [(row["method"], len(row["removed"])) for row in rows] == [(name, n) for name in CRITERIA for n in (1, 3)]
     for row in rows:
         options: dict[str, Any] = {"samples": 4, "seq_len": 48, "trial_samples": 2, "calibration": "pydoc"}
-        plan = analyze(tiny, criterion=row["criterion"], drop=len(row["removed"]), **options).plan
+        plan = analyze(tiny, criterion=row["method"], drop=len(row["removed"]), **options).plan
         assert plan.removed == tuple(row["removed"])
         assert row["ratio"] == round(len(row["removed"]) / 6, 4)
 
 
 def test_every_number_is_that_of_the_exported_model(tiny: Path, finished: Path, tmp_path: Path) -> None:
     comparison = json.loads((finished / "compare.json").read_text())
-    row = next(row for row in comparison["rows"] if row["criterion"] == "angular" and len(row["removed"]) == 3)
+    row = next(row for row in comparison["rows"] if row["method"] == "angular" and len(row["removed"]) == 3)
     prune(tiny, tmp_path / "out", plan=plan_from_indices(6, row["removed"]), verify=False)
     for folder, results in ((tmp_path / "out", row["results"]), (tiny, comparison["dense"])):
         for name, numbers in results.items():
@@ -69,10 +69,12 @@ def test_every_number_is_that_of_the_exported_model(tiny: Path, finished: Path, 
 def test_files(finished: Path) -> None:
     assert {file.name for file in finished.iterdir()} == {
         "journal",
+        "plans",
+        "pairs.csv",
         *(f"compare.{suffix}" for suffix in ("json", "csv", "md", "png", "svg")),
     }
     table = list(csv.reader((finished / "compare.csv").read_text().splitlines()))
-    assert [row[0] for row in table] == ["criterion", "dense", *(name for name in CRITERIA for _ in (1, 3))]
+    assert [row[0] for row in table] == ["method", "dense", *(name for name in CRITERIA for _ in (1, 3))]
     markdown = (finished / "compare.md").read_text()
     assert markdown.count("\n| sleb |") == 2 + 1  # two depths and the time of the selection
     assert (finished / "compare.png").read_bytes().startswith(b"\x89PNG")

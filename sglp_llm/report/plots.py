@@ -23,7 +23,7 @@ def check_plotting() -> None:
 
 
 def plot_perplexity(comparison: Comparison, folder: Path) -> None:
-    """Writes ``compare.png`` and ``compare.svg``: perplexity against the share of removed layers, one line a criterion.
+    """Writes ``compare.png`` and ``compare.svg``: perplexity against the share of removed layers, one line a method.
 
     One panel for every measurement that gives a ``perplexity``; nothing is written when there is none.
     """
@@ -39,14 +39,14 @@ def plot_perplexity(comparison: Comparison, folder: Path) -> None:
     figure, axes = pyplot.subplots(1, len(names), figsize=(6.5 * len(names), 4.5), squeeze=False)
     shades = matplotlib.colormaps["tab20"](range(20))
     colors = [*shades[::2], *shades[1::2]]  # the strong ones first
-    criteria = list(dict.fromkeys(row.criterion for row in comparison.rows))
+    methods = list(dict.fromkeys(row.method for row in comparison.rows))
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_prop_cycle(color=colors)
-        for number, criterion in enumerate(criteria):
-            rows = sorted((row for row in comparison.rows if row.criterion == criterion), key=lambda row: row.ratio)
+        for number, method in enumerate(methods):
+            rows = sorted((row for row in comparison.rows if row.method == method), key=lambda row: row.ratio)
             ratios = [0.0, *(row.ratio for row in rows)]
             values = [comparison.dense[name]["perplexity"], *(row.results[name]["perplexity"] for row in rows)]
-            axis.plot(ratios, values, label=criterion, marker=_MARKERS[number % len(_MARKERS)], linewidth=1.3)
+            axis.plot(ratios, values, label=method, marker=_MARKERS[number % len(_MARKERS)], linewidth=1.3)
         axis.set_yscale("log")
         axis.set_xlabel("share of decoder layers removed")
         axis.set_ylabel("perplexity")

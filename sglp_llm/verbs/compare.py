@@ -33,7 +33,12 @@ from sglp_llm.verbs.quiet import prepare
 
 def compare(
     model: Model = None,
-    criteria: Annotated[str, typer.Option(help="Names, separated by commas; sglp among them.")] = "sglp,bi",
+    criteria: Annotated[
+        str,
+        typer.Option(
+            help="Criteria and presets, separated by commas; angular+linear is compensated by linear.",
+        ),
+    ] = "sglp,bi",
     ratios: Annotated[
         str | None, typer.Option(help="Shares to remove, separated by commas. Default: 0.1,0.2,0.3.")
     ] = None,
@@ -57,6 +62,9 @@ def compare(
     samples: Samples = None,
     seq_len: SeqLen = None,
     seed: Seed = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Repeat all for these calibration seeds, such as 0,1,2: means and spreads.")
+    ] = None,
     trial_samples: TrialSamples = None,
     kernel: Kernel = None,
     protect_first: ProtectFirst = None,
@@ -66,40 +74,74 @@ def compare(
     device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
-    """Compare criteria on one model: each at every depth, measured in memory. Goes on where it was interrupted."""
+    """Compare methods on one model: each at every depth, measured in memory. Goes on where it was interrupted."""
     settings = settings_of(locals())
     if output is None:
         raise UserError("where to? Give --output FOLDER")
     if suite is None and (limit is not None or data_dir is not None):
         raise UserError("--limit and --data-dir are about tasks: give --suite too")
+    if seeds is not None and seed is not None:
+        raise UserError("give --seed or --seeds, not both")
+    drawn = None if seeds is None else _seeds(seeds)
     console = prepare()
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
-    from sglp_llm.comparison import compare
+    from sglp_llm.comparison import check_compensations, checked_recipes, compare
+    from sglp_llm.compensation import NONE
     from sglp_llm.measurements import perplexity_measurement, suite_measurement
     from sglp_llm.pipeline import open_subject, read_calibration
     from sglp_llm.report.comparison_tables import to_markdown, write_tables
     from sglp_llm.report.plots import check_plotting, plot_perplexity
+    from sglp_llm.report.seed_tables import seeds_to_markdown, spreads, write_seed_tables
 
     check_plotting()
-    if output.exists() and not (output / "journal").is_dir() and any(output.iterdir()):
+    held = "journal" if drawn is None else "seed-*/journal"
+    if output.exists() and not any(output.glob(held)) and any(output.iterdir()):
         raise UserError(f"{output}: exists and holds no comparison; choose another folder")
     budgets = _budgets(ratios, drops)
     names = [name.strip() for name in criteria.split(",") if name.strip()]
     chosen = recipe_of(recipe, settings, model).with_changes(**budgets[0].to_dict())
-    subject = open_subject(model_of(model, chosen), chosen, None, names)
-    sequences = read_calibration(subject, chosen, None)
+    recipes = checked_recipes(chosen, names, budgets)
+    used = list(dict.fromkeys(each[0].criterion for each in recipes.values()))
+    subject = open_subject(model_of(model, chosen), replace(chosen, compensate=NONE), None, used)
+    check_compensations(recipes, subject, chosen.samples)
     texts = evaluate or ["wikitext2"]
+    sets = [read_calibration(subject, replace(chosen, seed=each), None) for each in drawn or [chosen.seed]]
     measurements = [perplexity_measurement(subject, text, window, max_windows) for text in texts]
     if suite is not None:
         measurements.append(suite_measurement(subject, suite, limit, data_dir))
-    result = compare(subject, sequences, chosen, names, budgets, measurements, output, console.progress_bar)
-    write_tables(result, output)
-    plot_perplexity(result, output)
+    results = []
+    for sequences in sets:
+        folder = output if drawn is None else output / f"seed-{sequences.seed}"
+        own = replace(chosen, seed=sequences.seed)
+        results.append(compare(subject, sequences, own, names, budgets, measurements, folder, console.progress_bar))
+        write_tables(results[-1], folder)
+        plot_perplexity(results[-1], folder)
+    if drawn is None:
+        (result,) = results
+        if as_json:
+            console.print_json(asdict(result))
+        else:
+            print(to_markdown(result), end="")
+        return
+    found = spreads(results)
+    write_seed_tables(found, drawn, output)
     if as_json:
-        console.print_json(asdict(result))
+        console.print_json(
+            {"seeds": dict(zip(drawn, map(asdict, results), strict=True)), "spreads": list(map(asdict, found))}
+        )
     else:
-        print(to_markdown(result), end="")
+        print(seeds_to_markdown(found, drawn), end="")
+
+
+def _seeds(given: str) -> list[int]:
+    try:
+        seeds = [int(number) for number in given.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {given!r} must be whole numbers separated by commas") from None
+    if len(seeds) < 2 or len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds {given!r} must be at least two, each once: of one alone there is no spread (--seed)")
+    return seeds
 
 
 def _budgets(ratios: str | None, drops: str | None) -> list[Any]:
