@@ -31,6 +31,11 @@ from sglp_llm.subject import Subject
 from sglp_llm.version import __version__
 
 _PLANS = "plans"
+# Settings that belong to single methods, or without influence on the numbers.
+_IDLE = (
+    "criterion also ratio drop target_params compensate held_out candidates "
+    "max_shard_size batch_size engine scratch journal"
+)
 
 
 def compare(
@@ -68,8 +73,7 @@ def compare(
         check_budget(budget, subject.num_layers, protect)
     check_compensations(recipes, subject, len(calibration.input_ids))
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash}
-    idle = "criterion also ratio drop target_params compensate held_out candidates max_shard_size batch_size engine scratch journal"
-    for key in idle.split():
+    for key in _IDLE.split():
         settings.pop(key, None)
     # Another version may keep its pieces in another form.
     known = {**settings, "model": subject.identity.fingerprint, "sglp-llm": __version__}

@@ -29,6 +29,9 @@ def method_recipe(recipe: Recipe, method: str, budget: Budget) -> Recipe:
     """
     base, plus, compensation = method.partition("+")
     settings = _settings_of(base)
+    # All methods see the same sequences, however many a preset would take.
+    shared = {"samples", "seq_len", "calibration", *(["trial_samples"] if recipe.trial_samples else [])}
+    settings = {key: value for key, value in settings.items() if key not in shared}
     if plus:
         if compensation not in (NONE, *compensation_names()):
             raise unknown(f"compensation in {method!r}:", compensation, [NONE, *compensation_names()])
