@@ -114,9 +114,9 @@ SETTINGS = [
     ("--preset sglp-serch", "unknown preset 'sglp-serch'; did you mean 'sglp-search'?"),
     (
         "--preset sglp --search-budget 5m",
-        "--search-budget is for --criterion search, and this run has the criterion sglp",
+        "options: search is not among the criteria of this run (gradnorm)",
     ),
-    ("--criterion bi --option search.budget=1", "--search-budget is for --criterion search"),
+    ("--criterion bi --option search.budget=1", "options: search is not among the criteria of this run (bi)"),
     ("--criterion search --search-budget 16x", "budget of search must be tokens (16000, 16k) or a time (30s, 5m, 2h)"),
     ("--preset sglp-search --search-budget 0", "budget of search must be tokens"),
     ("--criterion search --option search.held_out=1.5", "held_out of search must be a number between 0 and 1, not 1.5"),

@@ -262,7 +262,9 @@ def test_a_candidate_that_nothing_can_repair_loses_to_one_that_can(tiny: Path) -
 
 def test_methods_by_name() -> None:
     budget = Budget(drop=2)
-    base = Recipe(compensate="scale", options={"search": {"budget": "1k"}, "angular": {"tokens": "all"}})
+    base = Recipe(
+        compensate="scale", trial_samples=4, options={"search": {"budget": "1k"}, "angular": {"tokens": "all"}}
+    )
     found = method_recipe(base, "angular+linear", budget)
     assert (found.criterion, found.compensate, found.drop) == ("angular", "linear", 2)
     assert found.options == {"angular": {"tokens": "all"}}

@@ -147,7 +147,7 @@ def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = No
         preset: Name of a preset.
 
     Raises:
-        UserError: There is no such recipe or preset, a setting has the wrong type, or is for another criterion.
+        UserError: There is no such recipe or preset, or a setting has the wrong type.
     """
     from dataclasses import replace
 
@@ -156,10 +156,7 @@ def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = No
     recipe = Recipe() if name is None else load_recipe(name)
     if model is not None and model != recipe.model:
         recipe = replace(recipe, model=None, revision=None)  # the revision is that of the recipe's own model
-    recipe = recipe.with_changes(**preset_settings(preset)).with_changes(**settings)
-    if "budget" in recipe.options.get("search", {}) and recipe.criterion != "search":
-        raise UserError(f"--search-budget is for --criterion search, and this run has the criterion {recipe.criterion}")
-    return recipe
+    return recipe.with_changes(**preset_settings(preset)).with_changes(**settings)
 
 
 def model_of(model: str | None, recipe: Any) -> str:
