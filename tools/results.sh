@@ -18,4 +18,4 @@ criteria=sglp,gradnorm,taylor,magnitude,ppl,bi,angular,slp,cka_output,sleb,kl,re
     --window 512 --max-windows "${WINDOWS:-12}" --output "$output" "${@:3}"
 cp "$output/compare.svg" docs/results.svg
 cp "$output/compare.csv" docs/results.csv
-"$bin/python" tools/results_page.py "$output/compare.md" docs/results.md
+"$bin/python" tools/results_page.py results "$output/compare.md" docs/results.md

