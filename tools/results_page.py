@@ -30,8 +30,8 @@ Made by `tools/best.sh DATA` from `docs/results.yaml`.
 {MODEL}
 - Calibration of all methods: 256 x 256 tokens, about half WikiText-2 validation and half C4; those that try removals do so on the
   first 4 sequences. The first 4 and the last 2 layers are protected (Shortened LLaMA's "+"), for all methods.
-- Perplexity: windows of 512 tokens (the table says how many), without BOS, of WikiText-2 test and C4; calibrated on neither: the C4
-  documents that calibrate come behind those that are measured on.
+- Perplexity: windows of 512 tokens (the table says how many), without BOS, of WikiText-2 test and C4; calibrated on neither:
+  the C4 documents that calibrate come behind those that are measured on.
 - `log_gap`: ln(perplexity / dense perplexity), with the standard error of the differences over windows.
 - `sglp-search`: the search alone. `best`: the search, the linear fold and its refinement, no training of anything else.
 - Machine: {{machine}}.
