@@ -26,6 +26,9 @@ from sglp_llm.loading import DecoderModel
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 
+_START_SAMPLES = 64
+"""Sequences of the closed form, which needs fewer; those that the refinement holds out are not among the first."""
+
 
 @dataclass(frozen=True)
 class Learned(Method):
@@ -65,7 +68,7 @@ class Learned(Method):
     ) -> Compensated:
         start = self.closed_form(model).run(
             model,
-            calibration,
+            calibration.first(_START_SAMPLES),
             removed,
             held_out=held_out,
             stored=stored,
