@@ -27,12 +27,15 @@ from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 
 _START_SAMPLES = 64
-"""Sequences of the closed form, which needs fewer; those that the refinement holds out are not among the first."""
+"""Sequences of the closed form, which needs fewer; it splits them for itself, and sees none that the refinement holds out."""
 
 
 @dataclass(frozen=True)
 class Learned(Method):
     """Begins with the closed form, `linear` where the family takes it and `scale` elsewhere, and refines it.
+
+    In the report ``losses`` and ``cuts`` are the closed form's, on its sequences; what refining has changed stands under
+    ``refined``, where ``without`` is the closed form.
 
     The guard: refined values are taken only where they lower divergence and loss, both on the held-out sequences and on those
     of the fit; otherwise the closed form stays.
@@ -66,9 +69,10 @@ class Learned(Method):
         progress: Progress = silent,
         processes: Processes = ALONE,
     ) -> Compensated:
+        parts = split(len(calibration.input_ids), held_out)
         start = self.closed_form(model).run(
             model,
-            calibration.first(_START_SAMPLES),
+            calibration.first(max(2, min(_START_SAMPLES, len(parts.fit)))),
             removed,
             held_out=held_out,
             stored=stored,
@@ -79,7 +83,6 @@ class Learned(Method):
         names = refinable(model, removed)
         if not names:
             return Compensated(start.replaced, {**start.report, "method": "learned", "refined": {"taken": False}})
-        parts = split(len(calibration.input_ids), held_out)
         found = refine(
             model,
             calibration,
@@ -110,11 +113,6 @@ class Learned(Method):
             **({"reason": reason} if reason else {}),
         }
         report = {**start.report, "method": "learned", "start": start.report["method"], "refined": refined}
-        if not reason:
-            report["losses"] = {
-                part: {**start.report["losses"].get(part, {}), "with": _number(found.after[part].loss)}
-                for part in found.after
-            }
         return Compensated({**start.replaced, **values}, report)
 
 
