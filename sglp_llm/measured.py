@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -32,17 +33,35 @@ class Measurement:
 
     Attributes:
         name: For tables.
-        key: Everything that its numbers depend on beside the model.
-        measure: What it finds on a live model; ``perplexity`` among the numbers is what is plotted.
-        windows: Where it is a perplexity: what it is measured on, ``[windows, window]``, and
-        summarise: what becomes of the windows' losses.
     """
 
     name: str
+
+
+@dataclass(frozen=True)
+class Scored(Measurement):
+    """What any function finds on a live model.
+
+    Attributes:
+        key: Everything that its numbers depend on beside the model.
+        measure: The function.
+    """
+
     key: str
     measure: Callable[[PreTrainedModel], Measured]
-    windows: torch.Tensor | None = None
-    summarise: Callable[[Sequence[float]], Measured] | None = None
+
+
+@dataclass(frozen=True)
+class Losses(Measurement):
+    """The loss of windows of text.
+
+    Attributes:
+        windows: ``[windows, window]``.
+        summarise: What becomes of their losses; ``perplexity`` among the numbers is what is plotted.
+    """
+
+    windows: torch.Tensor
+    summarise: Callable[[Sequence[float]], Measured]
 
 
 @dataclass(frozen=True)
@@ -84,16 +103,16 @@ def measured(
     different = list(dict.fromkeys(models))
     results: dict[Shortened, dict[str, Measured]] = {each: {} for each in different}
     for measurement in measurements:
-        if measurement.windows is not None:
-            found = _window_losses(subject, different, measurement.key, measurement.windows, journal, progress)
-            assert measurement.summarise is not None
+        if isinstance(measurement, Losses):
+            found = _window_losses(subject, different, measurement.windows, journal, progress)
             for each, losses in found.items():
                 results[each][measurement.name] = measurement.summarise(losses)
             continue
+        assert isinstance(measurement, Scored)
         with progress("Measuring", len(different)) as advance:
             for each in different:
 
-                def one(each: Shortened = each, measurement: Measurement = measurement) -> dict[str, Any]:
+                def one(each: Shortened = each, measurement: Scored = measurement) -> dict[str, Any]:
                     with each.of(subject) as model:
                         return asdict(measurement.measure(model))
 
@@ -106,16 +125,17 @@ def measured(
 def _window_losses(
     subject: Subject,
     models: Sequence[Shortened],
-    key: str,
     windows: torch.Tensor,
     journal: Journal,
     progress: Progress,
 ) -> dict[Shortened, list[float]]:
     """The loss of every window for every model, some windows at a time: all models that only lack layers together."""
     parts = dict(zip(range(0, len(windows), _WINDOWS_A_PIECE), windows.split(_WINDOWS_A_PIECE), strict=True))
+    # By what is in them: whoever asks for more windows of the same text computes the new ones only.
+    keys = {first: hashlib.sha256(part.contiguous().numpy().tobytes()).hexdigest() for first, part in parts.items()}
 
     def piece(model: Shortened, first: int) -> str:
-        return f"{key} from window {first} {model}"
+        return f"losses of {keys[first]} {model}"
 
     plain = [each for each in models if not each.tensors]
     repaired = [each for each in models if each.tensors]
@@ -132,7 +152,7 @@ def _window_losses(
                 continue
             with each.of(subject) as model:
                 for first, part in missing_parts.items():
-                    losses = window_losses(model, EvaluationWindows(part, key, bos=False))
+                    losses = window_losses(model, EvaluationWindows(part, "", bos=False))
                     journal.once(piece(each, first), losses.tolist)
                     advance(len(part))
     return {each: [loss for first in parts for loss in journal.get(piece(each, first))] for each in models}

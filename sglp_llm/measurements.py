@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglp_llm.calibration import evaluation_windows
-from sglp_llm.evaluation.perplexity import summary, window_losses
+from sglp_llm.evaluation.perplexity import summary
 from sglp_llm.evaluation.side_by_side import AVERAGE, average
-from sglp_llm.measured import Measurement
+from sglp_llm.measured import Losses, Measurement, Scored
 from sglp_llm.records import Measured
 from sglp_llm.subject import Subject
 from sglp_llm.texts import check_spec
@@ -38,19 +37,15 @@ def perplexity_measurement(subject: Subject, spec: str, window: int, max_windows
     check_spec(spec)
     windows = evaluation_windows(subject.tokenizer, spec, window=window, max_windows=max_windows)
     subject.check_tokens(windows.input_ids)
-    ids = hashlib.sha256(windows.input_ids.numpy().tobytes()).hexdigest()
 
     def summarise(losses: Sequence[float]) -> Measured:
         result = summary(torch.tensor(losses, dtype=torch.float64), windows)
         numbers = {"perplexity": result.perplexity, "perplexity_standard_error": result.perplexity_standard_error}
         return Measured(numbers, tuple(losses))
 
-    def measure(model: PreTrainedModel) -> Measured:
-        return summarise(window_losses(model, windows).tolist())
-
     count, length = windows.input_ids.shape
     name = windows.source if "/" not in windows.source else windows.source.rpartition("/")[2].partition(":")[0]
-    return Measurement(f"{name} ({count} x {length})", f"perplexity of {ids}", measure, windows.input_ids, summarise)
+    return Losses(f"{name} ({count} x {length})", windows.input_ids, summarise)
 
 
 def suite_measurement(subject: Subject, suite: Path, limit: int | None, data_dir: Path | None) -> Measurement:
@@ -86,4 +81,4 @@ def suite_measurement(subject: Subject, suite: Path, limit: int | None, data_dir
 
     examples = "" if limit is None else f" (first {limit})"
     key = f"suite {opened.suite} in {data_dir}, limit {limit}, and average"
-    return Measurement(f"{opened.suite.name}{examples}", key, measure)
+    return Scored(f"{opened.suite.name}{examples}", key, measure)
