@@ -191,8 +191,24 @@ def _print_layers(plan: PrunePlan) -> None:
 
 
 def _print_compensation(plan: PrunePlan) -> None:
-    if plan.replaced:
-        print(f"Compensation      {plan.compensation.get('method', 'given')}, {len(plan.replaced)} tensors replaced")
+    report = plan.compensation
+    if not plan.replaced and not report:
+        return
+    print(f"Compensation      {report.get('method', 'given')}, {len(plan.replaced)} tensors replaced")
+    refined = report.get("refined")
+    for name, stage in (("closed form", report), ("refined", refined if isinstance(refined, Mapping) else {})):
+        # Plain data that may have come with the plan from another program: only what is understood is shown.
+        losses = stage.get("losses")
+        if isinstance(losses, Mapping) and losses and all(_is_change(each) for each in losses.values()):
+            shown = (
+                f"{str(part).replace('_', '-')} {each['without']:.4f} -> {each['with']:.4f}"
+                for part, each in losses.items()
+            )
+            print(f"  {name:<16}loss in nats a token: {', '.join(shown)}")
+
+
+def _is_change(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(end), float) for end in ("without", "with"))
 
 
 def _removed(plan: PrunePlan) -> str:

@@ -45,7 +45,7 @@ from sglp_llm.source import find_source
 CHANGED = (0, 2)
 """The layers before the cuts."""
 
-COMPENSATION = {"method": "linear", "cuts": [[1, 2], [3, 4]], "error": 0.25}
+COMPENSATION = {"method": "linear", "cuts": [{"start": 1, "stop": 2}, {"start": 3, "stop": 4}], "error": 0.25}
 LLAMA = Tiny("llama", 0)
 
 
@@ -279,7 +279,9 @@ def test_other_programs_that_load_every_safetensors_file_of_the_folder_find_the_
 
 
 def test_a_card_of_a_plan_that_says_less(tiny: Path, plan: PrunePlan, tmp_path: Path) -> None:
-    for number, compensation in enumerate(({}, {"method": 3, "cuts": [1]}, {"cuts": [[1, 2], ["3", 4]]})):
+    for number, compensation in enumerate(
+        ({}, {"method": 3, "cuts": [1]}, {"cuts": [{"start": 1, "stop": "2"}]}, {"losses": {"fit": 3}})
+    ):
         output = tmp_path / str(number)
         prune(tiny, output, plan=replace(plan, compensation=compensation), verify=False)
         assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from sglp_llm.plans import PLAN_FILE_NAME, TENSORS_SUFFIX
@@ -26,6 +27,7 @@ def write_model_card(path: Path, plan: PrunePlan) -> None:
     how = f"the criterion `{settings['criterion']}`" if "criterion" in settings else "a plan that was given"
     if "calibration" in settings:
         how += f" on {settings['samples']} x {settings['seq_len']} tokens of `{settings['calibration'].split(':')[0]}`"
+    rest = "the cuts repaired" if plan.replaced else "nothing retrained"
     path.write_text(
         f"""---
 {base}library_name: transformers
@@ -37,7 +39,7 @@ tags:
 
 # {name}, {len(plan.kept)} of {plan.num_layers} decoder layers
 
-{link} with {len(plan.removed)} of its {plan.num_layers} decoder layers removed by sglp-llm and nothing retrained.
+{link} with {len(plan.removed)} of its {plan.num_layers} decoder layers removed by sglp-llm and {rest}.
 
 - Removed layers (0-based, of the original): {", ".join(map(str, plan.removed))}
 - Chosen by {how}
@@ -62,11 +64,11 @@ def _compensation(plan: PrunePlan) -> str:
     method = plan.compensation.get("method")
     how = f"by `{method}`" if isinstance(method, str) else "by tensors that came with the plan"
     cuts = plan.compensation.get("cuts")
-    if isinstance(cuts, list | tuple) and cuts and all(_is_range(cut) for cut in cuts):
-        how += f" for the cuts {', '.join(f'{start}..{stop - 1}' for start, stop in cuts)}"
+    if isinstance(cuts, list | tuple) and cuts and all(_is_cut(cut) for cut in cuts):
+        how += " for the cuts " + ", ".join(f"{cut['start']}..{cut['stop'] - 1}" for cut in cuts)
     file = Path(PLAN_FILE_NAME).with_suffix(TENSORS_SUFFIX)
-    return f"- Compensated {how}: {len(plan.replaced)} tensors of layers that stay are new, none of them trained (`{file}`)\n"
+    return f"- Compensated {how}: {len(plan.replaced)} tensors of layers that stay are new (`{file}`)\n"
 
 
-def _is_range(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(type(end) is int for end in value)
+def _is_cut(value: object) -> bool:
+    return isinstance(value, Mapping) and all(type(value.get(end)) is int for end in ("start", "stop"))
