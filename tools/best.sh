@@ -14,7 +14,7 @@ mkdir -p "$output.texts"
 "$bin/python" tools/mixed_calibration.py "$data" "$output.texts/mixed.jsonl"
 
 "$bin/python" -m sglp_llm compare "$("$bin/python" tools/fetch_smollm2.py)" --recipe docs/results.yaml --samples 256 \
-    --protect-first 4 --protect-last 2 --criteria angular,bi,taylor,ppl,sleb,kl,sglp-search,best --drops 6,9 \
+    --protect-first 4 --protect-last 2 --criteria angular,bi,taylor,ppl,sleb,kl,sglp-search,best --drops "${DROPS:-6,9}" \
     --calibration "jsonl:$output.texts/mixed.jsonl:text" \
     --eval "text:$data/wikitext2_test.txt.gz" --eval "jsonl:$data/c4_sample.jsonl.gz:text" \
     --window 512 --max-windows "${WINDOWS:-302}" --output "$output" "${@:3}"
