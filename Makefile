@@ -40,6 +40,7 @@ bench: setup
 	$(BIN)/python benchmarks/gradnorm.py
 	$(BIN)/python benchmarks/streamed.py
 	$(BIN)/python benchmarks/trials.py
+	$(BIN)/python benchmarks/search.py
 
 # On one GPU with 40 GB or more; 16 GB of disk for a random model.
 bench-gpu: setup
