@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import nn
 
 from sglp_llm.calibration import CalibrationSet
 
@@ -30,3 +31,15 @@ def padded_set(sequences: int, side: Literal["left", "right"], tokens: int = 24)
 def ids_and_mask(ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """One sequence as a batch of its own, for a transformers model."""
     return {"input_ids": ids[None], "attention_mask": mask[None].long()}
+
+
+def sampled_set(model: nn.Module, sequences: int, padding: Literal["left", "right"] | None = None) -> CalibrationSet:
+    """Text that the model itself has written, so that a shortened one has something to lose; padded ones as in `padded_set`."""
+    ids = torch.randint(3, 300, (sequences, 1), generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        while ids.shape[1] < 24:
+            chances = model(input_ids=ids, use_cache=False).logits[:, -1].softmax(dim=-1)
+            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
+    mask = plain_set(sequences).mask if padding is None else padded_set(sequences, padding).mask
+    return CalibrationSet(ids.masked_fill(~mask, 0), mask, "by itself", 0, "by itself", False)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from calibration_sets import ids_and_mask, padded_set, plain_set
+from calibration_sets import ids_and_mask, plain_set, sampled_set
 from checkpoints import QUICK, run_cli
 from layer_states import states_around
 from many_processes import in_processes
@@ -40,18 +40,6 @@ from sglp_llm.subject import Subject
 
 EVERY_TINY = pytest.mark.parametrize("tiny", every_tiny(), ids=str)
 REMOVED = (2, 3, 5)
-
-
-def sampled_set(model: nn.Module, sequences: int, padding: Literal["left", "right"] | None = None) -> CalibrationSet:
-    """Text that the model itself has written, so that a shortened one has something to lose; padded ones as in `padded_set`."""
-    ids = torch.randint(3, 300, (sequences, 1), generator=torch.Generator().manual_seed(3))
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        while ids.shape[1] < 24:
-            chances = model(input_ids=ids, use_cache=False).logits[:, -1].softmax(dim=-1)
-            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
-    mask = plain_set(sequences).mask if padding is None else padded_set(sequences, padding).mask
-    return CalibrationSet(ids.masked_fill(~mask, 0), mask, "by itself", 0, "by itself", False)
 
 
 def method(name: str, target: Target = "dense") -> LeastSquares:

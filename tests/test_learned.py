@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibration_sets import ids_and_mask, padded_set, plain_set
+from calibration_sets import ids_and_mask, padded_set, plain_set, sampled_set
 from many_processes import in_processes
-from test_compensation import sampled_set
 from tiny_models import Tiny, every_tiny, save_tiny, tiny_model
 from torch import Tensor, nn
 
