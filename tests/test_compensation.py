@@ -40,6 +40,7 @@ from sglp_llm.subject import Subject
 
 EVERY_TINY = pytest.mark.parametrize("tiny", every_tiny(), ids=str)
 REMOVED = (2, 3, 5)
+CLOSED_FORMS = [name for name in compensation_names() if isinstance(get_method(name), LeastSquares)]
 
 
 def method(name: str, target: Target = "dense") -> LeastSquares:
@@ -314,7 +315,7 @@ def test_what_is_taken_never_raises_the_loss_and_what_is_said_is_so(tiny: Tiny) 
     """Random tokens have nothing that could be restored: most of what is fitted to them is noise, and is left out."""
     model, removed = wrap_model(tiny_model(tiny)), (0, 2, 4, 5)
     calibration = plain_set(8)
-    for name in compensation_names():
+    for name in CLOSED_FORMS:
         if not works(name, model):
             continue
         found = get_method(name).run(model, calibration, removed)
