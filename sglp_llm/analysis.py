@@ -13,7 +13,6 @@ from typing import Any
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.compensation import NONE, Compensated, Method, get_method
 from sglp_llm.criteria import Criterion, ScoreCriterion, SetCriterion, criterion_names, get_criterion, make_criterion
-from sglp_llm.criteria.search import Search
 from sglp_llm.engine.observer import Need
 from sglp_llm.engine.passes import run_pass
 from sglp_llm.engine.representations import CKAObserver
@@ -261,10 +260,10 @@ def finalists(
 ) -> list[tuple[int, ...]]:
     """The good sets that the recipe's criterion ends with, what `choose_layers` gave first; most criteria know that one only."""
     criterion = observations.criteria[deciding_criterion(recipe)]
-    if not isinstance(criterion, Search):
+    if not isinstance(criterion, SetCriterion):
         return [tuple(removed)]
     among = removable_layers(model.num_layers, (recipe.protect.first, recipe.protect.last))
-    return [tuple(sorted(each)) for each, _ in criterion.finalists(len(removed), among)]
+    return [tuple(removed), *(tuple(sorted(each)) for each in criterion.runners_up(len(removed), among))]
 
 
 def repair_best(

@@ -67,6 +67,10 @@ class SetCriterion(Criterion):
             removable: Layers that may go, ascending and without gaps.
         """
 
+    def runners_up(self, n: int, removable: Sequence[int]) -> list[Removed]:
+        """Other good sets, the best first, behind what `choose` gives; most criteria know none."""
+        return []
+
 
 class GreedyCriterion(SetCriterion):
     """Removes the layer that costs least, scores what is left again, and repeats."""

@@ -138,6 +138,9 @@ class Search(SetCriterion):
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
         return sorted(self.finalists(n, removable)[0][0])
 
+    def runners_up(self, n: int, removable: Sequence[int]) -> list[Removed]:
+        return [removed for removed, _ in self.finalists(n, removable)[1:]]
+
     def finalists(self, n: int, removable: Sequence[int]) -> list[tuple[Removed, float]]:
         """The set that is taken, and those behind it of the sets that ran on the most sequences, with their mean costs.
 

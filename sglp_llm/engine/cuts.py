@@ -12,12 +12,13 @@ import torch
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.branch import branch_outputs, folded
-from sglp_llm.engine.streamed import Step
+from sglp_llm.engine.streamed import Step, layer_in_memory
 from sglp_llm.engine.walk import Parts, Visit, Walk, split, walking
 from sglp_llm.errors import UserError
 from sglp_llm.loading import DecoderModel
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
+from sglp_llm.proposals import runs_of
 from sglp_llm.records import Segment
 
 Target = Literal["dense", "local"]
@@ -80,13 +81,7 @@ class Repair:
 
 def cuts_of(removed: Iterable[int]) -> list[Segment]:
     """The maximal runs of removed layers, front to back."""
-    cuts: list[Segment] = []
-    for layer in sorted(removed):
-        if cuts and cuts[-1].stop == layer:
-            cuts[-1] = Segment(cuts[-1].start, layer + 1)
-        else:
-            cuts.append(Segment(layer, layer + 1))
-    return cuts
+    return [Segment(*run) for run in runs_of(set(removed))]
 
 
 def repair_cuts(
@@ -220,7 +215,7 @@ class _Repairing:
         """New values of parameters by name, as they will be stored; the student's way without them goes on as `_PLAIN`."""
         walk, branch = self._walk, self._branch
         walk.fork(_STUDENT, _PLAIN)
-        with walk.at(layer) as module, branch_outputs(module, branch) as outputs:
+        with layer_in_memory(self._model, layer) as module, branch_outputs(module, branch) as outputs:
 
             def visit(part: str) -> Visit:
                 def show(step: Step, leaving: torch.Tensor) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sglp_llm.calibration import CalibrationSet
@@ -17,7 +17,7 @@ from sglp_llm.engine.head import divergence, divergence_gradient, losses
 from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.resident import frozen
 from sglp_llm.engine.states import StateStore, state_store
-from sglp_llm.engine.streamed import Replays, Step, layers_in_turn, steps_of
+from sglp_llm.engine.streamed import Replays, Step, layer_in_memory, layers_in_turn, steps_of
 from sglp_llm.engine.walk import Parts
 from sglp_llm.loading import DecoderModel
 from sglp_llm.processes import ALONE, Processes
@@ -174,7 +174,7 @@ class _Refining:
         """What is refined, in float32, and what only stands in for the model's own values."""
         device, values = self._model.input_device, {}
         for index in sorted({self._layer_of(name) for name in names}):
-            with self._at(index) as layer:
+            with layer_in_memory(self._model, index) as layer:
                 own = dict(layer.named_parameters())
                 for name in names:
                     if self._layer_of(name) == index:
@@ -242,7 +242,7 @@ class _Refining:
         for index in self._kept:
 
             def through(entering: Tensor, index: int = index) -> Tensor:
-                with self._at(index) as layer:
+                with layer_in_memory(self._model, index) as layer:
                     layer.requires_grad_(False)
                     return replay.layer(index, entering, self._standing_in(index))
 
@@ -260,12 +260,6 @@ class _Refining:
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {name: value.detach().to("cpu", copy=True) for name, value in self._values.items()}
-
-    @contextmanager
-    def _at(self, index: int) -> Iterator[nn.Module]:
-        model = self._model
-        with nullcontext(model.layers[index]) if model.weights is None else model.weights.layer(index) as layer:
-            yield layer
 
     def _layer_of(self, name: str) -> int:
         return int(name.removeprefix(f"{self._model.adapter.layers}.").partition(".")[0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -131,6 +132,13 @@ def steps_of(
 ) -> list[Step]:
     """The sequences in steps."""
     return [Step(*step) for step in batches(calibration, batch_size, model.input_device, share)]
+
+
+@contextmanager
+def layer_in_memory(model: DecoderModel, index: int) -> Iterator[nn.Module]:
+    """Inside the block a layer's weights are in memory, with either engine."""
+    with nullcontext(model.layers[index]) if model.weights is None else model.weights.layer(index) as layer:
+        yield layer
 
 
 def layers_in_turn(model: DecoderModel, order: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.head import losses
@@ -97,13 +96,6 @@ class Walk:
         """Takes a way through one layer that has other values of some parameters, by their names in the model."""
         with replaced_weights(self._model, tensors):
             self.through([index], slot)
-
-    @contextmanager
-    def at(self, index: int) -> Iterator[nn.Module]:
-        """Inside the block a layer's weights are in memory."""
-        model = self._model
-        with nullcontext(model.layers[index]) if model.weights is None else model.weights.layer(index) as layer:
-            yield layer
 
     def show(self, index: int, slot: Hashable, visits: Mapping[str, Visit]) -> None:
         """Takes a way through one layer that is in memory, and shows what leaves it to the visit of each part."""
