@@ -30,6 +30,9 @@ from sglp_llm.selection import check_budget
 from sglp_llm.subject import Subject
 from sglp_llm.version import __version__
 
+MEASURED = "measured"
+"""The folder of what was measured, inside a comparison's own."""
+
 _PLANS = "plans"
 # Settings that belong to single methods, or without influence on the numbers.
 _IDLE = (
@@ -47,12 +50,13 @@ def compare(
     measurements: Sequence[Measurement],
     folder: Path,
     progress: Progress = silent,
+    kept: Path | None = None,
 ) -> Comparison:
     """Lets every method choose layers, and repair the cuts, at every depth, and measures what is left, in memory.
 
     All criteria that watch hidden states or gradients share one pass; methods that choose alike choose once, equal choices
-    are compensated and measured once. What is finished is kept in ``folder/journal``, and a run that was interrupted goes on
-    from there; every row's plan lies in ``folder/plans``.
+    are compensated and measured once. Choices that are made are kept in ``folder/journal`` and numbers in ``kept``, and a run
+    that was interrupted goes on from there; every row's plan lies in ``folder/plans``.
 
     Args:
         subject: The model.
@@ -63,6 +67,8 @@ def compare(
         measurements: What is measured.
         folder: For the journal and the plans.
         progress: Told how far everything is.
+        kept: A journal of what was measured, which comparisons of one model share however they calibrate; in ``folder`` by
+            default.
 
     Raises:
         UserError: A method or budget does not fit.
@@ -76,8 +82,9 @@ def compare(
     for key in _IDLE.split():
         settings.pop(key, None)
     # Another version may keep its pieces in another form.
-    known = {**settings, "model": subject.identity.fingerprint, "sglp-llm": __version__}
-    run = _Run(subject, calibration, Journal(folder / "journal", known), folder, progress)
+    model = {"model": subject.identity.fingerprint, "sglp-llm": __version__}
+    numbers = Journal(kept or folder / MEASURED, {"dtype": recipe.dtype, **model})
+    run = _Run(subject, calibration, Journal(folder / "journal", {**settings, **model}), folder, progress)
 
     choosers = {name: chooser(recipe, name, budgets[0]) for name in methods}
     own = {choosers[name]: [replace(each, compensate=NONE) for each in recipes[name]] for name in methods}
@@ -88,7 +95,7 @@ def compare(
         for each, sets in zip(recipes[name], chosen[choosers[name]], strict=True)
     ]
     dense = Shortened(())
-    found = measured(subject, [dense, *(plan.model for _, plan in plans)], measurements, run.journal, progress)
+    found = measured(subject, [dense, *(plan.model for _, plan in plans)], measurements, numbers, progress)
     dense_losses = {name: each.losses for name, each in found[dense].items()}
 
     def results(model: Shortened) -> dict[str, dict[str, float]]:

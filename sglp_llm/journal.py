@@ -33,7 +33,7 @@ class Journal:
         plain = json.loads(json.dumps(setting))
         if changed := sorted(key for key in {*known, *plain} if known.get(key) != plain.get(key)):
             raise UserError(
-                f"{folder.parent} holds an unfinished or finished run with another {changed[0]} "
+                f"{folder} holds an unfinished or finished run with another {changed[0]} "
                 f"({known.get(changed[0])!r}, now {plain.get(changed[0])!r}); choose another folder"
             )
 

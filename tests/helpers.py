@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -32,3 +34,8 @@ def tiny_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         model_max_length=64,
     )
+
+
+def comparison_pieces(folder: Path) -> list[Path]:
+    """The finished pieces of work that a comparison keeps: what was chosen and what was measured."""
+    return [*folder.glob("journal/*.json"), *folder.glob("measured/*.json")]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import run_cli
-from helpers import tiny_tokenizer
+from helpers import comparison_pieces, tiny_tokenizer
 from tiny_models import Tiny, load_plain, save_tiny, tiny_model
 
 from sglp_llm.analysis import repair_best
@@ -182,12 +182,12 @@ def test_killed_inside_the_compensations_it_goes_on_and_ends_the_same(
             time.sleep(0.005)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    before = {file: file.stat().st_mtime_ns for file in output.glob("journal/*.json")}
+    before = {file: file.stat().st_mtime_ns for file in comparison_pieces(output)}
     outcome = run_cli(*arguments(tiny, output))
     assert outcome.code == 0, outcome.err
-    after = {file: file.stat().st_mtime_ns for file in output.glob("journal/*.json")}
+    after = {file: file.stat().st_mtime_ns for file in comparison_pieces(output)}
     assert before.items() <= after.items()
-    assert len(before) < len(after) == len(list(finished.glob("journal/*.json")))
+    assert len(before) < len(after) == len(comparison_pieces(finished))
     for file in ("compare.csv", "pairs.csv", "compare.svg"):
         assert (output / file).read_bytes() == (finished / file).read_bytes()
     plans = {file.relative_to(finished) for file in finished.glob("plans/*/*")}
@@ -197,10 +197,10 @@ def test_killed_inside_the_compensations_it_goes_on_and_ends_the_same(
 
 
 def test_finished_work_is_not_done_again(tiny: Path, finished: Path) -> None:
-    before = {file: file.stat().st_mtime_ns for file in finished.glob("journal/*")}
+    before = {file: file.stat().st_mtime_ns for file in comparison_pieces(finished)}
     csv_before = (finished / "compare.csv").read_bytes()
     assert run_cli(*arguments(tiny, finished)).code == 0
-    assert before == {file: file.stat().st_mtime_ns for file in finished.glob("journal/*")}
+    assert before == {file: file.stat().st_mtime_ns for file in comparison_pieces(finished)}
     assert csv_before == (finished / "compare.csv").read_bytes()
 
 

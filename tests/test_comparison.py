@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import run_cli
+from helpers import comparison_pieces
 from tiny_models import Tiny, save_tiny, tiny_model
 
 from sglp_llm import analyze, prune
@@ -69,6 +71,7 @@ def test_every_number_is_that_of_the_exported_model(tiny: Path, finished: Path, 
 def test_files(finished: Path) -> None:
     assert {file.name for file in finished.iterdir()} == {
         "journal",
+        "measured",
         "plans",
         "pairs.csv",
         *(f"compare.{suffix}" for suffix in ("json", "csv", "md", "png", "svg")),
@@ -86,20 +89,37 @@ def test_killed_half_way_it_goes_on_and_ends_the_same(tiny: Path, finished: Path
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "sglp_llm", *arguments(tiny, output)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and len(list(output.glob("journal/*.json"))) < 9:
+        while process.poll() is None and len(comparison_pieces(output)) < 9:
             time.sleep(0.01)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert not (output / "compare.json").exists()
-    before = {file: file.stat().st_mtime_ns for file in output.glob("journal/*.json")}
+    before = {file: file.stat().st_mtime_ns for file in comparison_pieces(output)}
     outcome = run_cli(*arguments(tiny, output))
     assert outcome.code == 0, outcome.err
-    after = {file: file.stat().st_mtime_ns for file in output.glob("journal/*.json")}
+    after = {file: file.stat().st_mtime_ns for file in comparison_pieces(output)}
     assert before.items() <= after.items()
-    assert len(before) < len(after) == len(list(finished.glob("journal/*.json")))
-    assert not list(output.glob("journal/*.partial"))
+    assert len(before) < len(after) == len(comparison_pieces(finished))
+    assert not list(output.glob("*/*.partial"))
     assert (output / "compare.csv").read_bytes() == (finished / "compare.csv").read_bytes()
     assert (output / "compare.svg").read_bytes() == (finished / "compare.svg").read_bytes()
+
+
+def test_comparisons_share_what_is_measured(tiny: Path, finished: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shutil.copytree(finished / "measured", shared)
+    before = {file: file.stat().st_mtime_ns for file in shared.iterdir()}
+    for samples in ((), ("--samples", 5)):
+        own, other = ([*arguments(tiny, tmp_path / f"{name}{len(samples)}"), *samples] for name in ("own", "other"))
+        assert run_cli(*own).code == 0
+        outcome = run_cli(*other, "--measured", shared)
+        assert outcome.code == 0, outcome.err
+        own, other = (tmp_path / f"{name}{len(samples)}" for name in ("own", "other"))
+        assert (other / "compare.csv").read_bytes() == (own / "compare.csv").read_bytes()
+        assert not (other / "measured").exists()
+        if not samples:
+            assert before == {file: file.stat().st_mtime_ns for file in shared.iterdir()}
+    assert len(list(shared.iterdir())) < len(before) + len(list((own / "measured").iterdir()))
 
 
 def test_refusals(tiny: Path, finished: Path, tmp_path: Path) -> None:

@@ -56,6 +56,9 @@ def compare(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first examples of each task.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the files that the suite's tasks read.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Keep what is measured here, for other comparisons of the model too.")
+    ] = None,
     recipe: RecipeName = None,
     option: Option = None,
     calibration: Calibration = None,
@@ -86,7 +89,7 @@ def compare(
     console = prepare()
     from dataclasses import asdict, replace
 
-    from sglp_llm.comparison import check_compensations, checked_recipes, compare
+    from sglp_llm.comparison import MEASURED, check_compensations, checked_recipes, compare
     from sglp_llm.compensation import NONE
     from sglp_llm.measurements import perplexity_measurement, suite_measurement
     from sglp_llm.pipeline import open_subject, read_calibration
@@ -114,7 +117,8 @@ def compare(
     for sequences in sets:
         folder = output if drawn is None else output / f"seed-{sequences.seed}"
         own = replace(chosen, seed=sequences.seed)
-        results.append(compare(subject, sequences, own, names, budgets, measurements, folder, console.progress_bar))
+        kept = measured or output / MEASURED
+        results.append(compare(subject, sequences, own, names, budgets, measurements, folder, console.progress_bar, kept))
         write_tables(results[-1], folder)
         plot_perplexity(results[-1], folder)
     if drawn is None:
