@@ -118,7 +118,9 @@ def compare(
         folder = output if drawn is None else output / f"seed-{sequences.seed}"
         own = replace(chosen, seed=sequences.seed)
         kept = measured or output / MEASURED
-        results.append(compare(subject, sequences, own, names, budgets, measurements, folder, console.progress_bar, kept))
+        results.append(
+            compare(subject, sequences, own, names, budgets, measurements, folder, console.progress_bar, kept)
+        )
         write_tables(results[-1], folder)
         plot_perplexity(results[-1], folder)
     if drawn is None:
