@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from sglp_llm.analysis import deciding_criterion, is_segmented
 from sglp_llm.compensation import NONE, get_method
-from sglp_llm.criteria import get_criterion
+from sglp_llm.criteria import make_criterion
 from sglp_llm.engine.observer import Need
 from sglp_llm.errors import UserError
 from sglp_llm.free_memory import free_memory
@@ -46,7 +46,8 @@ def work_of(recipe: Recipe) -> Work:
     """
     needs = Need.HIDDEN_STATES if is_segmented(recipe) else Need.NOTHING
     for name in (deciding_criterion(recipe), *recipe.also):
-        needs |= get_criterion(name).needs | get_criterion(name).needs_with_trials
+        criterion = make_criterion(name, 1, recipe.seed, recipe.options.get(name))
+        needs |= criterion.needs | criterion.needs_with_trials
     return Work(
         needs=needs,
         samples=recipe.samples,

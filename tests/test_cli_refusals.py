@@ -87,6 +87,8 @@ SETTINGS = [
     ),
     ("--criterion angular --option angular.tokens=al", "unknown tokens of angular 'al'; did you mean 'all'?"),
     ("--criterion slp --option slp.metric=l2", "unknown metric of slp 'l2'"),
+    ("--option gradnorm.norm=layers", "unknown norm of gradnorm 'layers'; did you mean 'layer'?"),
+    ("--criterion gate --option gate.order=3", "order of gate is 1 or 2, not 3"),
     ("--criterion bi --option slp.metric=cka", "options: slp is not among the criteria of this run (bi)"),
     ("--criterion bi --option bi.x=1", "option of the criterion bi 'x'"),
     ("--option angular", "is not of the form CRITERION.KEY=VALUE"),

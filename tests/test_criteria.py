@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from calibration_sets import ids_and_mask, padded_set, plain_set
 from layer_states import cka_by_hand, states_around
-from tiny_models import Tiny, tiny_model
+from tiny_models import Tiny, every_tiny, tiny_model
 
 from sglp_llm import analyze
 from sglp_llm.calibration import CalibrationSet
@@ -37,6 +38,13 @@ def chosen(
     return criterion.choose(n, range(model.num_layers))
 
 
+def mean_loss(model: DecoderModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """transformers' own of one sequence; the first real token has nothing real in front of it to be predicted from."""
+    labels = ids.masked_fill(~mask | ~torch.cat([mask[:1], mask[:-1]]), -100)[None]
+    loss: torch.Tensor = model.model(**ids_and_mask(ids, mask), labels=labels, use_cache=False).loss
+    return loss
+
+
 @FAMILIES
 @SETS
 @pytest.mark.parametrize("accumulator", ["device", "host"])
@@ -46,9 +54,7 @@ def test_taylor_is_the_sum_over_elements_of_weight_times_summed_gradient(
     model = wrapped(family)
     model.model.zero_grad()
     for ids, mask in zip(calibration.input_ids, calibration.mask, strict=True):
-        # The first real token has nothing real in front of it to be predicted from.
-        labels = ids.masked_fill(~mask | ~torch.cat([mask[:1], mask[:-1]]), -100)[None]
-        model.model(**ids_and_mask(ids, mask), labels=labels, use_cache=False).loss.backward()
+        mean_loss(model, ids, mask).backward()
     expected = []
     for layer in model.layers:
         matrices = [p for p in layer.parameters() if p.ndim >= 2 and p.grad is not None]
@@ -58,6 +64,64 @@ def test_taylor_is_the_sum_over_elements_of_weight_times_summed_gradient(
     assert isinstance(criterion, ScoreCriterion)
     run_pass(model, calibration, [criterion])
     assert criterion.scores() == pytest.approx(expected, rel=1e-4)
+
+
+@FAMILIES
+@SETS
+def test_other_gradient_norms_are_those_of_autograd(family: str, calibration: CalibrationSet) -> None:
+    model = wrapped(family)
+    expected = {name: [0.0] * model.num_layers for name in ("tensors", "relative")}
+    for ids, mask in zip(calibration.input_ids, calibration.mask, strict=True):
+        loss = mean_loss(model, ids, mask)
+        for number, layer in enumerate(model.layers):
+            weights = list(layer.parameters())
+            gradients = torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)
+            norms = [float(gradient.double().norm()) for gradient in gradients]
+            size = math.sqrt(sum(float(weight.detach().double().square().sum()) for weight in weights))
+            expected["tensors"][number] += sum(norms) / len(norms) / len(calibration.input_ids)
+            expected["relative"][number] += math.hypot(*norms) / size / len(calibration.input_ids)
+    for name, values in expected.items():
+        criterion = make_criterion("gradnorm", model.num_layers, options={"norm": name})
+        assert isinstance(criterion, ScoreCriterion)
+        run_pass(model, calibration, [criterion])
+        assert criterion.scores() == pytest.approx(values, rel=1e-4)
+
+
+@pytest.mark.parametrize("tiny", every_tiny(), ids=str)
+@SETS
+def test_gate_is_the_taylor_series_of_a_factor_on_what_the_layer_adds(tiny: Tiny, calibration: CalibrationSet) -> None:
+    """Gates are put in by hooks, one a layer and position, and autograd says how the loss depends on them."""
+    model = wrap_model(tiny_model(tiny))
+    depth, length = model.num_layers, calibration.input_ids.shape[1]
+    gates = torch.ones(depth, length, 1, requires_grad=True)
+
+    def hook_for(number: int) -> Any:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            entering = args[0] if args else kwargs["hidden_states"]
+            leaving = output[0] if isinstance(output, tuple) else output
+            gated = entering + gates[number] * (leaving - entering)
+            return (gated, *output[1:]) if isinstance(output, tuple) else gated
+
+        return hook
+
+    handles = [layer.register_forward_hook(hook_for(n), with_kwargs=True) for n, layer in enumerate(model.layers)]
+    expected = {1: [0.0] * depth, 2: [0.0] * depth}
+    for ids, mask in zip(calibration.input_ids, calibration.mask, strict=True):
+        (slopes,) = torch.autograd.grad(mean_loss(model, ids, mask), gates)
+        predicted = int(mask.sum()) - 1
+        for number, own in enumerate(slopes[:, mask, 0].tolist()):
+            curvatures = [(predicted * slope) ** 2 / predicted for slope in own]
+            expected[1][number] += abs(sum(own)) / len(calibration.input_ids)
+            expected[2][number] += (sum(curvatures) / 2 - sum(own)) / len(calibration.input_ids)
+    for handle in handles:
+        handle.remove()
+    for order, values in expected.items():
+        for company in ((), ("gradnorm",), ("taylor", "bi")):
+            others = [make_criterion(name, depth) for name in company]
+            criterion = make_criterion("gate", depth, options={"order": order})
+            assert isinstance(criterion, ScoreCriterion)
+            run_pass(model, calibration, [criterion, *others])
+            assert criterion.scores() == pytest.approx(values, rel=1e-3, abs=1e-6)
 
 
 @FAMILIES

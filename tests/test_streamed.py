@@ -32,7 +32,7 @@ from sglp_llm.evaluation.perplexity import perplexity
 from sglp_llm.loading import DecoderModel, load_model, load_streamed
 from sglp_llm.source import find_source
 
-ONE_PASS = ("gradnorm", "taylor", "bi", "magnitude", "angular", "slp")
+ONE_PASS = ("gradnorm", "taylor", "gate", "bi", "magnitude", "angular", "slp")
 SETS = pytest.mark.parametrize("calibration", [plain_set(5), padded_set(5, "left")], ids=["plain", "padded"])
 CPU = torch.device("cpu")
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
 from sglp_llm.criteria.base import ScoreCriterion
+from sglp_llm.engine.ghost import squared_norm
 from sglp_llm.engine.observer import Batch, Need
+from sglp_llm.errors import unknown
 from sglp_llm.processes import Processes
+
+NORMS = ("layer", "tensors", "relative")
 
 
 class GradNorm(ScoreCriterion):
@@ -16,12 +21,23 @@ class GradNorm(ScoreCriterion):
 
     Loss is the mean token negative log-likelihood of one sequence. The unit matters: the norm of a sum over several
     sequences gives another ranking.
+
+    Args:
+        num_layers: Number of decoder layers.
+        seed: Not used.
+        norm: ``layer`` is the above. Two other readings (ours): ``tensors``, the mean over the layer's parameters of each
+            one's gradient norm; ``relative``, the layer's gradient norm divided by the norm of its weights.
     """
 
     needs = Need.GRADIENT_NORMS
 
-    def __init__(self, num_layers: int, seed: int = 0) -> None:
+    def __init__(self, num_layers: int, seed: int = 0, *, norm: str = "layer") -> None:
         super().__init__(num_layers, seed)
+        if norm not in NORMS:
+            raise unknown("norm of gradnorm", norm, NORMS)
+        self._norm = norm
+        if norm == "tensors":
+            self.needs = Need.GRADIENTS  # norms may come for several parameters together
         self._squares: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]  # of the sequence that is under way
         self._sequence: list[int | None] = [None] * num_layers
         self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum of norms, and how many
@@ -34,14 +50,24 @@ class GradNorm(ScoreCriterion):
             self._sequence[layer] = batch.first
         self._squares[layer].append(squared)
 
+    def on_gradient(self, layer: int, batch: Batch, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        self.on_gradient_norm(layer, batch, name, squared_norm(gradient))
+
     def on_gradients_end(self, layer: int, weights: Mapping[str, torch.Tensor], processes: Processes) -> None:
         self._finish_sequence(layer)
         total, count = processes.sum(self._totals[layer]).tolist()
         self._means[layer] = total / count
+        if self._norm == "tensors":
+            self._means[layer] /= len(weights)
+        if self._norm == "relative":
+            squares = [float(squared_norm(weight)) for weight in weights.values()]
+            self._means[layer] /= math.sqrt(sum(squares))
 
     def _finish_sequence(self, layer: int) -> None:
         if squares := self._squares[layer]:
-            self._totals[layer] += torch.stack([torch.stack(squares).sum().sqrt().cpu(), torch.ones(())])
+            stacked = torch.stack(squares)
+            norm = stacked.sqrt().sum() if self._norm == "tensors" else stacked.sum().sqrt()
+            self._totals[layer] += torch.stack([norm.cpu(), torch.ones(())])
             squares.clear()
 
     def scores(self) -> list[float]:

@@ -26,7 +26,7 @@ def watched_gradients(
     """Inside the block a backward pass shows the observers the gradients of these decoder layers, and keeps none.
 
     Gradients that wait for somebody's optimiser are neither lost nor added to. Where norms are all that anybody wants, the
-    weights of linears take no gradient.
+    weights of linears take no gradient, and where nobody looks at parameters, none does.
 
     Args:
         layers: Decoder layers by their index.
@@ -36,6 +36,9 @@ def watched_gradients(
     """
     whole = [observer for observer in observers if Need.GRADIENTS in observer.needs]
     of_norms = [observer for observer in observers if Need.GRADIENT_NORMS in observer.needs]
+    if not whole and not of_norms:
+        yield
+        return
     parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import ClassVar
 
 import torch
 
@@ -20,8 +19,9 @@ class Need(Flag):
     HIDDEN_STATES = auto()
     GRADIENTS = auto()
     GRADIENT_NORMS = auto()
+    STATE_GRADIENTS = auto()
     TRIALS = auto()
-    BACKWARD = GRADIENTS | GRADIENT_NORMS
+    BACKWARD = GRADIENTS | GRADIENT_NORMS | STATE_GRADIENTS
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Observer:
         together: How many consecutive calibration sequences (a multiple of it after the first) one process must see.
     """
 
-    needs: ClassVar[Need] = Need.NOTHING
+    needs: Need = Need.NOTHING
     together: int = 1
 
     def on_weight(self, layer: int, weight: torch.Tensor) -> None:
@@ -75,6 +75,14 @@ class Observer:
 
         For those who need no more than that: the gradient itself need not exist. One call may stand for several parameters
         of the layer, under the name of the first: only the sum over all calls for a layer and a sequence is defined.
+        """
+
+    def on_state_gradient(
+        self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor, gradient: torch.Tensor
+    ) -> None:
+        """The gradient of one sequence's mean loss by what leaves a decoder layer (`Need.STATE_GRADIENTS`).
+
+        All three are ``[1, tokens, hidden]``; the gradient is freed when this returns.
         """
 
     def on_gradients_end(self, layer: int, weights: Mapping[str, torch.Tensor], processes: Processes) -> None:

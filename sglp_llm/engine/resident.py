@@ -89,6 +89,8 @@ def _run(
         stack.enter_context(evaluating(model.model))
         if watching:
             stack.enter_context(_layer_hooks(model.layers, watching, current))
+        if Need.STATE_GRADIENTS in needs:
+            stack.enter_context(_state_gradient_hooks(model.layers, observers, current))
         if differentiate:
             stack.enter_context(frozen(model.model))
             stack.enter_context(watched_gradients(dict(enumerate(model.layers)), observers, current, norms))
@@ -147,6 +149,37 @@ def _layer_hooks(layers: nn.ModuleList, watching: Sequence[Observer], current: l
         return hook
 
     handles = [layer.register_forward_hook(hook_for(index), with_kwargs=True) for index, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _state_gradient_hooks(layers: nn.ModuleList, observers: Sequence[Observer], current: list[Batch]) -> Iterator[None]:
+    watching = [observer for observer in observers if Need.STATE_GRADIENTS in observer.needs]
+
+    def ask_for_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entering_states(args, kwargs).requires_grad_(True)
+
+    def hook_for(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            leaving = leaving_states(output)
+            # Not the states themselves: a graph that holds a hook that holds it is never freed.
+            around = entering_states(args, kwargs).detach(), leaving.detach()
+
+            def arrived(gradient: torch.Tensor) -> None:
+                for observer in watching:
+                    observer.on_state_gradient(index, current[0], *around, gradient)
+
+            leaving.register_hook(arrived)
+
+        return hook
+
+    handles = [layer.register_forward_hook(hook_for(index), with_kwargs=True) for index, layer in enumerate(layers)]
+    # Embeddings take no gradient, and perhaps no parameter does.
+    handles.append(layers[0].register_forward_pre_hook(ask_for_gradients, with_kwargs=True))
     try:
         yield
     finally:

@@ -198,12 +198,17 @@ def _backward(
     norms: Norms,
 ) -> None:
     current: list[Batch] = []
+    watching = [observer for observer in observers if Need.STATE_GRADIENTS in observer.needs]
     with watched_gradients({index: layer}, observers, current, norms), torch.enable_grad():
         for step in steps:
             current[:] = [step.batch]
             entering = store.get(index, step.batch).detach().requires_grad_(True)
             leaving = replays.of(step).layer(index, entering)
-            leaving.backward(store.get(_LOSS, step.batch))
+            gradient = store.get(_LOSS, step.batch)
+            with torch.no_grad():
+                for observer in watching:
+                    observer.on_state_gradient(index, step.batch, entering.detach(), leaving.detach(), gradient)
+            leaving.backward(gradient)
             assert entering.grad is not None
             store.put(_LOSS, step.batch, entering.grad)
 

@@ -1,0 +1,59 @@
+"""Taylor importance of a gate on what the layer adds to the hidden states (Molchanov et al., arXiv 1906.10771)."""
+
+from __future__ import annotations
+
+import torch
+
+from sglp_llm.criteria.base import ScoreCriterion
+from sglp_llm.engine.observer import Batch, Need
+from sglp_llm.errors import UserError
+from sglp_llm.processes import Processes
+
+
+class Gate(ScoreCriterion):
+    """How much the loss rises when the layer's gate closes, by the loss's Taylor series around the open gate.
+
+    With ``x_{l+1} = x_l + a_t f_l(x_l)_t`` at position t and ``g_t = dLoss/da_t = <dLoss/dx_{l+1}, x_{l+1} - x_l>_t``, where
+    Loss is the mean over the T predictions of one sequence:
+
+    * order 2: the mean over sequences of ``sum_t (-g_t + T g_t^2 / 2)``. The second term is half the Hessian's diagonal in
+      the Fisher approximation: T Loss is the sequence's negative log-likelihood, whose Hessian is about ``(T g_t)^2``.
+    * order 1: the mean over sequences of ``abs(sum_t g_t)``, the gradient norm of one gate for the whole sequence.
+
+    Args:
+        num_layers: Number of decoder layers.
+        seed: Not used.
+        order: 1 or 2.
+    """
+
+    needs = Need.STATE_GRADIENTS
+
+    def __init__(self, num_layers: int, seed: int = 0, *, order: int = 2) -> None:
+        super().__init__(num_layers, seed)
+        if order not in (1, 2):
+            raise UserError(f"order of gate is 1 or 2, not {order!r}")
+        self._order = order
+        self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum over sequences, and how many
+
+    def on_state_gradient(
+        self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor, gradient: torch.Tensor
+    ) -> None:
+        gates = (gradient.double() * (leaving.double() - entering.double())).sum(-1)[0]
+        if batch.mask is not None:
+            gates = gates[batch.mask[0].to(gates.device)]
+        predictions = len(gates) - 1
+        if self._order == 1:
+            score = gates.sum().abs()
+        else:
+            score = (predictions / 2 * gates.square() - gates).sum()
+        self._totals[layer, 0] += score.cpu()
+        self._totals[layer, 1] += 1
+
+    def on_pass_end(self, processes: Processes) -> None:
+        self._totals = processes.sum(self._totals)
+
+    def scores(self) -> list[float]:
+        return [total / count for total, count in self._totals.tolist()]
+
+
+CRITERION = Gate
