@@ -10,8 +10,7 @@ cd "$(dirname "$0")/.."
 data=${1:?usage: tools/best.sh DATA [OUTPUT] [options of compare]}
 output=${2:-best-output}
 bin=${SGLP_BIN:-.venv/bin}
-mkdir -p "$output.texts"
-"$bin/python" tools/mixed_calibration.py "$data" "$output.texts/mixed.jsonl"
+"$bin/python" tools/calibration_texts.py "$data" "$output.texts"
 
 "$bin/python" -m sglp_llm compare "$("$bin/python" tools/fetch_smollm2.py)" --recipe docs/results.yaml --samples 256 \
     --protect-first 4 --protect-last 2 --criteria angular,bi,taylor,ppl,sleb,kl,sglp-search,best --drops "${DROPS:-6,9}" \

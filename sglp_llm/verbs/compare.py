@@ -22,6 +22,7 @@ from sglp_llm.verbs.options import (
     Revision,
     Samples,
     Seed,
+    Segments,
     SeqLen,
     TrialSamples,
     model_of,
@@ -69,6 +70,7 @@ def compare(
         str | None, typer.Option(help="Repeat all for these calibration seeds, such as 0,1,2: means and spreads.")
     ] = None,
     trial_samples: TrialSamples = None,
+    segments: Segments = None,
     kernel: Kernel = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,

@@ -1,0 +1,52 @@
+"""Writes the texts that comparisons calibrate on where a sample has to be divided or mixed.
+
+    python tools/calibration_texts.py DATA FOLDER
+
+``c4.jsonl`` is C4 from document 1000 on: those before are what perplexity is measured on. ``mixed.jsonl`` is that and the articles
+of the WikiText-2 validation text. ``alpaca.jsonl`` is the first 4000 instructions with their answers, ``alpaca_rest.jsonl`` the others,
+to measure on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+FIRST_DOCUMENT = 1000
+INSTRUCTIONS = 4000
+
+
+def main() -> None:
+    data, folder = map(Path, sys.argv[1:])
+    folder.mkdir(parents=True, exist_ok=True)
+    with gzip.open(data / "wikitext2_valid.txt.gz", "rt", encoding="utf-8") as file:
+        articles = re.split(r"\n(?= = [^=].*[^=] = \n)", file.read())
+    passages = [row["text"] for row in rows(data / "c4_sample.jsonl.gz")][FIRST_DOCUMENT:]
+    answered = [
+        "\n".join(row[field] for field in ("instruction", "input", "output") if row[field])
+        for row in rows(data / "alpaca_5k.jsonl.gz")
+    ]
+    write(folder / "mixed.jsonl", [*articles, *passages])
+    write(folder / "c4.jsonl", passages)
+    write(folder / "alpaca.jsonl", answered[:INSTRUCTIONS])
+    write(folder / "alpaca_rest.jsonl", answered[INSTRUCTIONS:])
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write(target: Path, texts: Iterable[str]) -> None:
+    kept = [text for text in texts if text.strip()]
+    with target.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in kept)
+    print(f"{target}: {len(kept)} texts")
+
+
+if __name__ == "__main__":
+    main()
