@@ -2,9 +2,9 @@
 
     python tools/calibration_texts.py DATA FOLDER
 
-``c4.jsonl`` is C4 from document 1000 on: those before are what perplexity is measured on. ``mixed.jsonl`` is that and the articles
-of the WikiText-2 validation text. ``alpaca.jsonl`` is the first 4000 instructions with their answers, ``alpaca_rest.jsonl`` the others,
-to measure on.
+``c4.jsonl`` is C4 from document 1000 on: those before are what perplexity is measured on. ``mixed.jsonl`` is that and the
+articles of the WikiText-2 validation text. ``alpaca.jsonl`` is the first 4000 instructions with their answers,
+``alpaca_rest.jsonl`` the others, to measure on.
 """
 
 from __future__ import annotations
