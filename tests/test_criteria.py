@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from calibration_sets import ids_and_mask, padded_set, plain_set
 from layer_states import cka_by_hand, states_around
-from tiny_models import Tiny, every_tiny, tiny_model
+from tiny_models import Tiny, every_tiny, load_plain, save_tiny, tiny_model
 
-from sglp_llm import analyze
+from sglp_llm import analyze, prune
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import SetCriterion, criterion_names, get_criterion, make_criterion
 from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine.resident import run_pass
-from sglp_llm.loading import DecoderModel, wrap_model
+from sglp_llm.engine.trials import Trials
+from sglp_llm.loading import DecoderModel, load_model, load_streamed, wrap_model
+from sglp_llm.plans import plan_from_indices
+from sglp_llm.source import find_source
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "mixtral"])
 SETS = pytest.mark.parametrize(
@@ -85,6 +89,29 @@ def test_other_gradient_norms_are_those_of_autograd(family: str, calibration: Ca
         assert isinstance(criterion, ScoreCriterion)
         run_pass(model, calibration, [criterion])
         assert criterion.scores() == pytest.approx(values, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
+def test_gradnorm_without_is_autograd_on_the_exported_model(family: str, streamed: bool, tmp_path: Path) -> None:
+    calibration = padded_set(3, "left")
+    folder = save_tiny(tiny_model(Tiny(family, 0)), tmp_path / "whole")
+    model = (load_streamed if streamed else load_model)(find_source(folder), "float32")
+    expected = []
+    for layer in range(model.num_layers):
+        prune(folder, tmp_path / str(layer), plan=plan_from_indices(model.num_layers, [layer]), verify=False)
+        left = wrap_model(load_plain(tmp_path / str(layer)))
+        norms = []
+        for ids, mask in zip(calibration.input_ids, calibration.mask, strict=True):
+            loss = mean_loss(left, ids, mask)
+            gradients = torch.autograd.grad(loss, list(left.layers.parameters()), allow_unused=True)
+            norms.append(math.hypot(*(float(each.double().norm()) for each in gradients if each is not None)))
+        expected.append(sum(norms) / len(norms))
+    for best, sign in (("largest", -1), ("smallest", 1)):
+        criterion = make_criterion("gradnorm_without", model.num_layers, options={"best": best})
+        assert isinstance(criterion, ScoreCriterion)
+        criterion.on_trials(Trials(model, calibration))
+        assert [sign * score for score in criterion.scores()] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("tiny", every_tiny(), ids=str)

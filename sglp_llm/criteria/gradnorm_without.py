@@ -1,0 +1,73 @@
+"""Gradient norm of the whole model without the layer: the reading of GradNorm that is nearest to SGLP's public code for vision.
+
+That code scores shortened networks, not layers (arXiv 2410.14720), there with random weights; here the trained ones stay.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sglp_llm.criteria.base import ScoreCriterion
+from sglp_llm.engine.modes import skipped
+from sglp_llm.engine.observer import Batch, Need, Observer
+from sglp_llm.engine.passes import run_pass
+from sglp_llm.engine.trials import Trials
+from sglp_llm.errors import unknown
+from sglp_llm.processes import Processes
+
+BEST = ("largest", "smallest")
+
+
+class GradNormWithout(ScoreCriterion):
+    """``mean over sequences of sqrt(sum over the parameters p of all other decoder layers of ||dLoss/dp||^2)``, layer l skipped.
+
+    Costs one forward and one backward pass a layer over the sequences of the trials.
+
+    Args:
+        num_layers: Number of decoder layers.
+        seed: Not used.
+        best: Which norm the best shortened model has: ``largest`` (a large gradient means: keep, as everywhere in SGLP), so
+            that the score is the norm's negative; or ``smallest`` (a small one means: still near the optimum).
+    """
+
+    needs = Need.TRIALS
+
+    def __init__(self, num_layers: int, seed: int = 0, *, best: str = "largest") -> None:
+        super().__init__(num_layers, seed)
+        if best not in BEST:
+            raise unknown("best of gradnorm_without", best, BEST)
+        self._sign = -1 if best == "largest" else 1
+        self._norms: list[float] = []
+
+    def on_trials(self, trials: Trials) -> None:
+        with trials.progress("Trials", self.num_layers) as advance:
+            for layer in range(self.num_layers):
+                whole = _WholeModel()
+                with skipped(trials.model.layers, [layer]):
+                    run_pass(trials.model, trials.calibration, [whole], processes=trials.processes)
+                self._norms.append(whole.mean)
+                advance(1)
+
+    def scores(self) -> list[float]:
+        return [self._sign * norm for norm in self._norms]
+
+
+class _WholeModel(Observer):
+    """The mean over sequences of the gradient norm of all decoder layers together."""
+
+    needs = Need.GRADIENT_NORMS
+
+    def __init__(self) -> None:
+        self._squares: dict[int, torch.Tensor] = {}
+
+    def on_gradient_norm(self, layer: int, batch: Batch, name: str, squared: torch.Tensor) -> None:
+        known = self._squares.get(batch.first)
+        self._squares[batch.first] = squared.cpu() if known is None else known + squared.cpu()
+
+    def on_pass_end(self, processes: Processes) -> None:
+        norms = [float(squared.sqrt()) for squared in self._squares.values()]
+        total, count = processes.sum(torch.tensor([sum(norms), len(norms)], dtype=torch.float64)).tolist()
+        self.mean = total / count
+
+
+CRITERION = GradNormWithout

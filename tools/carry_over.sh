@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Makes the second half of docs/results.md: does a choice of layers carry over to other texts, sizes and draws of the calibration
+# set, and what does each part of a method contribute? All on SmolLM2-135M-Instruct, most with 6 of 30 layers removed.
+#
+#   tools/carry_over.sh DATA [OUTPUT] [STUDY ...]
+#
+# DATA as for tools/results.sh, with alpaca_5k.jsonl.gz. STUDY: seeds texts tokens depths ablation readings; all by default. It can be
+# interrupted and started again; what was measured is shared by all studies.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=${1:?usage: tools/carry_over.sh DATA [OUTPUT] [STUDY ...]}
+output=${2:-carry-over-output}
+studies=${*:3}
+bin=${SGLP_BIN:-.venv/bin}
+single=sglp,gradnorm,gate,taylor,bi,angular,ppl
+wikitext="text:$data/wikitext2_valid.txt.gz"
+model=$("$bin/python" tools/fetch_smollm2.py)
+"$bin/python" tools/calibration_texts.py "$data" "$output/texts"
+
+# run NAME CRITERIA [options]: into OUTPUT/NAME.
+run() {
+    "$bin/python" -m sglp_llm compare "$model" --recipe docs/results.yaml --protect-first 4 --protect-last 2 \
+        --eval "text:$data/wikitext2_test.txt.gz" --eval "jsonl:$data/c4_sample.jsonl.gz:text" --window 512 \
+        --max-windows "${WINDOWS:-32}" --measured "$output/measured" --output "$output/$1" --criteria "$2" "${@:3}" >/dev/null
+}
+
+seeds() { run seeds "$single,sglp-search,angular+linear" --drops 6 --calibration "$wikitext" --seeds 0,1,2,3,4; }
+
+texts() {
+    local instructions=(--eval "jsonl:$output/texts/alpaca_rest.jsonl:text")
+    run text-wikitext "$single,sglp-search,angular+linear" --drops 6 --calibration "$wikitext" "${instructions[@]}"
+    for text in c4 alpaca; do
+        run "text-$text" "$single,sglp-search,angular+linear" --drops 6 --calibration "jsonl:$output/texts/$text.jsonl:text" \
+            "${instructions[@]}"
+    done
+}
+
+tokens() {
+    for samples in 32 128 512; do
+        run "tokens-$samples" "$single,sglp-search,angular+linear" --drops 6 --calibration "$wikitext" --samples "$samples"
+    done
+}
+
+depths() { run depths "$single,sglp-search,angular+linear,best" --drops 3,6,9,12 --calibration "$wikitext"; }
+
+ablation() {
+    run ablation "gradnorm,gradnorm+linear,gradnorm+learned,sglp,sglp+linear,sglp+learned,sglp-search,sglp-search+linear,best" \
+        --drops 6 --calibration "$wikitext"
+}
+
+readings() {
+    local of=(--drops 6 --calibration "$wikitext")
+    run reading-layer gradnorm,sglp "${of[@]}"
+    for norm in tensors relative; do
+        run "reading-$norm" gradnorm,sglp "${of[@]}" --option "gradnorm.norm=$norm"
+    done
+    for best in largest smallest; do
+        run "reading-without-$best" gradnorm_without "${of[@]}" --option "gradnorm_without.best=$best"
+        run "reading-without-$best-segments" gradnorm_without "${of[@]}" --option "gradnorm_without.best=$best" --segments
+    done
+    for order in 1 2; do
+        run "reading-gate-$order" gate "${of[@]}" --option "gate.order=$order"
+        run "reading-gate-$order-segments" gate "${of[@]}" --option "gate.order=$order" --segments
+    done
+}
+
+for study in ${studies:-seeds texts tokens depths ablation readings}; do "$study"; done
