@@ -5,11 +5,11 @@
 #   tools/carry_over.sh DATA [OUTPUT] [STUDY ...]
 #
 # DATA as for tools/results.sh, with alpaca_5k.jsonl.gz. STUDY: seeds texts tokens depths ablation readings; all by default. It can be
-# interrupted and started again; what was measured is shared by all studies.
+# interrupted and started again; what was measured is shared by all studies. tools/results.sh puts the tables on its page.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:?usage: tools/carry_over.sh DATA [OUTPUT] [STUDY ...]}
-output=${2:-carry-over-output}
+output=${2:-results-output/carry-over}
 studies=${*:3}
 bin=${SGLP_BIN:-.venv/bin}
 single=sglp,gradnorm,gate,taylor,bi,angular,ppl

@@ -5,6 +5,7 @@
 #
 # DATA holds wikitext2_valid.txt.gz (calibration), wikitext2_test.txt.gz and c4_sample.jsonl.gz (perplexity). It can be interrupted and
 # started again; OUTPUT (default: results-output) keeps what is finished. WINDOWS=302 scores the whole half of WikiText-2, in hours.
+# The tables of tools/carry_over.sh DATA OUTPUT/carry-over are put on the same page when they are there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:?usage: tools/results.sh DATA [OUTPUT]}
@@ -18,4 +19,4 @@ criteria=sglp,gradnorm,taylor,magnitude,ppl,bi,angular,slp,cka_output,sleb,kl,re
     --window 512 --max-windows "${WINDOWS:-12}" --output "$output" "${@:3}"
 cp "$output/compare.svg" docs/results.svg
 cp "$output/compare.csv" docs/results.csv
-"$bin/python" tools/results_page.py results "$output/compare.md" docs/results.md
+"$bin/python" tools/results_page.py results "$output/compare.md" docs/results.md "$output/carry-over"

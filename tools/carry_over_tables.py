@@ -1,0 +1,184 @@
+"""The tables of what `tools/carry_over.sh` has measured: ln(perplexity / dense perplexity), in Markdown."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+TEXTS = {"wikitext2_test": "WikiText-2", "c4_sample": "C4", "alpaca_rest": "Alpaca"}
+READINGS = {
+    "layer": ("the layer's gradient norm (METHOD; `gradnorm`)", "reading-layer", "gradnorm", "reading-layer", "sglp"),
+    "tensors": ("mean of its tensors' gradient norms", "reading-tensors", "gradnorm", "reading-tensors", "sglp"),
+    "relative": ("gradient norm / weight norm", "reading-relative", "gradnorm", "reading-relative", "sglp"),
+    **{
+        f"without-{best}": (
+            f"norm of the model without the layer, {best} is best",
+            f"reading-without-{best}",
+            "gradnorm_without",
+            f"reading-without-{best}-segments",
+            "gradnorm_without",
+        )
+        for best in ("largest", "smallest")
+    },
+    **{
+        f"gate-{order}": (
+            f"gate on the layer's output, {words}",
+            f"reading-gate-{order}",
+            "gate",
+            f"reading-gate-{order}-segments",
+            "gate",
+        )
+        for order, words in ((1, "first order"), (2, "first and second order"))
+    },
+}
+
+
+def sections(folder: Path) -> str:
+    """All studies that are finished in this folder, one section each."""
+    studies: list[Callable[[Path], list[str]]] = [_depths, _ablation, _readings, _texts, _tokens, _seeds]
+    return "\n".join(line for study in studies for line in study(folder))
+
+
+def _depths(folder: Path) -> list[str]:
+    found = _read(folder, "depths")
+    if found is None:
+        return []
+    depths = sorted({len(row["removed"]) for row in found["rows"]})
+    rows = []
+    for text in _texts_of(found)[:2]:
+        for method in _methods(found):
+            own = [next(r for r in found["rows"] if r["method"] == method and len(r["removed"]) == n) for n in depths]
+            rows.append([TEXTS[text], f"`{method}`", *(_gap(row, text) for row in own)])
+    title = (
+        "## Depths",
+        "Protected ends (4, 2), 8k tokens of WikiText-2. `best` sees these 8k tokens too, not its usual 64k.",
+    )
+    return [*title, "", *_table(["text", "method", *(f"{n} of 30 removed" for n in depths)], rows)]
+
+
+def _ablation(folder: Path) -> list[str]:
+    found = _read(folder, "ablation")
+    if found is None:
+        return []
+    rows = []
+    for choice, what in (
+        ("gradnorm", "GradNorm alone"),
+        ("sglp", "+ CKA segments (the paper)"),
+        ("sglp-search", "search"),
+    ):
+        cells = [f"{what}"]
+        for text in _texts_of(found)[:2]:
+            for repair in ("", "+linear", "+learned"):
+                method = "best" if choice + repair == "sglp-search+learned" else choice + repair
+                cells.append(_gap(next(row for row in found["rows"] if row["method"] == method), text))
+        rows.append(cells)
+    head = [
+        "choice of layers",
+        *(f"{TEXTS[t]}, {r}" for t in _texts_of(found)[:2] for r in ("none", "linear", "learned")),
+    ]
+    title = "## What each part contributes", "6 of 30 layers, 8k tokens of WikiText-2; columns: the compensation."
+    return [*title, "", *_table(head, rows)]
+
+
+def _readings(folder: Path) -> list[str]:
+    rows = []
+    for name, alone, own, inside, segmented in READINGS.values():
+        pair = [_row(folder, alone, own), _row(folder, inside, segmented)]
+        if None in pair:
+            return []
+        cells = [name]
+        for row in pair:
+            assert row is not None
+            cells += [" ".join(map(str, row["removed"])), *(_gap(row, text) for text in list(TEXTS)[:2])]
+        rows.append(cells)
+    head = ["reading", "alone: removed", "WikiText-2", "C4", "in segments: removed", "WikiText-2", "C4"]
+    title = "## Readings of GradNorm", "6 of 30 layers, 8k tokens of WikiText-2."
+    return [*title, "", *_table(head, rows)]
+
+
+def _texts(folder: Path) -> list[str]:
+    names = {"wikitext": "WikiText-2", "c4": "C4", "alpaca": "Alpaca"}
+    found = {name: _read(folder, f"text-{name}") for name in names}
+    if None in found.values():
+        return []
+    rows = []
+    for method in _methods(found["wikitext"]):
+        cells = [f"`{method}`"]
+        for comparison in found.values():
+            row = next(row for row in comparison["rows"] if row["method"] == method)
+            cells += [_gap(row, text, error=False) for text in TEXTS]
+        rows.append(cells)
+    head = ["method", *(f"{own} → {other}" for own in names.values() for other in TEXTS.values())]
+    title = (
+        "## Calibration texts",
+        "6 of 30 layers, 8k tokens of the text before the arrow, measured on the one behind it.",
+    )
+    return [*title, "", *_table(head, rows)]
+
+
+def _tokens(folder: Path) -> list[str]:
+    found = {samples: _read(folder, f"tokens-{samples}") for samples in (32, 128, 512)}
+    known = {samples: comparison for samples, comparison in found.items() if comparison is not None}
+    if len(known) < 2:
+        return []
+    rows = []
+    for method in _methods(next(iter(known.values()))):
+        cells = [f"`{method}`"]
+        for text in list(TEXTS)[:2]:
+            for comparison in known.values():
+                cells.append(_gap(next(row for row in comparison["rows"] if row["method"] == method), text))
+        rows.append(cells)
+    head = ["method", *(f"{text}, {samples // 4}k" for text in list(TEXTS.values())[:2] for samples in known)]
+    title = "## Calibration tokens", "6 of 30 layers, WikiText-2; trials see the first 1k tokens in every column."
+    return [*title, "", *_table(head, rows)]
+
+
+def _seeds(folder: Path) -> list[str]:
+    file = folder / "seeds" / "seeds.csv"
+    if not file.exists():
+        return []
+    with file.open(encoding="utf-8", newline="") as lines:
+        found = [row for row in csv.DictReader(lines) if row["number"] == "log_gap"]
+    methods = list(dict.fromkeys(row["method"] for row in found))
+    rows = []
+    for method in methods:
+        own = [row for row in found if row["method"] == method]
+        spreads = [f"{float(row['mean']):.3f} ± {float(row['standard_deviation']):.3f}" for row in own]
+        rows.append([f"`{method}`", own[0]["different_choices"], *spreads])
+    title = (
+        "## Seeds",
+        "6 of 30 layers, five draws of 8k tokens of WikiText-2: mean ± standard deviation of the five, not a standard error.",
+    )
+    return [*title, "", *_table(["method", "different choices", *list(TEXTS.values())[:2]], rows)]
+
+
+def _read(folder: Path, name: str) -> Any:
+    file = folder / name / "compare.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _row(folder: Path, name: str, method: str) -> dict[str, Any] | None:
+    found = _read(folder, name)
+    return None if found is None else next(row for row in found["rows"] if row["method"] == method)
+
+
+def _methods(found: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in found["rows"]))
+
+
+def _texts_of(found: dict[str, Any]) -> list[str]:
+    return [text for text in TEXTS if any(name.startswith(text) for name in found["dense"])]
+
+
+def _gap(row: dict[str, Any], text: str, error: bool = True) -> str:
+    (numbers,) = (numbers for name, numbers in row["results"].items() if name.startswith(text))
+    shown = f"{numbers['log_gap']:.3f}"
+    return f"{shown} ± {numbers['log_gap_standard_error']:.3f}" if error else shown
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
