@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from sglp_llm.analysis import Observations, choose_layers, deciding_criterion, finalists, is_segmented, observe
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import GreedyCriterion, get_criterion, make_criterion
+from sglp_llm.decisions import choose_layers, finalists
 from sglp_llm.engine.observer import Need
 from sglp_llm.engine.trials import Trials
 from sglp_llm.journal import Journal
+from sglp_llm.observing import Observations, deciding_criterion, is_segmented, observe
 from sglp_llm.progress import Progress
 from sglp_llm.recipe import Recipe, preset_settings
 from sglp_llm.selection import number_to_remove, removable_layers

@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 from sglp_llm.adapters import get_adapter
-from sglp_llm.analysis import check_criteria, deciding_criterion, plan_settings, repair_best, software_versions
+from sglp_llm.analysis import plan_settings, software_versions
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.checkpoint.replaced import as_stored
 from sglp_llm.choices import choices
 from sglp_llm.compensation import NONE, check_compensation
+from sglp_llm.decisions import repair_best
 from sglp_llm.errors import UserError
 from sglp_llm.evaluation.pairs import paired_difference, pairs
 from sglp_llm.journal import Journal
 from sglp_llm.measured import Measurement, Shortened, measured
 from sglp_llm.methods import chooser, is_single, method_recipe
+from sglp_llm.observing import check_criteria, deciding_criterion
 from sglp_llm.plans import PLAN_FILE_NAME, load_plan, plan_from_indices, save_plan
 from sglp_llm.progress import Progress, silent
 from sglp_llm.recipe import Recipe
@@ -188,7 +190,7 @@ def _decided(run: _Run, method: str, recipe: Recipe, sets: Sequence[Sequence[int
         run: What all have in common.
         method: Its name.
         recipe: Its settings at this depth.
-        sets: The sets of layers that its criterion ends with, see `sglp_llm.analysis.finalists`.
+        sets: The sets of layers that its criterion ends with, see `sglp_llm.decisions.finalists`.
     """
     sets = [list(each) for each in sets[: 1 if recipe.compensate == NONE else recipe.candidates]]
     how = "" if recipe.compensate == NONE else f" repaired by {recipe.compensate}, {recipe.held_out} held out"

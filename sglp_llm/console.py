@@ -20,8 +20,8 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from sglp_llm.analysis import CKA_COLUMN_SUM
 from sglp_llm.evaluation.side_by_side import Row
+from sglp_llm.observing import CKA_COLUMN_SUM
 from sglp_llm.plans import plan_to_dict
 from sglp_llm.progress import Advance
 from sglp_llm.records import Analysis, EvalResult, PrunePlan, RunReport, TaskScore

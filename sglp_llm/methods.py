@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sglp_llm.analysis import SGLP, deciding_criterion
 from sglp_llm.compensation import NONE, compensation_names
 from sglp_llm.criteria import criterion_names
 from sglp_llm.errors import unknown
+from sglp_llm.observing import SGLP, deciding_criterion
 from sglp_llm.recipe import Recipe, preset_names, preset_settings
 from sglp_llm.records import Budget
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglp_llm.adapters import get_adapter
-from sglp_llm.analysis import check_criteria, check_journal, is_segmented, run_analysis, software_versions
+from sglp_llm.analysis import run_analysis, software_versions
 from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
 from sglp_llm.checkpoint.export import check_plan, drop_layers, export_from_files, export_from_model
@@ -21,6 +21,7 @@ from sglp_llm.checkpoint.replaced import as_stored
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS, expected_logits, verify_checkpoint
 from sglp_llm.compensation import check_compensation
 from sglp_llm.errors import UserError
+from sglp_llm.observing import check_criteria, check_journal, is_segmented
 from sglp_llm.plans import PLAN_FILE_NAME, save_plan
 from sglp_llm.prediction import chosen_engine, forecast
 from sglp_llm.processes import ALONE, Processes

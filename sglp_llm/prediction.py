@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig
 
-from sglp_llm.analysis import deciding_criterion, is_segmented
 from sglp_llm.compensation import NONE, get_method
 from sglp_llm.criteria import make_criterion
 from sglp_llm.engine.observer import Need
@@ -13,6 +12,7 @@ from sglp_llm.errors import UserError
 from sglp_llm.free_memory import free_memory
 from sglp_llm.loading import DTYPES
 from sglp_llm.memory import Work, choose_engine, plan_memory
+from sglp_llm.observing import deciding_criterion, is_segmented
 from sglp_llm.recipe import Recipe
 from sglp_llm.records import EngineMemory, FreeMemory, MemoryPlan
 from sglp_llm.subject import Subject

@@ -19,9 +19,9 @@ from checkpoints import run_cli
 from helpers import comparison_pieces, tiny_tokenizer
 from tiny_models import Tiny, load_plain, save_tiny, tiny_model
 
-from sglp_llm.analysis import repair_best
 from sglp_llm.calibration import calibration_set, evaluation_windows
 from sglp_llm.criteria import criterion_names
+from sglp_llm.decisions import repair_best
 from sglp_llm.evaluation.pairs import pairs
 from sglp_llm.loading import load_tokenizer
 from sglp_llm.methods import chooser, is_single, method_recipe

@@ -10,10 +10,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sglp_llm.analysis import SGLP, check_criteria
 from sglp_llm.compensation import NONE, compensation_names
 from sglp_llm.criteria import criterion_names
 from sglp_llm.errors import UserError
+from sglp_llm.observing import SGLP, check_criteria
 from sglp_llm.recipe import (
     Protect,
     Recipe,

@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from sglp_llm.analysis import deciding_criterion
 from sglp_llm.compensation import NONE
 from sglp_llm.criteria import make_criterion
 from sglp_llm.evaluation.memory import peak_so_far
 from sglp_llm.memory import USABLE, fits
+from sglp_llm.observing import deciding_criterion
 from sglp_llm.prediction import computed_in
 from sglp_llm.recipe import Recipe
 from sglp_llm.records import EngineMemory, FreeMemory, MemoryPlan

@@ -45,8 +45,8 @@ def plan_memory(
     """Predict the memory that an analysis takes, with either engine. Needs the configuration, no weights."""
     settings = settings_of(locals())
     console = prepare()
-    from sglp_llm.analysis import check_criteria
     from sglp_llm.memory import choose_engine
+    from sglp_llm.observing import check_criteria
     from sglp_llm.prediction import free_for, predict_memory
     from sglp_llm.source import find_config
     from sglp_llm.verbs import memory_table
