@@ -264,7 +264,7 @@ def test_a_journal_serves_another_budget_but_not_other_sequences(tmp_path: Path)
     _, calls = counted(model, {**settings, "calibration": plain_set(4), "options": {"search": {"budget": 1}}}, None)
     assert calls < 6 * 3 + 2 * 6 * 4  # the pass and at most the judgement of two sets
     other = replace(plain_set(4), hash="another")
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path} holds") + ".* another calibration_hash"):
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'trials'} holds") + ".* another calibration_hash"):
         analyze(model, calibration=other, **settings)
 
 
