@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from sglp_llm.adapters import get_adapter
 from sglp_llm.engine.dry_run import DryRun
 from sglp_llm.engine.observer import Need
+from sglp_llm.engine.refine import refinable_names
 from sglp_llm.errors import UserError
 from sglp_llm.records import EngineMemory, FreeMemory, MemoryPlan
 
@@ -51,6 +53,7 @@ class Work:
         sums_on_host: Whether gradients are summed on the host although there is a device.
         scratch: Whether stored hidden states go to disk.
         compensation: Float64 matrices ``[hidden, hidden]`` that making up for removed layers takes; ``None`` without that.
+        refined_sequences: Sequences that a compensation computes gradients of at once; 0 where it has none.
     """
 
     needs: Need
@@ -62,6 +65,7 @@ class Work:
     sums_on_host: bool = False
     scratch: bool = False
     compensation: int | None = None
+    refined_sequences: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class ParameterCounts:
         matrices: Those of all layers' parameters of two or more dimensions.
         layer_matrices: The same of the largest layer.
         largest: Those of a layer's largest parameter.
+        refinable: Those that a compensation with gradients moves, if the first layers are cut already.
     """
 
     total: int
@@ -85,18 +90,20 @@ class ParameterCounts:
     matrices: int
     layer_matrices: int
     largest: int
+    refinable: int
 
 
-def count_parameters(model: nn.Module, layers: nn.ModuleList) -> ParameterCounts:
+def count_parameters(model: PreTrainedModel, layers: nn.ModuleList) -> ParameterCounts:
     """Counts by shape; no tensor needs contents.
 
     Args:
         model: The ``...ForCausalLM``.
         layers: Its decoder layers.
     """
+    adapter, width = get_adapter(model.config.model_type), model.config.hidden_size
     total = _numel(model)
     matrices = [sum(weight.numel() for weight in layer.parameters() if weight.ndim > 1) for layer in layers]
-    head, lookup = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    head, lookup = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is lookup.weight
     return ParameterCounts(
         total=total,
@@ -106,6 +113,9 @@ def count_parameters(model: nn.Module, layers: nn.ModuleList) -> ParameterCounts
         matrices=sum(matrices),
         layer_matrices=max(matrices),
         largest=max(weight.numel() for weight in layers.parameters()),
+        refinable=sum(
+            layer.get_parameter(name).numel() for layer in layers for name in refinable_names(layer, adapter, width)
+        ),
     )
 
 
@@ -191,7 +201,11 @@ def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
     if work.compensation is not None:
         phase = _compensation(dry, model, work, 2)
         # What waits is on the host: on a device's host there is room, where the model has been before.
-        phases.append({"weights": weights, **phase, **({} if on_device else {"hidden states": _ways(model, work)})})
+        ways = {} if on_device else {"hidden states": _ways(model, work)}
+        phases.append({"weights": weights, **phase, **ways})
+        if work.refined_sequences:
+            kept = work.refined_sequences * dry.kept_for_backward(model.layers, work.seq_len)
+            phases.append({"weights": weights, **_refinement(model, kept), **ways})
     parts = max(phases, key=lambda phase: sum(phase.values()))
     # A model that goes to one device is read into the host's memory first.
     return _placed("resident", parts, {"weights": weights} if on_device else {}, on_device, work, model, 0)
@@ -236,6 +250,11 @@ def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
         stored.append((model.layers + 2) * model.states(work.trial_samples, work.seq_len))
     if work.compensation is not None:
         phases.append({"weights": weights, **_compensation(dry, model, work, 1)})
+        if work.refined_sequences:
+            # One layer at a time is computed again for its gradients, from what entered it.
+            kept = work.refined_sequences * dry.kept_for_backward(1, work.seq_len)
+            kept += model.layers * model.states(work.refined_sequences, work.seq_len)
+            phases.append({"weights": weights, **_refinement(model, kept)})
         stored.append(_ways(model, work))
     parts = max(phases, key=lambda phase: sum(phase.values()))
     staged = {"weights": PREFETCHED * counts.layer * model.itemsize} if on_device else {}
@@ -264,6 +283,18 @@ def _compensation(dry: DryRun, model: _Model, work: Work, layers: int) -> dict[s
     return {
         "activations": _with_fragments(dry.forward_peak(layers, work.batch_size, work.seq_len)),
         "equations": 8 * work.compensation * model.hidden**2,
+    }
+
+
+def _refinement(model: _Model, kept: int) -> dict[str, int]:
+    """What refining by gradient takes: the activations it keeps, a chunk of the divergence, and the weights that move.
+
+    Of these there are, in float32, the value, the gradient, Adam's two means and the best value so far.
+    """
+    return {
+        "activations": _with_fragments(kept),
+        "loss": _with_fragments(5 * LOSS_BYTES),
+        "refined weights": 5 * 4 * model.counts.refinable,
     }
 
 

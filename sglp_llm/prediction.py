@@ -48,6 +48,7 @@ def work_of(recipe: Recipe) -> Work:
     for name in (deciding_criterion(recipe), *recipe.also):
         criterion = make_criterion(name, 1, recipe.seed, recipe.options.get(name))
         needs |= criterion.needs | criterion.needs_with_trials
+    method = None if recipe.compensate == NONE else get_method(recipe.compensate)
     return Work(
         needs=needs,
         samples=recipe.samples,
@@ -57,7 +58,8 @@ def work_of(recipe: Recipe) -> Work:
         minibatch=recipe.minibatch_sequences * min(recipe.minibatch_positions, recipe.seq_len),
         sums_on_host=recipe.options.get("taylor", {}).get("accumulator") == "host",
         scratch=recipe.scratch is not None,
-        compensation=None if recipe.compensate == NONE else get_method(recipe.compensate).matrices,
+        compensation=None if method is None else method.matrices,
+        refined_sequences=0 if method is None else method.refined_sequences,
     )
 
 

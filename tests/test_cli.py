@@ -142,7 +142,9 @@ def test_a_preset_over_a_recipe_under_the_options(tiny: Path, tmp_path: Path) ->
     assert "Cost: " not in again.err
     other = run_cli("analyze", "--recipe", tmp_path / "out" / "sglp_recipe.yaml", "--samples", "5")
     assert other.code == 2
-    assert f"{tmp_path / 'kept' / 'trials'} holds an unfinished or finished run with another calibration_hash" in other.err
+    assert (
+        f"{tmp_path / 'kept' / 'trials'} holds an unfinished or finished run with another calibration_hash" in other.err
+    )
 
 
 def test_recipe_of_another_model(tiny: Path, tmp_path: Path) -> None:

@@ -396,6 +396,20 @@ def test_the_peak_of_a_process_is_near_the_prediction(tmp_path: Path) -> None:
     assert 0.9 < memory["predicted_host_bytes"] / memory["peak_host_bytes"] < 1.3
 
 
+def test_refining_counts_adam_and_the_activations_of_a_step() -> None:
+    closed = replace(Work(Need.NOTHING, samples=8, seq_len=64, trial_samples=8), compensation=7)
+    refined = replace(closed, refined_sequences=work_of(Recipe(compensate="learned")).refined_sequences)
+    assert refined.refined_sequences == 4
+    moved = 4 * (64 * 64 + 64 * 96 + 2 * 64)  # output projections and the scales of two norms, in four layers
+    for engine, layers in (("resident", 4), ("streamed", 1)):
+        plan = getattr(plan_memory(llama(), torch.float32, refined, False), engine)
+        assert plan.host["refined weights"] == 5 * 4 * moved
+        one = DryRun(llama(), torch.float32).kept_for_backward(layers, 64)
+        between = 4 * 4 * 64 * 64 * 4 if engine == "streamed" else 0
+        assert plan.host["activations"] == round(1.2 * (4 * one + between))
+        assert plan.host_peak > getattr(plan_memory(llama(), torch.float32, closed, False), engine).host_peak
+
+
 @pytest.mark.parametrize("on_device", [False, True])
 def test_compensation_is_a_phase_of_its_own(on_device: bool) -> None:
     nothing = Work(Need.NOTHING, samples=8, seq_len=64, trial_samples=8)
@@ -411,4 +425,5 @@ def test_compensation_is_a_phase_of_its_own(on_device: bool) -> None:
         assert getattr(small, f"{place}_peak") > getattr(plain, f"{place}_peak")
     assert linear.streamed.host["hidden states"] == 5 * 8 * 64 * 64 * 4
     assert work_of(Recipe(compensate="scale")).compensation == 0
+    assert work_of(Recipe(compensate="scale")).refined_sequences == 0
     assert work_of(Recipe()).compensation is None

@@ -41,7 +41,12 @@ class Method(ABC):
 
     Attributes:
         matrices: How many float64 matrices ``[hidden, hidden]`` it holds at its peak, for the prediction of memory.
+        refined_sequences: How many sequences it computes gradients of at once, for the same; 0 where it has no gradients.
     """
+
+    @property
+    def refined_sequences(self) -> int:
+        return 0
 
     @property
     @abstractmethod

@@ -12,15 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
 from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.compensation import linear, scale
 from sglp_llm.compensation.base import Compensated, Method
 from sglp_llm.engine.cuts import DtypeOf, cuts_of
-from sglp_llm.engine.refine import Quality, Schedule, refine
+from sglp_llm.engine.refine import Quality, Schedule, refinable_names, refine
 from sglp_llm.engine.walk import split
 from sglp_llm.loading import DecoderModel
 from sglp_llm.processes import ALONE, Processes
@@ -49,6 +46,10 @@ class Learned(Method):
     @property
     def matrices(self) -> int:
         return linear.METHOD.matrices
+
+    @property
+    def refined_sequences(self) -> int:
+        return self.schedule.sequences
 
     def check(self, adapter: DecoderAdapter, config: object) -> None:
         """Every family takes it."""
@@ -129,24 +130,13 @@ def refinable(model: DecoderModel, removed: Sequence[int]) -> list[str]:
     starts = [cut.start for cut in cuts_of(removed) if cut.start]
     if not starts:
         return []
-    names = []
+    kept = [index for index in range(min(starts) - 1, model.num_layers) if index not in removed]
     width = model.model.config.hidden_size
-    for index in range(min(starts) - 1, model.num_layers):
-        if index in removed:
-            continue
-        layer = model.layers[index]
-        norms = {
-            f"{path}.{name}"
-            for path, module in layer.named_modules()
-            if not isinstance(module, nn.Linear | Conv1D)
-            for name, parameter in module.named_parameters(recurse=False)
-            if parameter.shape == (width,)
-        }
-        ends = (model.adapter.attention_out, model.adapter.mlp_out)
-        for name, _ in layer.named_parameters():
-            if name in norms or any(name == end or name.startswith(f"{end}.") for end in ends):
-                names.append(f"{model.adapter.layers}.{index}.{name}")
-    return names
+    return [
+        f"{model.adapter.layers}.{index}.{name}"
+        for index in kept
+        for name in refinable_names(model.layers[index], model.adapter, width)
+    ]
 
 
 def _reason_against(before: dict[str, Quality], after: dict[str, Quality]) -> str | None:

@@ -8,9 +8,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
+from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.branch import refuse_offloaded
 from sglp_llm.engine.head import divergence, divergence_gradient, losses
@@ -119,6 +121,22 @@ def refine(
         advance = stack.enter_context(progress("Refining", passes * sum(len(part) for _, part in parts.items())))
         refining = _Refining(model, calibration, removed, names, start, parts, schedule, store, advance, processes)
         return refining.run()
+
+
+def refinable_names(layer: nn.Module, adapter: DecoderAdapter, width: int) -> list[str]:
+    """Parameters of a decoder layer that make what it adds to the hidden states, or weigh what it sees of them, by name in it.
+
+    The output projections of attention and MLP, and the scales and shifts of norms of the hidden size.
+    """
+    norms = {
+        f"{path}.{name}"
+        for path, module in layer.named_modules()
+        if not isinstance(module, nn.Linear | Conv1D)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.shape == (width,)
+    }
+    ends = tuple(f"{end}." for end in (adapter.attention_out, adapter.mlp_out))
+    return [name for name, _ in layer.named_parameters() if name in norms or f"{name}.".startswith(ends)]
 
 
 class _Refining:
