@@ -338,6 +338,14 @@ def test_plan_memory_refuses(options: str, message: str, tiny: Path, tmp_path: P
     assert message in outcome.error
 
 
+def test_plan_memory_knows_presets(tiny: Path) -> None:
+    outcome = run_cli("plan-memory", tiny, "--preset", "best", "--samples", 8, "--seq-len", 32)
+    assert outcome.code == 0, outcome
+    lines = outcome.out.splitlines()
+    assert lines[0].endswith(": search + learned in float32, 8 x 32 tokens")
+    assert any(line.startswith("refined weights ") for line in lines)
+
+
 def test_of_a_model_on_the_hub_the_configuration_alone_is_fetched(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

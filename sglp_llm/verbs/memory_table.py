@@ -92,6 +92,8 @@ def title(name: str, config: PretrainedConfig, recipe: Recipe, gguf: bool) -> st
     """The line above the table: what is planned."""
     dtype = str(computed_in(config, recipe, gguf)).removeprefix("torch.")
     criteria = ", ".join([recipe.criterion, *recipe.also])
+    if recipe.compensate != NONE:
+        criteria += f" + {recipe.compensate}"
     return f"{name}: {criteria} in {dtype}, {recipe.samples} x {recipe.seq_len} tokens"
 
 

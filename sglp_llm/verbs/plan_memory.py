@@ -5,12 +5,14 @@ from __future__ import annotations
 from sglp_llm.verbs.options import (
     Also,
     BatchSize,
+    Compensate,
     CriterionName,
     DeviceMap,
     Dtype,
     Json,
     Model,
     Option,
+    Preset,
     RecipeName,
     Revision,
     Samples,
@@ -28,6 +30,7 @@ from sglp_llm.verbs.quiet import prepare
 def plan_memory(
     model: Model = None,
     recipe: RecipeName = None,
+    preset: Preset = None,
     criterion: CriterionName = None,
     also: Also = None,
     samples: Samples = None,
@@ -36,6 +39,7 @@ def plan_memory(
     batch_size: BatchSize = None,
     option: Option = None,
     segments: Segments = None,
+    compensate: Compensate = None,
     scratch: Scratch = None,
     revision: Revision = None,
     dtype: Dtype = None,
@@ -51,7 +55,7 @@ def plan_memory(
     from sglp_llm.source import find_config
     from sglp_llm.verbs import memory_table
 
-    chosen = recipe_of(recipe, settings, model)
+    chosen = recipe_of(recipe, settings, model, preset)
     check_criteria(chosen)
     name = model_of(model, chosen)
     config, gguf = find_config(name, chosen.revision)
