@@ -44,8 +44,9 @@ tokens() {
 depths() { run depths "$single,sglp-search,angular+linear,best" --drops 3,6,9,12 --calibration "$wikitext"; }
 
 ablation() {
-    run ablation "gradnorm,gradnorm+linear,gradnorm+learned,sglp,sglp+linear,sglp+learned,sglp-search,sglp-search+linear,best" \
-        --drops 6 --calibration "$wikitext"
+    local methods=""
+    for choice in gradnorm sglp sglp-search; do methods+="$choice,$choice+linear,$choice+learned,"; done
+    run ablation "$methods" --drops 6 --calibration "$wikitext"
 }
 
 readings() {

@@ -69,11 +69,10 @@ def _ablation(folder: Path) -> list[str]:
         ("sglp", "+ CKA segments (the paper)"),
         ("sglp-search", "search"),
     ):
-        cells = [f"{what}"]
+        cells = [what]
         for text in _texts_of(found)[:2]:
             for repair in ("", "+linear", "+learned"):
-                method = "best" if choice + repair == "sglp-search+learned" else choice + repair
-                cells.append(_gap(next(row for row in found["rows"] if row["method"] == method), text))
+                cells.append(_gap(next(row for row in found["rows"] if row["method"] == choice + repair), text))
         rows.append(cells)
     head = [
         "choice of layers",
