@@ -1,10 +1,10 @@
-"""Writes the texts that comparisons calibrate on where a sample has to be divided or mixed.
+"""Writes the texts that comparisons calibrate on or measure where a sample has to be divided or mixed.
 
     python tools/calibration_texts.py DATA FOLDER
 
-``c4.jsonl`` is C4 from document 1000 on: those before are what perplexity is measured on. ``mixed.jsonl`` is that and the
-articles of the WikiText-2 validation text. ``alpaca.jsonl`` is the first 4000 instructions with their answers,
-``alpaca_rest.jsonl`` the others, to measure on.
+``c4.jsonl`` is C4 from document 1000 on: those before are what perplexity is measured on, and ``c4_head.jsonl`` the first 30 of
+them, for measurements of many models. ``mixed.jsonl`` is ``c4.jsonl`` and the articles of the WikiText-2 validation text.
+``alpaca.jsonl`` is the first 4000 instructions with their answers, ``alpaca_rest.jsonl`` the others, to measure on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FIRST_DOCUMENT = 1000
+HEAD = 30
 INSTRUCTIONS = 4000
 
 
@@ -25,13 +26,15 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with gzip.open(data / "wikitext2_valid.txt.gz", "rt", encoding="utf-8") as file:
         articles = re.split(r"\n(?= = [^=].*[^=] = \n)", file.read())
-    passages = [row["text"] for row in rows(data / "c4_sample.jsonl.gz")][FIRST_DOCUMENT:]
+    documents = [row["text"] for row in rows(data / "c4_sample.jsonl.gz")]
+    passages = documents[FIRST_DOCUMENT:]
     answered = [
         "\n".join(row[field] for field in ("instruction", "input", "output") if row[field])
         for row in rows(data / "alpaca_5k.jsonl.gz")
     ]
     write(folder / "mixed.jsonl", [*articles, *passages])
     write(folder / "c4.jsonl", passages)
+    write(folder / "c4_head.jsonl", documents[:HEAD])
     write(folder / "alpaca.jsonl", answered[:INSTRUCTIONS])
     write(folder / "alpaca_rest.jsonl", answered[INSTRUCTIONS:])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from carry_over_tables import sections
@@ -28,7 +29,9 @@ Made by `tools/results.sh DATA` from `docs/results.yaml`; the numbers in full ar
 
 {MODEL}
 - Calibration: 32 x 256 tokens of the WikiText-2 validation text; ppl, sleb, kl and cka_output try removals on the first 4.
-- Perplexity: windows of 512 tokens (the table says how many), without BOS, of WikiText-2 test and C4; calibrated on neither.
+- Perplexity: windows of 512 tokens (the table says how many), without BOS, of WikiText-2 test (the whole half) and C4, on neither
+  of which was calibrated.
+- Tasks: the average over the nine of `eval/offline.yaml`, the first examples of each; each task's own score is in `results.csv`.
 - No retraining, no compensation. Equal choices are measured once. Machine: {{machine}}.
 
 ![Perplexity against the share of removed layers](results.svg)
@@ -53,14 +56,33 @@ Made by `tools/best.sh DATA` from `docs/results.yaml`, with `DROPS` and `WINDOWS
 
 def main() -> None:
     head, source, target, *more = sys.argv[1], *map(Path, sys.argv[2:])
-    table = source.read_text(encoding="utf-8").split("\n", 2)[2]
     if head == "best":
-        # Hours of work that is interrupted and goes on beside other work: benchmarks/search.py measures times.
-        table = table.partition("\n| selection | seconds |")[0]
+        # Without its times: hours of work that is interrupted and goes on beside other work. benchmarks/search.py measures times.
+        table = source.read_text(encoding="utf-8").split("\n", 2)[2].partition("\n| selection | seconds |")[0]
         rest = "".join(map(tasks, more))
     else:
+        table = overview(json.loads(source.read_text(encoding="utf-8")))
         rest = "".join(f"\n{CARRY_OVER}{sections(folder)}" for folder in more if folder.exists())
     target.write_text(HEADS[head].format(machine=describe()) + table + rest, encoding="utf-8")
+
+
+def overview(found: dict[str, Any]) -> str:
+    """Perplexity, or the average of a suite's tasks, of every row, and the wall times of the selection."""
+    numbers = {name: AVERAGE if AVERAGE in values else "perplexity" for name, values in found["dense"].items()}
+    lines = [
+        f"| criterion | removed | layers | {' | '.join(f'{name}: {number}' for name, number in numbers.items())} |",
+        "|---|---|---|" + "---|" * len(numbers),
+    ]
+    rows = [{"method": "dense", "removed": [], "results": found["dense"]}, *found["rows"]]
+    for row in sorted(rows, key=lambda row: len(row["removed"])):
+        cells = [row["method"], str(len(row["removed"])), " ".join(map(str, row["removed"]))]
+        for name, number in numbers.items():
+            value, error = (row["results"][name][key] for key in (number, f"{number}_standard_error"))
+            cells.append(f"{value:.3f} ± {error:.3f}" if number == AVERAGE else f"{value:.4g} ± {error:.2g}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| selection | seconds |", "|---|---|"]
+    lines += [f"| {name} | {seconds:.1f} |" for name, seconds in found["selection_seconds"].items()]
+    return "\n".join([*lines, ""])
 
 
 def tasks(file: Path) -> str:
