@@ -18,7 +18,7 @@ criteria=sglp,gradnorm,taylor,magnitude,ppl,bi,angular,slp,cka_output,sleb,kl,re
 "$bin/python" -m sglp_llm compare "$("$bin/python" tools/fetch_smollm2.py)" --recipe docs/results.yaml \
     --criteria "$criteria" --drops 3,6,9 --calibration "text:$data/wikitext2_valid.txt.gz" \
     --eval "text:$data/wikitext2_test.txt.gz" --eval "jsonl:$output.texts/c4_head.jsonl:text" --window 512 \
-    --max-windows "${WINDOWS:-302}" --suite eval/offline.yaml --data-dir "$data" --limit "${LIMIT:-20}" --output "$output" >/dev/null
+    --max-windows "${WINDOWS:-302}" --suite eval/offline.yaml --data-dir "$data" --limit "${LIMIT:-10}" --output "$output" >/dev/null
 cp "$output/compare.svg" docs/results.svg
 cp "$output/compare.csv" docs/results.csv
 "$bin/python" tools/results_page.py results "$output/compare.json" docs/results.md "$output/carry-over"
