@@ -39,7 +39,7 @@ Made by `tools/results.sh DATA` from `docs/results.yaml`; the numbers in full ar
 """,
     "best": f"""# Search and compensation against single criteria
 
-Made by `tools/best.sh DATA` from `docs/results.yaml`, with `DROPS` and `WINDOWS` as the tables say.
+Made by `tools/best.sh DATA` from `docs/results.yaml`.
 
 {MODEL}
 - Calibration of all methods: 256 x 256 tokens, about half WikiText-2 validation and half C4; those that try removals do so on the
