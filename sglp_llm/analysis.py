@@ -87,9 +87,7 @@ def _journal(subject: Subject, recipe: Recipe, calibration: CalibrationSet) -> J
     if recipe.journal is None:
         return None
     setting = {
-        "model": subject.identity.name,  # the fingerprint does not tell two fine-tuned copies apart
-        "fingerprint": subject.identity.fingerprint,
-        "revision": subject.revision,
+        **subject.setting,
         "dtype": recipe.dtype,
         "calibration_hash": calibration.hash,
         "versions": software_versions(),

@@ -84,7 +84,7 @@ def compare(
     for key in _IDLE.split():
         settings.pop(key, None)
     # Another version may keep its pieces in another form.
-    model = {"model": subject.identity.fingerprint, "sglp-llm": __version__}
+    model = {**subject.setting, "sglp-llm": __version__}
     numbers = Journal(kept or folder / MEASURED, {"dtype": recipe.dtype, **model})
     run = _Run(subject, calibration, Journal(folder / "journal", {**settings, **model}), folder, progress)
 

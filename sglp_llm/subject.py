@@ -71,6 +71,11 @@ class Subject:
         """The Hub commit, where there is one."""
         return self.source.revision if self.source else None
 
+    @property
+    def setting(self) -> dict[str, str | None]:
+        """What a journal of work on this model depends on: its name too, as two fine-tuned copies have one fingerprint."""
+        return {"model": self.identity.name, "fingerprint": self.identity.fingerprint, "revision": self.revision}
+
     def check_tokens(self, input_ids: torch.Tensor) -> None:
         """Makes sure that the model can read these token ids, ``[sequences, tokens]``.
 

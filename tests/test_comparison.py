@@ -120,6 +120,11 @@ def test_comparisons_share_what_is_measured(tiny: Path, finished: Path, tmp_path
         if not samples:
             assert before == {file: file.stat().st_mtime_ns for file in shared.iterdir()}
     assert len(list(shared.iterdir())) < len(before) + len(list((own / "measured").iterdir()))
+    copy = tmp_path / "copy"  # of the same shapes, so of the same fingerprint: it may have been fine-tuned
+    shutil.copytree(tiny, copy)
+    outcome = run_cli(*arguments(copy, tmp_path / "copied"), "--measured", shared)
+    assert outcome.code == 2
+    assert f"{shared} holds an unfinished or finished run with another model" in outcome.err
 
 
 def test_refusals(tiny: Path, finished: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ studies=${*:3}
 bin=${SGLP_BIN:-.venv/bin}
 single=sglp,gradnorm,gate,taylor,bi,angular,ppl
 wikitext="text:$data/wikitext2_valid.txt.gz"
+instructions=(--eval "jsonl:$output/texts/alpaca_rest.jsonl:text")
 model=$("$bin/python" tools/fetch_smollm2.py)
 "$bin/python" tools/calibration_texts.py "$data" "$output/texts"
 
@@ -26,9 +27,13 @@ run() {
 
 seeds() { run seeds "$single,sglp-search,angular+linear" --drops 6 --calibration "$wikitext" --seeds 0,1,2,3,4; }
 
-texts() {
-    local instructions=(--eval "jsonl:$output/texts/alpaca_rest.jsonl:text")
+# What several studies look at: eight thousand tokens of WikiText-2.
+plain() {
     run text-wikitext "$single,sglp-search,angular+linear" --drops 6 --calibration "$wikitext" "${instructions[@]}"
+}
+
+texts() {
+    plain
     for text in c4 alpaca; do
         run "text-$text" "$single,sglp-search,angular+linear" --drops 6 --calibration "jsonl:$output/texts/$text.jsonl:text" \
             "${instructions[@]}"
@@ -36,7 +41,8 @@ texts() {
 }
 
 tokens() {
-    for samples in 32 128 512; do
+    plain
+    for samples in 128 512; do
         run "tokens-$samples" "$single,sglp-search,angular+linear" --drops 6 --calibration "$wikitext" --samples "$samples"
     done
 }
@@ -51,7 +57,7 @@ ablation() {
 
 readings() {
     local of=(--drops 6 --calibration "$wikitext")
-    run reading-layer gradnorm,sglp "${of[@]}"
+    plain
     for norm in tensors relative; do
         run "reading-$norm" gradnorm,sglp "${of[@]}" --option "gradnorm.norm=$norm"
     done
@@ -59,8 +65,8 @@ readings() {
         run "reading-without-$best" gradnorm_without "${of[@]}" --option "gradnorm_without.best=$best"
         run "reading-without-$best-segments" gradnorm_without "${of[@]}" --option "gradnorm_without.best=$best" --segments
     done
+    run reading-gate-1 gate "${of[@]}" --option gate.order=1
     for order in 1 2; do
-        run "reading-gate-$order" gate "${of[@]}" --option "gate.order=$order"
         run "reading-gate-$order-segments" gate "${of[@]}" --option "gate.order=$order" --segments
     done
 }

@@ -9,31 +9,23 @@ from pathlib import Path
 from typing import Any
 
 TEXTS = {"wikitext2_test": "WikiText-2", "c4_sample": "C4", "alpaca_rest": "Alpaca"}
-READINGS = {
-    "layer": ("the layer's gradient norm (METHOD; `gradnorm`)", "reading-layer", "gradnorm", "reading-layer", "sglp"),
-    "tensors": ("mean of its tensors' gradient norms", "reading-tensors", "gradnorm", "reading-tensors", "sglp"),
-    "relative": ("gradient norm / weight norm", "reading-relative", "gradnorm", "reading-relative", "sglp"),
-    **{
-        f"without-{best}": (
+PLAIN = "text-wikitext"
+# What it is called; where its row is, alone and in segments: the comparison's folder and the method.
+READINGS = [
+    ("the layer's gradient norm (`gradnorm`)", (PLAIN, "gradnorm"), (PLAIN, "sglp")),
+    ("mean of its tensors' gradient norms", ("reading-tensors", "gradnorm"), ("reading-tensors", "sglp")),
+    ("gradient norm / weight norm", ("reading-relative", "gradnorm"), ("reading-relative", "sglp")),
+    *(
+        (
             f"norm of the model without the layer, {best} is best",
-            f"reading-without-{best}",
-            "gradnorm_without",
-            f"reading-without-{best}-segments",
-            "gradnorm_without",
+            (f"reading-without-{best}", "gradnorm_without"),
+            (f"reading-without-{best}-segments", "gradnorm_without"),
         )
         for best in ("largest", "smallest")
-    },
-    **{
-        f"gate-{order}": (
-            f"gate on the layer's output, {words}",
-            f"reading-gate-{order}",
-            "gate",
-            f"reading-gate-{order}-segments",
-            "gate",
-        )
-        for order, words in ((1, "first order"), (2, "first and second order"))
-    },
-}
+    ),
+    ("gate on the layer's output, first order", ("reading-gate-1", "gate"), ("reading-gate-1-segments", "gate")),
+    ("gate on the layer's output, first and second order", (PLAIN, "gate"), ("reading-gate-2-segments", "gate")),
+]
 
 
 def sections(folder: Path) -> str:
@@ -84,8 +76,8 @@ def _ablation(folder: Path) -> list[str]:
 
 def _readings(folder: Path) -> list[str]:
     rows = []
-    for name, alone, own, inside, segmented in READINGS.values():
-        pair = [_row(folder, alone, own), _row(folder, inside, segmented)]
+    for name, alone, segmented in READINGS:
+        pair = [_row(folder, *alone), _row(folder, *segmented)]
         if None in pair:
             return []
         cells = [name]
@@ -119,8 +111,8 @@ def _texts(folder: Path) -> list[str]:
 
 
 def _tokens(folder: Path) -> list[str]:
-    found = {samples: _read(folder, f"tokens-{samples}") for samples in (32, 128, 512)}
-    known = {samples: comparison for samples, comparison in found.items() if comparison is not None}
+    found = {8: _read(folder, PLAIN), 32: _read(folder, "tokens-128"), 128: _read(folder, "tokens-512")}
+    known = {thousands: comparison for thousands, comparison in found.items() if comparison is not None}
     if len(known) < 2:
         return []
     rows = []
@@ -130,7 +122,7 @@ def _tokens(folder: Path) -> list[str]:
             for comparison in known.values():
                 cells.append(_gap(next(row for row in comparison["rows"] if row["method"] == method), text))
         rows.append(cells)
-    head = ["method", *(f"{text}, {samples // 4}k" for text in list(TEXTS.values())[:2] for samples in known)]
+    head = ["method", *(f"{text}, {thousands}k" for text in list(TEXTS.values())[:2] for thousands in known)]
     title = "## Calibration tokens", "6 of 30 layers, WikiText-2; trials see the first 1k tokens in every column."
     return [*title, "", *_table(head, rows)]
 
