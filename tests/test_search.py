@@ -14,14 +14,14 @@ import pytest
 import torch
 from calibration_sets import padded_set, plain_set
 from test_trials import mean_divergence, mean_loss, wrapped
-from tiny_models import Tiny, save_tiny, tiny_model
+from tiny_models import Tiny, random_model, save_tiny, tiny_model
 
 from sglp_llm import UserError, analyze
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import make_criterion
 from sglp_llm.criteria.search import Search, SearchBudget, parse_budget
 from sglp_llm.engine.trials import Trials
-from sglp_llm.loading import DecoderModel
+from sglp_llm.loading import DecoderModel, wrap_model
 from sglp_llm.plans import load_plan, plan_to_dict, save_plan
 
 PLENTY: dict[str, Any] = {"budget": "1000k", "proposals": 99, "runs": 9, "beam": 9}
@@ -120,6 +120,18 @@ def test_a_spent_budget_ends_the_search_after_the_stage(budget: int | str) -> No
     search = searching(wrapped("llama"), plain_set(8), budget=budget)
     assert len(search.choose(2, range(6))) == 2
     assert [stage["sequences"] for stage in search.trace] == [1]
+
+
+@pytest.mark.parametrize(("n", "trials"), [(2, 16), (6, 16), (8, 20), (9, 22.5)])
+def test_the_budget_without_one_grows_with_the_layers_that_go(n: int, trials: float) -> None:
+    model, calibration = wrap_model(random_model("llama", **{**Tiny("llama", 0).settings, "num_hidden_layers": 12})), plain_set(8)
+    found = []
+    for options in ({}, {"budget": math.ceil(trials * calibration.input_ids.numel())}):
+        search = searching(model, calibration, **options)
+        search.choose(n, range(12))
+        found.append(search.report())
+    assert found[0] == found[1]
+    assert len(found[0]["races"]) > 3  # it was the budget that ended it, or there was time for swaps
 
 
 def test_more_budget_never_ends_with_a_worse_leader() -> None:
@@ -323,7 +335,7 @@ def test_the_price_is_known_before() -> None:
     def price(**options: Any) -> str:
         return make_criterion("search", 6, options=options).price(8, 100)
 
-    assert price() == "about 12,800 trial tokens"
+    assert price() == "about 12,800 trial tokens, more from 7 layers on"
     assert price(budget="16k") == "about 16,000 trial tokens"
     assert price(budget="5m") == "about 300 s of trials"
     assert make_criterion("bi", 6).price(8, 100) == ""

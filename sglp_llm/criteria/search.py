@@ -26,8 +26,10 @@ from sglp_llm.proposals import distance_of, neighbours, propose, runs_of
 from sglp_llm.records import Segment
 from sglp_llm.segmentation import segment_layers
 
-_TRIALS = 16
-"""Without a budget: as many tokens as so many trials on all sequences have."""
+_LEAST_TRIALS = 16
+_TRIALS_A_LAYER = 2.5
+"""Without a budget: as many tokens as so many trials on all sequences have, for every layer that goes, or the least number. The
+sets are more where more goes; greedy removal takes nearly as many trials a layer as there are layers."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Search(SetCriterion):
         seed: Not used: nothing is drawn.
         objective: ``kl`` to the whole model's next-token distribution, or ``loss``.
         budget: Trial tokens (``16000``, ``"16k"``) or wall time (``"30s"``, ``"5m"``, ``"2h"``) after which no further
-            stage of a race begins; ``None`` means as many tokens as 16 trials on all trial sequences have.
+            stage of a race begins; ``None`` means as many tokens as 16 trials on all trial sequences have, or two and
+            a half for every layer that goes if that is more.
         proposals: Sets that enter the first race; half as many swaps enter each later one.
         runs: Most runs of consecutive layers in a proposed set.
         beam: Leaders whose swaps are tried.
@@ -113,16 +116,16 @@ class Search(SetCriterion):
         self._searched: tuple[int, range] | None = None
 
     def price(self, sequences: int, length: int) -> str:
-        budget = self._budget or SearchBudget(tokens=_TRIALS * sequences * length)
-        if budget.seconds is not None:
-            return f"about {budget.seconds:g} s of trials"
-        return f"about {budget.tokens:,} trial tokens"
+        if self._budget is None:
+            return f"about {_default_budget(1, sequences, length).tokens:,} trial tokens, more from 7 layers on"
+        if self._budget.seconds is not None:
+            return f"about {self._budget.seconds:g} s of trials"
+        return f"about {self._budget.tokens:,} trial tokens"
 
     def on_trials(self, trials: Trials) -> None:
         self._trials, self._searched = trials, None
         sequences, length = trials.calibration.input_ids.shape
         self._parts = split(sequences, self._held_out) if sequences > 1 else Parts(range(1), range(1, 1))
-        self._limit = self._budget or SearchBudget(tokens=_TRIALS * sequences * length)
         cka, turning = CKAObserver(self.num_layers), Angular(self.num_layers, tokens="all")
         run_pass(
             trials.model,
@@ -158,6 +161,7 @@ class Search(SetCriterion):
 
     def _search(self, n: int, among: range) -> list[tuple[Removed, float]]:
         self._costs = TrialCosts(self._trials, self._objective, self._parts.fit)
+        self._limit = self._budget or _default_budget(n, *self._trials.calibration.input_ids.shape)
         self._start, self.trace = time.perf_counter(), []
         entrants = propose(n, among, self.segments, self._distances, self._proposals, self._runs)
         baseline, tried = entrants[0], set(entrants)
@@ -227,6 +231,10 @@ class Search(SetCriterion):
         is_late = time.perf_counter() - self._start >= self._limit.seconds
         processes = self._trials.processes  # the main one's clock counts: all must run the same trials
         return bool(processes.sum(torch.tensor(float(is_late and processes.is_main), dtype=torch.float64)))
+
+
+def _default_budget(n: int, sequences: int, length: int) -> SearchBudget:
+    return SearchBudget(tokens=math.ceil(max(_LEAST_TRIALS, _TRIALS_A_LAYER * n) * sequences * length))
 
 
 def _shown(removed: Removed) -> str:
