@@ -101,13 +101,14 @@ def check(model: DecoderModel, calibration: CalibrationSet) -> None:
     start = {name: model.model.get_parameter(name).detach() * 1.1}
     found, (last, history) = refined(model, calibration, start), by_hand(model, calibration, start)
     assert found.held_out_divergences == pytest.approx(history, rel=1e-4)
+    assert found.judged_on == Parts(range(2), range(5, 7))  # one step each
     with skipped(model.layers, REMOVED), torch.no_grad():
         for values, quality in ((start, found.before), ({**start, **found.values}, found.after)):
             with replaced_weights(model, values):
                 # The teacher is the whole model, with its own weights.
                 expected = {
                     part: sum(float(_loss(model, calibration, index)) for index in each) / len(each)
-                    for part, each in PARTS.items()
+                    for part, each in found.judged_on.items()
                 }
             assert {part: each.loss for part, each in quality.items()} == pytest.approx(expected, rel=1e-5)
     if history[1] < min(history[0], found.before["held_out"].divergence):
@@ -162,7 +163,8 @@ def test_every_family_comes_closer_to_the_whole_model_on_what_it_has_not_seen(ti
     assert refined["taken"] == all(each["with"] <= each["without"] for each in refined["losses"].values())
     taken = "with" if refined["taken"] else "without"
     with skipped(model.layers, (2, 3)), torch.no_grad(), replaced_weights(model, found.replaced):
-        for part, members in split(24, 0.25).items():
+        assert refined["sequences"] == {"fit": 6, "held_out": 6}
+        for part, members in (("fit", range(6)), ("held_out", split(24, 0.25).held_out)):
             losses = [float(_loss(model, calibration, index)) for index in members]
             assert refined["losses"][part][taken] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     shapes = {name: parameter.shape for name, parameter in model.model.named_parameters()}

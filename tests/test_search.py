@@ -124,7 +124,10 @@ def test_a_spent_budget_ends_the_search_after_the_stage(budget: int | str) -> No
 
 @pytest.mark.parametrize(("n", "trials"), [(2, 16), (6, 16), (8, 20), (9, 22.5)])
 def test_the_budget_without_one_grows_with_the_layers_that_go(n: int, trials: float) -> None:
-    model, calibration = wrap_model(random_model("llama", **{**Tiny("llama", 0).settings, "num_hidden_layers": 12})), plain_set(8)
+    model, calibration = (
+        wrap_model(random_model("llama", **{**Tiny("llama", 0).settings, "num_hidden_layers": 12})),
+        plain_set(8),
+    )
     found = []
     for options in ({}, {"budget": math.ceil(trials * calibration.input_ids.numel())}):
         search = searching(model, calibration, **options)

@@ -34,7 +34,7 @@ class Learned(Method):
     In the report ``losses`` and ``cuts`` are the closed form's, on its sequences; what refining has changed stands under
     ``refined``, where ``without`` is the closed form.
 
-    The guard: refined values are taken only where they lower divergence and loss, both on the held-out sequences and on those
+    The guard: refined values are taken only where they lower divergence and loss, both on the held-out sequences and on as many
     of the fit; otherwise the closed form stays.
 
     Attributes:
@@ -101,6 +101,7 @@ class Learned(Method):
         refined: dict[str, Any] = {
             "parameters": sum(value.numel() for value in found.values.values()),
             "epochs": self.schedule.epochs,
+            "sequences": {part: len(members) for part, members in found.judged_on.items()},
             "divergences": {
                 part: {"without": _number(found.before[part].divergence), "with": _number(found.after[part].divergence)}
                 for part in found.before

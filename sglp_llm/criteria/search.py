@@ -124,7 +124,7 @@ class Search(SetCriterion):
 
     def on_trials(self, trials: Trials) -> None:
         self._trials, self._searched = trials, None
-        sequences, length = trials.calibration.input_ids.shape
+        sequences = trials.calibration.input_ids.shape[0]
         self._parts = split(sequences, self._held_out) if sequences > 1 else Parts(range(1), range(1, 1))
         cka, turning = CKAObserver(self.num_layers), Angular(self.num_layers, tokens="all")
         run_pass(

@@ -70,12 +70,14 @@ class Refined:
 
     Attributes:
         values: The best values by the held-out divergence, by name, float32 on the CPU.
+        judged_on: What the qualities are of: all held-out sequences, and the first steps of the others, as many.
         before: Quality by part, with the values that it began with.
         after: The same with the best values.
         held_out_divergences: After each epoch.
     """
 
     values: dict[str, Tensor]
+    judged_on: Parts
     before: dict[str, Quality]
     after: dict[str, Quality]
     held_out_divergences: list[float]
@@ -117,9 +119,13 @@ def refine(
         stack.enter_context(frozen(model.model))
         scratch = None if model.weights is None else model.weights.scratch
         store = stack.enter_context(state_store(model.input_device, scratch))
-        passes = 3 + schedule.epochs  # the whole model's, one before and one after, and the steps
-        advance = stack.enter_context(progress("Refining", passes * sum(len(part) for _, part in parts.items())))
-        refining = _Refining(model, calibration, removed, names, start, parts, schedule, store, advance, processes)
+        judged_on = _judged_on(parts, schedule.sequences)
+        # The whole model once, the qualities before and after, and the epochs; the last quality held out is the best epoch's.
+        passes = (1 + schedule.epochs) * _count(parts) + _count(judged_on) + len(judged_on.fit)
+        advance = stack.enter_context(progress("Refining", passes))
+        refining = _Refining(
+            model, calibration, removed, names, start, parts, judged_on, schedule, store, advance, processes
+        )
         return refining.run()
 
 
@@ -139,6 +145,16 @@ def refinable_names(layer: nn.Module, adapter: DecoderAdapter, width: int) -> li
     return [name for name, _ in layer.named_parameters() if name in norms or f"{name}.".startswith(ends)]
 
 
+def _judged_on(parts: Parts, step: int) -> Parts:
+    """As many sequences of the fit as are held out, in whole steps."""
+    steps = -(-len(parts.held_out) // step)
+    return Parts(parts.fit[: steps * step], parts.held_out)
+
+
+def _count(parts: Parts) -> int:
+    return sum(len(part) for _, part in parts.items())
+
+
 class _Refining:
     def __init__(
         self,
@@ -148,12 +164,13 @@ class _Refining:
         names: Sequence[str],
         start: Mapping[str, Tensor],
         parts: Parts,
+        judged_on: Parts,
         schedule: Schedule,
         store: StateStore,
         advance: Advance,
         processes: Processes,
     ) -> None:
-        self._model, self._schedule, self._parts = model, schedule, parts
+        self._model, self._schedule, self._judged_on = model, schedule, judged_on
         self._store, self._advance, self._processes = store, advance, processes
         self._replays = Replays(model)
         self._values, self._fixed = self._leaves(names, start)
@@ -163,8 +180,8 @@ class _Refining:
         self._prepare(first)
 
     def run(self) -> Refined:
-        before = {part: self._quality(part) for part, _ in self._parts.items()}
-        best, values = before["held_out"].divergence, self._snapshot()
+        before = {part: self._quality(part) for part in self._steps}
+        best, values = before["held_out"], self._snapshot()
         matrices = [value for value in self._values.values() if value.ndim > 1]
         vectors = [value for value in self._values.values() if value.ndim == 1]
         rates = {"matrices": self._schedule.rate, "vectors": self._schedule.vector_rate}
@@ -178,15 +195,15 @@ class _Refining:
                     group["lr"] = rates[group["name"]] * self._schedule.factor(done, steps)
                 self._descend(optimizer, self._steps["fit"][index])
                 done += 1
-            history.append(self._quality("held_out").divergence)
-            if not math.isfinite(history[-1]):
+            quality = self._quality("held_out")
+            history.append(quality.divergence)
+            if not math.isfinite(quality.divergence):
                 break
-            if history[-1] < best:
-                best, values = history[-1], self._snapshot()
+            if quality.divergence < best.divergence:
+                best, values = quality, self._snapshot()
         for name, value in self._values.items():
             value.data = values[name].to(value.device)
-        after = {part: self._quality(part) for part, _ in self._parts.items()}
-        return Refined(values, before, after, history)
+        return Refined(values, self._judged_on, before, {"fit": self._quality("fit"), "held_out": best}, history)
 
     def _leaves(self, names: Sequence[str], start: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What is refined, in float32, and what only stands in for the model's own values."""
@@ -241,17 +258,17 @@ class _Refining:
         optimizer.step()
 
     def _quality(self, part: str) -> Quality:
-        """Means over the sequences of a part."""
-        sums = torch.zeros(2, dtype=torch.float64)
+        """Means over the sequences of a part that are judged on."""
+        sums, judged_on = torch.zeros(2, dtype=torch.float64), len(dict(self._judged_on.items())[part])
         with torch.no_grad():
-            for steps, _ in self._steps[part]:
+            for steps, _ in self._steps[part][: -(-judged_on // self._schedule.sequences)]:
                 for step in steps:
                     final, dense = self._final(step), self._store.get(_DENSE, step.batch)
                     replay = self._replays.of(step)
                     sums[0] += float(divergence(replay, final, dense).sum())
                     sums[1] += float(losses(replay, final).sum())
                     self._advance(step.batch.size)
-        means = self._processes.sum(sums) / sum(sequences for _, sequences in self._steps[part])
+        means = self._processes.sum(sums) / judged_on
         return Quality(*means.tolist())
 
     def _final(self, step: Step) -> Tensor:
