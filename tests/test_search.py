@@ -124,17 +124,17 @@ def test_a_spent_budget_ends_the_search_after_the_stage(budget: int | str) -> No
 
 @pytest.mark.parametrize(("n", "trials"), [(2, 16), (6, 16), (8, 20), (9, 22.5)])
 def test_the_budget_without_one_grows_with_the_layers_that_go(n: int, trials: float) -> None:
-    model, calibration = (
-        wrap_model(random_model("llama", **{**Tiny("llama", 0).settings, "num_hidden_layers": 12})),
-        plain_set(8),
-    )
-    found = []
-    for options in ({}, {"budget": math.ceil(trials * calibration.input_ids.numel())}):
-        search = searching(model, calibration, **options)
-        search.choose(n, range(12))
-        found.append(search.report())
-    assert found[0] == found[1]
-    assert len(found[0]["races"]) > 3  # it was the budget that ended it, or there was time for swaps
+    settings = {**Tiny("llama", 0).settings, "num_hidden_layers": 24}
+    model, calibration = wrap_model(random_model("llama", **settings)), plain_set(8)
+    tokens = calibration.input_ids.numel()
+
+    def report(**options: Any) -> Any:
+        search = searching(model, calibration, proposals=4, beam=1, **options)  # short stages
+        search.choose(n, range(24))
+        return search.report()
+
+    assert report() == report(budget=math.ceil(trials * tokens))
+    assert (report() == report(budget=16 * tokens)) == (trials == 16)
 
 
 def test_more_budget_never_ends_with_a_worse_leader() -> None:
