@@ -5,7 +5,8 @@
 #   tools/carry_over.sh DATA [OUTPUT] [STUDY ...]
 #
 # DATA as for tools/results.sh, with alpaca_5k.jsonl.gz. STUDY: seeds texts tokens depths ablation readings; all by default. It can be
-# interrupted and started again; what was measured is shared by all studies. tools/results.sh puts the tables on its page.
+# interrupted and started again; what was measured is shared by all studies. tools/results.sh puts the tables on its page. WINDOWS are
+# measured on of each text (32), half as many in the three studies that compare calibration sets.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:?usage: tools/carry_over.sh DATA [OUTPUT] [STUDY ...]}
@@ -15,6 +16,7 @@ bin=${SGLP_BIN:-.venv/bin}
 single=sglp,gradnorm,gate,taylor,bi,angular,ppl
 wikitext="text:$data/wikitext2_valid.txt.gz"
 instructions=(--eval "jsonl:$output/texts/alpaca_rest.jsonl:text")
+windows=${WINDOWS:-32}
 model=$("$bin/python" tools/fetch_smollm2.py)
 "$bin/python" tools/calibration_texts.py "$data" "$output/texts"
 
@@ -22,26 +24,28 @@ model=$("$bin/python" tools/fetch_smollm2.py)
 run() {
     "$bin/python" -m sglp_llm compare "$model" --recipe docs/results.yaml --protect-first 4 --protect-last 2 \
         --eval "text:$data/wikitext2_test.txt.gz" --eval "jsonl:$data/c4_sample.jsonl.gz:text" --window 512 \
-        --max-windows "${WINDOWS:-32}" --measured "$output/measured" --output "$output/$1" --criteria "$2" "${@:3}" >/dev/null
+        --max-windows "$windows" --measured "$output/measured" --output "$output/$1" --criteria "$2" "${@:3}" >/dev/null
 }
 
-seeds() { run seeds "$single,sglp-search,angular+linear" --drops 6 --calibration "$wikitext" --seeds 0,1,2,3,4; }
+seeds() {
+    local windows=$((windows / 2))
+    run seeds "$single,sglp-search,angular+linear" --drops 6 --calibration "$wikitext" --seeds 0,1,2,3,4
+}
 
-# What several studies look at: eight thousand tokens of WikiText-2.
-plain() {
-    run text-wikitext "$single,sglp-search,angular+linear" --drops 6 --calibration "$wikitext" "${instructions[@]}"
+# text NAME CALIBRATION
+text() {
+    local windows=$((windows / 2))
+    run "text-$1" "$single,sglp-search,angular+linear" --drops 6 --calibration "$2" "${instructions[@]}"
 }
 
 texts() {
-    plain
-    for text in c4 alpaca; do
-        run "text-$text" "$single,sglp-search,angular+linear" --drops 6 --calibration "jsonl:$output/texts/$text.jsonl:text" \
-            "${instructions[@]}"
-    done
+    text wikitext "$wikitext"
+    for name in c4 alpaca; do text "$name" "jsonl:$output/texts/$name.jsonl:text"; done
 }
 
 tokens() {
-    plain
+    text wikitext "$wikitext"
+    local windows=$((windows / 2))
     for samples in 128 512; do
         run "tokens-$samples" "$single,sglp-search,angular+linear" --drops 6 --calibration "$wikitext" --samples "$samples"
     done
@@ -57,7 +61,7 @@ ablation() {
 
 readings() {
     local of=(--drops 6 --calibration "$wikitext")
-    plain
+    run readings "$single" "${of[@]}"
     for norm in tensors relative; do
         run "reading-$norm" gradnorm,sglp "${of[@]}" --option "gradnorm.norm=$norm"
     done

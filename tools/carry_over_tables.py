@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 TEXTS = {"wikitext2_test": "WikiText-2", "c4_sample": "C4", "alpaca_rest": "Alpaca"}
-PLAIN = "text-wikitext"
+PLAIN = "readings"
 # What it is called; where its row is, alone and in segments: the comparison's folder and the method.
 READINGS = [
     ("the layer's gradient norm (`gradnorm`)", (PLAIN, "gradnorm"), (PLAIN, "sglp")),
@@ -111,7 +111,7 @@ def _texts(folder: Path) -> list[str]:
 
 
 def _tokens(folder: Path) -> list[str]:
-    found = {8: _read(folder, PLAIN), 32: _read(folder, "tokens-128"), 128: _read(folder, "tokens-512")}
+    found = {8: _read(folder, "text-wikitext"), 32: _read(folder, "tokens-128"), 128: _read(folder, "tokens-512")}
     known = {thousands: comparison for thousands, comparison in found.items() if comparison is not None}
     if len(known) < 2:
         return []
