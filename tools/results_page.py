@@ -18,7 +18,8 @@ CARRY_OVER = """# Does a choice carry over?
 
 Made by `tools/carry_over.sh DATA`. Numbers are ln(perplexity / dense perplexity), smaller is better, ± the standard error of the
 paired differences over the first windows of 512 tokens of WikiText-2 test, C4 and (where it says so) Alpaca, without BOS: 32 of
-each for depths, parts and readings, 16 where calibration sets are compared. The first 4 and the last 2 layers are protected for all methods; those that try removals do so on the first 4 sequences of 256 tokens.
+each for depths, parts and readings, 16 where calibration sets are compared. The first 4 and the last 2 layers are protected for
+all methods; those that try removals do so on the first 4 sequences of 256 tokens.
 
 """
 

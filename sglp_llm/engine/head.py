@@ -13,6 +13,10 @@ from sglp_llm.engine.loss import num_predictions, token_nll
 from sglp_llm.engine.replay import Replay
 
 _CHUNK_BYTES = 64 * 2**20  # of float32 logits; the loss and its gradient hold about three times as much
+# On the CPU memory from 32 MiB on goes back to the system whenever it is freed, and touching new pages takes longer than shorter
+# products; below a number of tokens those are slow.
+_CPU_CHUNK_BYTES = 24 * 2**20
+_CPU_CHUNK_TOKENS = 128
 
 
 def losses(replay: Replay, states: torch.Tensor) -> torch.Tensor:
@@ -55,7 +59,8 @@ def divergence(replay: Replay, states: torch.Tensor, dense: torch.Tensor) -> tor
     for first, end in _pieces(replay, states):
         own = replay.logits(states[:, first:end], slice(first, end)).float().log_softmax(dim=-1)
         other = replay.logits(dense[:, first:end], slice(first, end)).float().log_softmax(dim=-1)
-        each = (other.exp() * (other - own)).sum(dim=-1)
+        likely = other.exp()
+        each = other.sub_(own).mul_(likely).sum(dim=-1)  # in place: these are the largest tensors there are
         total += (each * _weights(replay, states)[:, first:end]).double().sum(dim=1)
     return total
 
@@ -70,7 +75,8 @@ def divergence_gradient(replay: Replay, states: torch.Tensor, dense: torch.Tenso
         with torch.enable_grad():
             logits = replay.logits(part, slice(first, end))
         # Of KL by the logits: a difference of two distributions. Autograd would keep three more tensors of that size.
-        by_logits = (logits.detach().float().softmax(dim=-1) - other) * _weights(replay, states)[:, first:end, None]
+        own = logits.detach().float().softmax(dim=-1)
+        by_logits = own.sub_(other).mul_(_weights(replay, states)[:, first:end, None])
         (gradient[:, first:end],) = torch.autograd.grad(logits, part, by_logits.to(logits.dtype))
     return gradient
 
@@ -85,18 +91,24 @@ def _weights(replay: Replay, states: torch.Tensor) -> torch.Tensor:
 
 def _pieces(replay: Replay, states: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Half open ranges of positions."""
-    batch, tokens, _ = states.shape
-    length = max(1, _CHUNK_BYTES // (4 * batch * replay.vocabulary))
+    tokens, length = states.shape[1], max(1, _length(replay, states))
     for first in range(0, tokens, length):
         yield first, min(first + length, tokens)
 
 
 def _chunks(replay: Replay, states: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Half open ranges of positions that overlap by one: what the last of a chunk predicts belongs to the next."""
-    batch, tokens, _ = states.shape
-    length = max(2, _CHUNK_BYTES // (4 * batch * replay.vocabulary))
+    tokens, length = states.shape[1], max(2, _length(replay, states))
     for first in range(0, tokens - 1, length - 1):
         yield first, min(first + length, tokens)
+
+
+def _length(replay: Replay, states: torch.Tensor) -> int:
+    """Positions of a chunk; 0 where not even one is as small as it should be."""
+    size = _CHUNK_BYTES
+    if states.device.type == "cpu":
+        size = min(size, max(_CPU_CHUNK_BYTES, 4 * _CPU_CHUNK_TOKENS * replay.vocabulary))
+    return size // (4 * len(states) * replay.vocabulary)
 
 
 def _chunk_nll(replay: Replay, states: torch.Tensor, first: int, end: int) -> torch.Tensor:
