@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglp_llm.calibration import CalibrationSet
@@ -19,8 +19,10 @@ from sglp_llm.segmentation import segment_layers
 from sglp_llm.selection import layers_to_remove, removable_layers, set_to_remove
 from sglp_llm.subject import Subject
 
-_CANDIDATE_SAMPLES = 16
+_CANDIDATE_SAMPLES = 32
 """Sequences on which the sets that a search ends with are repaired, so that one of them can be taken."""
+_CANDIDATE_HELD_OUT = 0.25
+"""The share of these that judges, at least: what a few sequences say is mostly noise."""
 
 
 def choose_layers(
@@ -170,9 +172,10 @@ def repair_best(
     judged: list[dict[str, Any]] = []
     if len(candidates) > 1:
         few = calibration.first(_CANDIDATE_SAMPLES)
+        judging = replace(recipe, held_out=max(recipe.held_out, _CANDIDATE_HELD_OUT))
         method = get_method(recipe.compensate).closed_form(subject.load())
         for each in candidates:
-            report = _repaired(method, subject, recipe, few, each, progress, processes).report
+            report = _repaired(method, subject, judging, few, each, progress, processes).report
             loss = report["losses"].get("held_out", {}).get("with")  # nothing is in front of a cut of the first layers
             judged.append({"removed": list(each), "held_out_loss": loss})
         best = min(judged, key=lambda one: (one["held_out_loss"] is None, one["held_out_loss"]))
