@@ -20,8 +20,10 @@ from helpers import comparison_pieces, tiny_tokenizer
 from tiny_models import Tiny, load_plain, save_tiny, tiny_model
 
 from sglp_llm.calibration import calibration_set, evaluation_windows
+from sglp_llm.compensation import get_method
 from sglp_llm.criteria import criterion_names
 from sglp_llm.decisions import repair_best
+from sglp_llm.engine.modes import replaced_weights, skipped
 from sglp_llm.evaluation.pairs import pairs
 from sglp_llm.loading import load_tokenizer
 from sglp_llm.methods import chooser, is_single, method_recipe
@@ -319,3 +321,22 @@ def test_refusals(tiny: Path, finished: Path, tmp_path: Path) -> None:
         assert message in outcome.err
         assert outcome.err.count("\n") == 1
         assert not out.exists()
+
+
+def test_candidates_are_judged_by_the_loss_after_the_repair_on_a_quarter_of_the_first_sequences(tiny: Path) -> None:
+    subject = Subject(tiny)
+    calibration = calibration_set(subject.tokenizer, "pydoc", samples=40, seq_len=16)
+    sets = [(1, 2), (3, 4), (1, 4)]
+    recipe = Recipe(compensate="linear", drop=2, candidates=3, held_out=0.1)
+    removed, compensated = repair_best(subject, recipe, calibration, sets)
+    model, losses = subject.load(), []
+    for each in sets:
+        repaired = get_method("linear").run(model, calibration.first(32), each, held_out=0.25).replaced
+        with skipped(model.layers, each), replaced_weights(model, repaired), torch.no_grad():
+            held_out = calibration.input_ids[24:32]
+            losses.append(float(model.model(input_ids=held_out, labels=held_out).loss))
+    assert compensated.report["candidates"] == [
+        {"removed": list(each), "held_out_loss": pytest.approx(loss, rel=1e-5)}
+        for each, loss in zip(sets, losses, strict=True)
+    ]
+    assert removed == sets[losses.index(min(losses))]
