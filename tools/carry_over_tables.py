@@ -75,7 +75,7 @@ def _ablation(folder: Path) -> list[str]:
 
 
 def _readings(folder: Path) -> list[str]:
-    rows = []
+    rows, means = [], []
     for name, alone, segmented in READINGS:
         pair = [_row(folder, *alone), _row(folder, *segmented)]
         if None in pair:
@@ -85,9 +85,15 @@ def _readings(folder: Path) -> list[str]:
             assert row is not None
             cells += [" ".join(map(str, row["removed"])), *(_gap(row, text) for text in list(TEXTS)[:2])]
         rows.append(cells)
+        means.append([_mean_gap(row) for row in pair if row is not None])
     head = ["reading", "alone: removed", "WikiText-2", "C4", "in segments: removed", "WikiText-2", "C4"]
     title = "## Readings of GradNorm", "6 of 30 layers, 8k tokens of WikiText-2."
-    return [*title, "", *_table(head, rows)]
+    best = []
+    for column, words in enumerate(("alone", "in segments")):
+        own = [each[column] for each in means]
+        winner = own.index(min(own))
+        best.append(f"{words}, {READINGS[winner][0]} ({own[winner]:.2f}, the layer's gradient norm {own[0]:.2f})")
+    return [*title, "", *_table(head, rows), f"Least mean of both texts: {'; '.join(best)}.", ""]
 
 
 def _texts(folder: Path) -> list[str]:
@@ -162,6 +168,17 @@ def _methods(found: dict[str, Any]) -> list[str]:
 
 def _texts_of(found: dict[str, Any]) -> list[str]:
     return [text for text in TEXTS if any(name.startswith(text) for name in found["dense"])]
+
+
+def _mean_gap(row: dict[str, Any]) -> float:
+    """Of the two texts that all studies measure on."""
+    found = [
+        numbers["log_gap"]
+        for text in list(TEXTS)[:2]
+        for name, numbers in row["results"].items()
+        if name.startswith(text)
+    ]
+    return sum(found) / len(found)
 
 
 def _gap(row: dict[str, Any], text: str, error: bool = True) -> str:
