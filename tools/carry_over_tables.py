@@ -48,7 +48,7 @@ def _depths(folder: Path) -> list[str]:
         "## Depths",
         "Protected ends (4, 2), 8k tokens of WikiText-2. `best` sees these 8k tokens too, not its usual 32k.",
     )
-    return [title[0], "", title[1], "", *_table(["text", "method", *(f"{n} of 30 removed" for n in depths)], rows)]
+    return _section(*title, ["text", "method", *(f"{n} of 30 removed" for n in depths)], rows)
 
 
 def _ablation(folder: Path) -> list[str]:
@@ -71,7 +71,7 @@ def _ablation(folder: Path) -> list[str]:
         *(f"{TEXTS[t]}, {r}" for t in _texts_of(found)[:2] for r in ("none", "linear", "learned")),
     ]
     title = "## What each part contributes", "6 of 30 layers, 8k tokens of WikiText-2; columns: the compensation."
-    return [title[0], "", title[1], "", *_table(head, rows)]
+    return _section(*title, head, rows)
 
 
 def _readings(folder: Path) -> list[str]:
@@ -93,7 +93,7 @@ def _readings(folder: Path) -> list[str]:
         own = [each[column] for each in means]
         winner = own.index(min(own))
         best.append(f"{words}, {READINGS[winner][0]} ({own[winner]:.2f}, the layer's gradient norm {own[0]:.2f})")
-    return [title[0], "", title[1], "", *_table(head, rows), f"Least mean of both texts: {'; '.join(best)}.", ""]
+    return [*_section(*title, head, rows), f"Least mean of both texts: {'; '.join(best)}.", ""]
 
 
 def _texts(folder: Path) -> list[str]:
@@ -113,7 +113,7 @@ def _texts(folder: Path) -> list[str]:
         "## Calibration texts",
         "6 of 30 layers, 8k tokens of the text before the arrow, measured on the one behind it.",
     )
-    return [title[0], "", title[1], "", *_table(head, rows)]
+    return _section(*title, head, rows)
 
 
 def _tokens(folder: Path) -> list[str]:
@@ -130,7 +130,7 @@ def _tokens(folder: Path) -> list[str]:
         rows.append(cells)
     head = ["method", *(f"{text}, {thousands}k" for text in list(TEXTS.values())[:2] for thousands in known)]
     title = "## Calibration tokens", "6 of 30 layers, WikiText-2; trials see the first 1k tokens in every column."
-    return [title[0], "", title[1], "", *_table(head, rows)]
+    return _section(*title, head, rows)
 
 
 def _seeds(folder: Path) -> list[str]:
@@ -149,7 +149,7 @@ def _seeds(folder: Path) -> list[str]:
         "## Seeds",
         "6 of 30 layers, five draws of 8k tokens of WikiText-2: mean ± standard deviation of the five, not a standard error.",
     )
-    return [title[0], "", title[1], "", *_table(["method", "different choices", *list(TEXTS.values())[:2]], rows)]
+    return _section(*title, ["method", "different choices", *list(TEXTS.values())[:2]], rows)
 
 
 def _read(folder: Path, name: str) -> Any:
@@ -172,21 +172,20 @@ def _texts_of(found: dict[str, Any]) -> list[str]:
 
 def _mean_gap(row: dict[str, Any]) -> float:
     """Of the two texts that all studies measure on."""
-    found = [
-        numbers["log_gap"]
-        for text in list(TEXTS)[:2]
-        for name, numbers in row["results"].items()
-        if name.startswith(text)
-    ]
-    return sum(found) / len(found)
+    return sum(_numbers(row, text)["log_gap"] for text in list(TEXTS)[:2]) / 2
+
+
+def _numbers(row: dict[str, Any], text: str) -> dict[str, float]:
+    (found,) = (numbers for name, numbers in row["results"].items() if name.startswith(text))
+    return found
 
 
 def _gap(row: dict[str, Any], text: str, error: bool = True) -> str:
-    (numbers,) = (numbers for name, numbers in row["results"].items() if name.startswith(text))
+    numbers = _numbers(row, text)
     shown = f"{numbers['log_gap']:.3f}"
     return f"{shown} ± {numbers['log_gap_standard_error']:.3f}" if error else shown
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _section(title: str, words: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
-    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+    return [title, "", words, "", *(f"| {' | '.join(line)} |" for line in lines), ""]

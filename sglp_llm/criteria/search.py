@@ -117,7 +117,8 @@ class Search(SetCriterion):
 
     def price(self, sequences: int, length: int) -> str:
         if self._budget is None:
-            return f"about {_default_budget(1, sequences, length).tokens:,} trial tokens, more from 7 layers on"
+            least, first_more = _default_budget(1, sequences, length), int(_LEAST_TRIALS / _TRIALS_A_LAYER) + 1
+            return f"about {least.tokens:,} trial tokens, more from {first_more} layers on"
         if self._budget.seconds is not None:
             return f"about {self._budget.seconds:g} s of trials"
         return f"about {self._budget.tokens:,} trial tokens"
