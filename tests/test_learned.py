@@ -29,10 +29,14 @@ PARTS = Parts(range(5), range(5, 7))
 
 
 def refined(
-    model: DecoderModel, calibration: CalibrationSet, start: dict[str, Tensor], processes: Processes = ALONE
+    model: DecoderModel,
+    calibration: CalibrationSet,
+    start: dict[str, Tensor],
+    processes: Processes = ALONE,
+    removed: tuple[int, ...] = REMOVED,
 ) -> Refined:
-    names = refinable(model, REMOVED)
-    return refine(model, calibration, REMOVED, names, start, PARTS, SCHEDULE, processes=processes)
+    names = refinable(model, removed)
+    return refine(model, calibration, removed, names, start, PARTS, SCHEDULE, processes=processes)
 
 
 def divergence_and_loss(model: DecoderModel, other: nn.Module, calibration: CalibrationSet, index: int) -> list[Tensor]:
@@ -48,18 +52,18 @@ def divergence_and_loss(model: DecoderModel, other: nn.Module, calibration: Cali
 
 
 def by_hand(
-    model: DecoderModel, calibration: CalibrationSet, start: dict[str, Tensor]
+    model: DecoderModel, calibration: CalibrationSet, start: dict[str, Tensor], removed: tuple[int, ...]
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The values after the last step, and the held-out divergence after each epoch."""
     student = wrap_model(deepcopy(model.model).requires_grad_(False).eval())
-    names = refinable(model, REMOVED)
+    names = refinable(model, removed)
     for name, value in start.items():
         student.model.get_parameter(name).data = value.clone()
     values = {name: student.model.get_parameter(name).requires_grad_(True) for name in names}
     rates = [SCHEDULE.rate if value.ndim > 1 else SCHEDULE.vector_rate for value in values.values()]
     optimizer = torch.optim.Adam([{"params": [value]} for value in values.values()], betas=(0.9, 0.95))
     order, done, history = torch.Generator().manual_seed(SCHEDULE.seed), 0, []
-    with skipped(student.layers, REMOVED):
+    with skipped(student.layers, removed):
         for _ in range(2):
             for index in torch.randperm(3, generator=order).tolist():
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -96,13 +100,19 @@ def test_padding_counts_for_nothing(family: str, calibration: CalibrationSet) ->
     check(wrap_model(tiny_model(Tiny(family, 0))), calibration)
 
 
-def check(model: DecoderModel, calibration: CalibrationSet) -> None:
-    name = refinable(model, REMOVED)[0]
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_layers_that_go_before_the_first_refined_one_are_gone(family: str) -> None:
+    check(wrap_model(tiny_model(Tiny(family, 0))), plain_set(7), (0, 3))
+
+
+def check(model: DecoderModel, calibration: CalibrationSet, removed: tuple[int, ...] = REMOVED) -> None:
+    name = refinable(model, removed)[0]
     start = {name: model.model.get_parameter(name).detach() * 1.1}
-    found, (last, history) = refined(model, calibration, start), by_hand(model, calibration, start)
+    found = refined(model, calibration, start, removed=removed)
+    last, history = by_hand(model, calibration, start, removed)
     assert found.held_out_divergences == pytest.approx(history, rel=1e-4)
     assert found.judged_on == Parts(range(2), range(5, 7))  # one step each
-    with skipped(model.layers, REMOVED), torch.no_grad():
+    with skipped(model.layers, removed), torch.no_grad():
         for values, quality in ((start, found.before), ({**start, **found.values}, found.after)):
             with replaced_weights(model, values):
                 # The teacher is the whole model, with its own weights.

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.calibration import CalibrationSet
-from sglp_llm.engine.branch import refuse_offloaded
 from sglp_llm.engine.head import divergence, divergence_gradient, losses
 from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.resident import frozen
+from sglp_llm.engine.shortened import Shortened
 from sglp_llm.engine.states import StateStore, state_store
-from sglp_llm.engine.streamed import Replays, Step, layer_in_memory, layers_in_turn, steps_of
+from sglp_llm.engine.streamed import Replays, Step, layers_in_turn, steps_of
 from sglp_llm.engine.walk import Parts
 from sglp_llm.loading import DecoderModel
 from sglp_llm.processes import ALONE, Processes
@@ -114,19 +113,36 @@ def refine(
     Raises:
         UserError: A layer is offloaded, or the divergence is not finite.
     """
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model.model))
-        stack.enter_context(frozen(model.model))
-        scratch = None if model.weights is None else model.weights.scratch
-        store = stack.enter_context(state_store(model.input_device, scratch))
-        judged_on = _judged_on(parts, schedule.sequences)
-        # The whole model once, the qualities before and after, and the epochs; the last quality held out is the best epoch's.
-        passes = (1 + schedule.epochs) * _count(parts) + _count(judged_on) + len(judged_on.fit)
-        advance = stack.enter_context(progress("Refining", passes))
-        refining = _Refining(
-            model, calibration, removed, names, start, parts, judged_on, schedule, store, advance, processes
-        )
-        return refining.run()
+    scratch = None if model.weights is None else model.weights.scratch
+    groups = {name: _groups(model, calibration, part, schedule.sequences, processes) for name, part in parts.items()}
+    # As many steps of the fit as are held out.
+    judged = {name: each[: len(groups["held_out"])] for name, each in groups.items()}
+    counts = {name: sum(group.sequences for group in each) for name, each in judged.items()}
+    # The whole model once, the qualities before and after, and the epochs; the last quality held out is the best epoch's.
+    passes = (
+        (1 + schedule.epochs) * sum(len(part) for _, part in parts.items()) + 2 * counts["fit"] + counts["held_out"]
+    )
+    with (
+        evaluating(model.model),
+        frozen(model.model),
+        state_store(model.input_device, scratch) as store,
+        progress("Refining", passes) as advance,
+    ):
+        shortened, replays = Shortened(model, removed, names, start), Replays(model)
+        _run_once(model, removed, shortened.first, chain(*groups.values()), replays, store, advance)
+        refining = _Refining(shortened, replays, store, advance, processes)
+        before = {part: refining.quality(each) for part, each in judged.items()}
+        best, values, history = before["held_out"], shortened.snapshot(), []
+        for _ in refining.epochs(groups["fit"], schedule):
+            quality = refining.quality(judged["held_out"])
+            history.append(quality.divergence)
+            if not math.isfinite(quality.divergence):
+                break
+            if quality.divergence < best.divergence:
+                best, values = quality, shortened.snapshot()
+        shortened.restore(values)
+        after = {"fit": refining.quality(judged["fit"]), "held_out": best}
+    return Refined(values, Parts(parts.fit[: counts["fit"]], parts.held_out), before, after, history)
 
 
 def refinable_names(layer: nn.Module, adapter: DecoderAdapter, width: int) -> list[str]:
@@ -145,159 +161,105 @@ def refinable_names(layer: nn.Module, adapter: DecoderAdapter, width: int) -> li
     return [name for name, _ in layer.named_parameters() if name in norms or f"{name}.".startswith(ends)]
 
 
-def _judged_on(parts: Parts, step: int) -> Parts:
-    """As many sequences of the fit as are held out, in whole steps."""
-    steps = -(-len(parts.held_out) // step)
-    return Parts(parts.fit[: steps * step], parts.held_out)
+@dataclass(frozen=True)
+class _Group:
+    """The sequences of one step: those that are this process's, and how many all processes have."""
+
+    steps: list[Step]
+    sequences: int
 
 
-def _count(parts: Parts) -> int:
-    return sum(len(part) for _, part in parts.items())
+def _groups(
+    model: DecoderModel, calibration: CalibrationSet, part: range, size: int, processes: Processes
+) -> list[_Group]:
+    groups = []
+    for first in part[::size]:
+        whole = range(first, min(first + size, part.stop))
+        share = processes.share(len(whole))
+        mine = whole[share.start : share.stop]
+        groups.append(_Group(steps_of(model, calibration, len(whole), mine), len(whole)))
+    return groups
 
 
-class _Refining:
-    def __init__(
-        self,
-        model: DecoderModel,
-        calibration: CalibrationSet,
-        removed: Sequence[int],
-        names: Sequence[str],
-        start: Mapping[str, Tensor],
-        parts: Parts,
-        judged_on: Parts,
-        schedule: Schedule,
-        store: StateStore,
-        advance: Advance,
-        processes: Processes,
-    ) -> None:
-        self._model, self._schedule, self._judged_on = model, schedule, judged_on
-        self._store, self._advance, self._processes = store, advance, processes
-        self._replays = Replays(model)
-        self._values, self._fixed = self._leaves(names, start)
-        first = min(self._layer_of(name) for name in (*self._values, *self._fixed))
-        self._kept = [layer for layer in range(first, model.num_layers) if layer not in set(removed)]
-        self._steps = {name: self._groups(calibration, part) for name, part in parts.items()}
-        self._prepare(first)
-
-    def run(self) -> Refined:
-        before = {part: self._quality(part) for part in self._steps}
-        best, values = before["held_out"], self._snapshot()
-        matrices = [value for value in self._values.values() if value.ndim > 1]
-        vectors = [value for value in self._values.values() if value.ndim == 1]
-        rates = {"matrices": self._schedule.rate, "vectors": self._schedule.vector_rate}
-        groups = [{"params": matrices, "name": "matrices"}, {"params": vectors, "name": "vectors"}]
-        optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95))
-        order, history, done = torch.Generator().manual_seed(self._schedule.seed), [], 0
-        steps = self._schedule.epochs * len(self._steps["fit"])
-        for _ in range(self._schedule.epochs):
-            for index in torch.randperm(len(self._steps["fit"]), generator=order).tolist():
-                for group in optimizer.param_groups:
-                    group["lr"] = rates[group["name"]] * self._schedule.factor(done, steps)
-                self._descend(optimizer, self._steps["fit"][index])
-                done += 1
-            quality = self._quality("held_out")
-            history.append(quality.divergence)
-            if not math.isfinite(quality.divergence):
-                break
-            if quality.divergence < best.divergence:
-                best, values = quality, self._snapshot()
-        for name, value in self._values.items():
-            value.data = values[name].to(value.device)
-        return Refined(values, self._judged_on, before, {"fit": self._quality("fit"), "held_out": best}, history)
-
-    def _leaves(self, names: Sequence[str], start: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What is refined, in float32, and what only stands in for the model's own values."""
-        device, values = self._model.input_device, {}
-        for index in sorted({self._layer_of(name) for name in names}):
-            with layer_in_memory(self._model, index) as layer:
-                own = dict(layer.named_parameters())
-                for name in names:
-                    if self._layer_of(name) == index:
-                        value = start.get(name, own[self._local(name)])
-                        refuse_offloaded(value)
-                        values[name] = value.detach().to(torch.float32, copy=True).requires_grad_(True)
-        fixed = {name: value.to(device) for name, value in start.items() if name not in values}
-        return values, fixed
-
-    def _groups(self, calibration: CalibrationSet, part: range) -> list[tuple[list[Step], int]]:
-        """The sequences of a part in steps: those that are this process's, and how many all processes have."""
-        groups = []
-        for first in part[:: self._schedule.sequences]:
-            whole = range(first, min(first + self._schedule.sequences, part.stop))
-            share = self._processes.share(len(whole))
-            mine = whole[share.start : share.stop]
-            groups.append((steps_of(self._model, calibration, len(whole), mine), len(whole)))
-        return groups
-
-    def _prepare(self, first: int) -> None:
-        """What enters the first refined layer, and what leaves the last of the whole model."""
-        everything = [step for groups in self._steps.values() for steps, _ in groups for step in steps]
-        with torch.no_grad():
+def _run_once(
+    model: DecoderModel,
+    removed: Sequence[int],
+    first: int,
+    groups: Iterable[_Group],
+    replays: Replays,
+    store: StateStore,
+    advance: Advance,
+) -> None:
+    """What leaves the last layer of the whole model, and what enters a layer of the shortened one."""
+    everything = [step for group in groups for step in group.steps]
+    leaves_the_whole = min(first, *removed)
+    with torch.no_grad():
+        for step in everything:
+            store.put(_DENSE, step.batch, replays.first_states(step))
+        for index, _ in layers_in_turn(model, range(model.num_layers)):
+            if index == leaves_the_whole:
+                store.share(_DENSE, _ENTERING)
+            slots = [_DENSE]
+            if leaves_the_whole <= index < first and index not in removed:
+                slots.append(_ENTERING)
             for step in everything:
-                self._store.put(_DENSE, step.batch, self._replays.first_states(step))
-            for index, _ in layers_in_turn(self._model, range(self._model.num_layers)):
-                if index == first:
-                    self._store.share(_DENSE, _ENTERING)
-                for step in everything:
-                    states = self._store.get(_DENSE, step.batch)
-                    self._store.put(_DENSE, step.batch, self._replays.of(step).layer(index, states))
-        self._advance(sum(step.batch.size for step in everything))
+                for slot in slots:
+                    store.put(slot, step.batch, replays.of(step).layer(index, store.get(slot, step.batch)))
+    advance(sum(step.batch.size for step in everything))
 
-    def _descend(self, optimizer: torch.optim.Optimizer, group: tuple[list[Step], int]) -> None:
-        steps, sequences = group
-        optimizer.zero_grad(set_to_none=True)
-        for step in steps:
-            final = self._final(step)
-            dense = self._store.get(_DENSE, step.batch)
-            gradient = divergence_gradient(self._replays.of(step), final.detach(), dense)
-            final.backward(gradient / sequences)
-            self._advance(step.batch.size)
-        for value in self._values.values():
-            own = torch.zeros_like(value) if value.grad is None else value.grad
-            value.grad = self._processes.sum(own)
-        optimizer.step()
 
-    def _quality(self, part: str) -> Quality:
-        """Means over the sequences of a part that are judged on."""
-        sums, judged_on = torch.zeros(2, dtype=torch.float64), len(dict(self._judged_on.items())[part])
+@dataclass(frozen=True)
+class _Refining:
+    shortened: Shortened
+    replays: Replays
+    store: StateStore
+    advance: Advance
+    processes: Processes
+
+    def epochs(self, groups: Sequence[_Group], schedule: Schedule) -> Iterator[None]:
+        """Moves the values; yields after every epoch."""
+        values = self.shortened.values.values()
+        kinds = (
+            (schedule.rate, [value for value in values if value.ndim > 1]),
+            (schedule.vector_rate, [value for value in values if value.ndim == 1]),
+        )
+        optimizer = torch.optim.Adam(
+            [{"params": params, "full_rate": rate} for rate, params in kinds if params], lr=0.0, betas=(0.9, 0.95)
+        )
+        order, done = torch.Generator().manual_seed(schedule.seed), 0
+        for _ in range(schedule.epochs):
+            for index in torch.randperm(len(groups), generator=order).tolist():
+                for group in optimizer.param_groups:
+                    group["lr"] = group["full_rate"] * schedule.factor(done, schedule.epochs * len(groups))
+                self._descend(optimizer, groups[index])
+                done += 1
+            yield
+
+    def quality(self, groups: Sequence[_Group]) -> Quality:
+        """Means over sequences."""
+        sums = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
-            for steps, _ in self._steps[part][: -(-judged_on // self._schedule.sequences)]:
-                for step in steps:
-                    final, dense = self._final(step), self._store.get(_DENSE, step.batch)
-                    replay = self._replays.of(step)
-                    sums[0] += float(divergence(replay, final, dense).sum())
-                    sums[1] += float(losses(replay, final).sum())
-                    self._advance(step.batch.size)
-        means = self._processes.sum(sums) / judged_on
+            for step in (step for group in groups for step in group.steps):
+                final, dense = self._final(step), self.store.get(_DENSE, step.batch)
+                replay = self.replays.of(step)
+                sums[0] += float(divergence(replay, final, dense).sum())
+                sums[1] += float(losses(replay, final).sum())
+                self.advance(step.batch.size)
+        means = self.processes.sum(sums) / sum(group.sequences for group in groups)
         return Quality(*means.tolist())
 
+    def _descend(self, optimizer: torch.optim.Optimizer, group: _Group) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        for step in group.steps:
+            final = self._final(step)
+            dense = self.store.get(_DENSE, step.batch)
+            gradient = divergence_gradient(self.replays.of(step), final.detach(), dense)
+            final.backward(gradient / group.sequences)
+            self.advance(step.batch.size)
+        for value in self.shortened.values.values():
+            own = torch.zeros_like(value) if value.grad is None else value.grad
+            value.grad = self.processes.sum(own)
+        optimizer.step()
+
     def _final(self, step: Step) -> Tensor:
-        """What leaves the last layer of the shortened model with the values as they are."""
-        states, replay = self._store.get(_ENTERING, step.batch), self._replays.of(step)
-        for index in self._kept:
-
-            def through(entering: Tensor, index: int = index) -> Tensor:
-                with layer_in_memory(self._model, index) as layer:
-                    layer.requires_grad_(False)
-                    return replay.layer(index, entering, self._standing_in(index))
-
-            if self._model.weights is not None and torch.is_grad_enabled():
-                states = checkpoint(through, states, use_reentrant=False, preserve_rng_state=False)
-            else:
-                states = through(states)
-        return states
-
-    def _standing_in(self, index: int) -> dict[str, Tensor]:
-        """Values of a layer's parameters, by their names in it, in the model's dtype."""
-        dtype = self._model.model.dtype
-        both = (*self._fixed.items(), *self._values.items())
-        return {self._local(name): value.to(dtype) for name, value in both if self._layer_of(name) == index}
-
-    def _snapshot(self) -> dict[str, Tensor]:
-        return {name: value.detach().to("cpu", copy=True) for name, value in self._values.items()}
-
-    def _layer_of(self, name: str) -> int:
-        return int(name.removeprefix(f"{self._model.adapter.layers}.").partition(".")[0])
-
-    def _local(self, name: str) -> str:
-        return name.removeprefix(f"{self._model.adapter.layers}.").partition(".")[2]
+        return self.shortened.final(self.replays.of(step), self.store.get(_ENTERING, step.batch))
