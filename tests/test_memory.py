@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sglp_llm.engine.dry_run import DryRun
 from sglp_llm.engine.observer import Need
 from sglp_llm.free_memory import free_memory, host_free
-from sglp_llm.memory import RUNTIME, Work, choose_engine, count_parameters, fits, plan_memory
+from sglp_llm.memory import RUNTIME, Work, choose_engine, fits, plan_memory
+from sglp_llm.parameter_counts import count_parameters
 from sglp_llm.prediction import chosen_engine, forecast, predict_memory, work_of
 from sglp_llm.recipe import Recipe
 from sglp_llm.records import EngineMemory, FreeMemory, MemoryPlan
