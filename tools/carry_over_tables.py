@@ -46,7 +46,7 @@ def _depths(folder: Path) -> list[str]:
             rows.append([TEXTS[text], f"`{method}`", *(_gap(row, text) for row in own)])
     title = (
         "## Depths",
-        "Protected ends (4, 2), 8k tokens of WikiText-2. `best` sees these 8k tokens too, not its usual 32k.",
+        "Protected ends (4, 2), 8k tokens of WikiText-2. `best` sees these 8k tokens too, not its usual 64k.",
     )
     return _section(*title, ["text", "method", *(f"{n} of 30 removed" for n in depths)], rows)
 
