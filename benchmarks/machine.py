@@ -14,7 +14,8 @@ def describe() -> str:
     names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     processor = names[0] if names else platform.processor()
-    return f"{processor}, {os.cpu_count()} cores, torch {torch.__version__} ({torch.get_num_threads()} threads){gpu}"
+    threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
+    return f"{processor}, {os.cpu_count()} cores, torch {torch.__version__} ({threads}){gpu}"
 
 
 def _cpuinfo() -> list[str]:

@@ -22,7 +22,7 @@ run() {
         --window 512 --max-windows "${WINDOWS:-302}" --output "$output" "${@:2}" >/dev/null
 }
 
-run 6 --suite eval/offline.yaml --data-dir "$data" --limit "${LIMIT:-20}"
+run 6 --suite eval/offline.yaml --data-dir "$data" --limit "${LIMIT:-100}"
 cp "$output/compare.json" "$output/tasks.json"
 run 6,9
 "$bin/python" tools/results_page.py best "$output/compare.md" docs/best.md "$output/tasks.json"
