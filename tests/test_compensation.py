@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from calibration_sets import ids_and_mask, plain_set, sampled_set
+from calibration_sets import ids_and_mask, labels_of, plain_set, sampled_set
 from checkpoints import QUICK, run_cli
 from layer_states import states_around
 from many_processes import in_processes
@@ -58,10 +58,8 @@ def mean_losses(model: DecoderModel, calibration: CalibrationSet, removed: tuple
     losses = []
     with torch.no_grad(), skipped(model.layers, removed):
         for ids, mask in zip(calibration.input_ids, calibration.mask, strict=True):
-            labels = ids.masked_fill(~mask, -100)
-            if not mask[0]:  # nothing stands in front of the first real token
-                labels[mask.nonzero()[0]] = -100
-            losses.append(float(model.model(**ids_and_mask(ids, mask), labels=labels[None], use_cache=False).loss))
+            labels = labels_of(ids, mask)
+            losses.append(float(model.model(**ids_and_mask(ids, mask), labels=labels, use_cache=False).loss))
     parts = split(len(losses), 0.25)
     return {name: float(np.mean([losses[index] for index in part])) for name, part in parts.items()}
 

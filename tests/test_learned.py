@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibration_sets import ids_and_mask, padded_set, plain_set, sampled_set
+from calibration_sets import ids_and_mask, labels_of, padded_set, plain_set, sampled_set
 from many_processes import in_processes
 from tiny_models import Tiny, every_tiny, save_tiny, tiny_model
 from torch import Tensor, nn
@@ -43,10 +43,7 @@ def divergence_and_loss(model: DecoderModel, other: nn.Module, calibration: Cali
     ids, mask = calibration.input_ids[index], calibration.mask[index]
     with torch.no_grad():
         dense = model.model(**ids_and_mask(ids, mask), use_cache=False).logits[0, mask].log_softmax(-1)
-    labels = ids.masked_fill(~mask, -100)
-    if not mask[0]:  # nothing stands in front of the first real token
-        labels[mask.nonzero()[0]] = -100
-    result = other(**ids_and_mask(ids, mask), labels=labels[None], use_cache=False)
+    result = other(**ids_and_mask(ids, mask), labels=labels_of(ids, mask), use_cache=False)
     own = result.logits[0, mask].log_softmax(-1)
     return [nn.functional.kl_div(own, dense, log_target=True, reduction="batchmean"), result.loss]
 
