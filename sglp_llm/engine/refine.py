@@ -16,9 +16,9 @@ from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.head import divergence, divergence_gradient, losses
 from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.resident import frozen
-from sglp_llm.engine.shortened import Shortened
 from sglp_llm.engine.states import StateStore, state_store
 from sglp_llm.engine.streamed import Replays, Step, layers_in_turn, steps_of
+from sglp_llm.engine.student import Student
 from sglp_llm.engine.walk import Parts
 from sglp_llm.loading import DecoderModel
 from sglp_llm.processes import ALONE, Processes
@@ -128,19 +128,19 @@ def refine(
         state_store(model.input_device, scratch) as store,
         progress("Refining", passes) as advance,
     ):
-        shortened, replays = Shortened(model, removed, names, start), Replays(model)
-        _run_once(model, removed, shortened.first, chain(*groups.values()), replays, store, advance)
-        refining = _Refining(shortened, replays, store, advance, processes)
+        student, replays = Student(model, removed, names, start), Replays(model)
+        _run_once(model, removed, student.first, chain(*groups.values()), replays, store, advance)
+        refining = _Refining(student, replays, store, advance, processes)
         before = {part: refining.quality(each) for part, each in judged.items()}
-        best, values, history = before["held_out"], shortened.snapshot(), []
+        best, values, history = before["held_out"], student.snapshot(), []
         for _ in refining.epochs(groups["fit"], schedule):
             quality = refining.quality(judged["held_out"])
             history.append(quality.divergence)
             if not math.isfinite(quality.divergence):
                 break
             if quality.divergence < best.divergence:
-                best, values = quality, shortened.snapshot()
-        shortened.restore(values)
+                best, values = quality, student.snapshot()
+        student.restore(values)
         after = {"fit": refining.quality(judged["fit"]), "held_out": best}
     return Refined(values, Parts(parts.fit[: counts["fit"]], parts.held_out), before, after, history)
 
@@ -210,7 +210,7 @@ def _run_once(
 
 @dataclass(frozen=True)
 class _Refining:
-    shortened: Shortened
+    student: Student
     replays: Replays
     store: StateStore
     advance: Advance
@@ -218,7 +218,7 @@ class _Refining:
 
     def epochs(self, groups: Sequence[_Group], schedule: Schedule) -> Iterator[None]:
         """Moves the values; yields after every epoch."""
-        values = self.shortened.values.values()
+        values = self.student.values.values()
         kinds = (
             (schedule.rate, [value for value in values if value.ndim > 1]),
             (schedule.vector_rate, [value for value in values if value.ndim == 1]),
@@ -256,10 +256,10 @@ class _Refining:
             gradient = divergence_gradient(self.replays.of(step), final.detach(), dense)
             final.backward(gradient / group.sequences)
             self.advance(step.batch.size)
-        for value in self.shortened.values.values():
+        for value in self.student.values.values():
             own = torch.zeros_like(value) if value.grad is None else value.grad
             value.grad = self.processes.sum(own)
         optimizer.step()
 
     def _final(self, step: Step) -> Tensor:
-        return self.shortened.final(self.replays.of(step), self.store.get(_ENTERING, step.batch))
+        return self.student.final(self.replays.of(step), self.store.get(_ENTERING, step.batch))

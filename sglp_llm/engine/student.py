@@ -1,4 +1,4 @@
-"""A shortened model, some of its parameters with values of their own that gradients reach; the whole model's stay as they are."""
+"""The student: a shortened model, some of its parameters with values that gradients reach; the whole model keeps its own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sglp_llm.engine.streamed import layer_in_memory
 from sglp_llm.loading import DecoderModel
 
 
-class Shortened:
-    """The layers that stay, from the first one that has other values on.
+class Student:
+    """What is taught: the layers that stay, from the first one that has other values on.
 
     Args:
         model: The whole model, resident or streamed.
