@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,10 @@ from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.head import divergence, divergence_gradient, losses
 from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.resident import frozen
-from sglp_llm.engine.states import StateStore, state_store
-from sglp_llm.engine.streamed import Replays, Step, layers_in_turn, steps_of
+from sglp_llm.engine.states import state_store
+from sglp_llm.engine.streamed import Step, steps_of
 from sglp_llm.engine.student import Student
-from sglp_llm.engine.walk import Parts
+from sglp_llm.engine.walk import Parts, Walk
 from sglp_llm.loading import DecoderModel
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Advance, Progress, silent
@@ -128,9 +127,12 @@ def refine(
         state_store(model.input_device, scratch) as store,
         progress("Refining", passes) as advance,
     ):
-        student, replays = Student(model, removed, names, start), Replays(model)
-        _run_once(model, removed, student.first, chain(*groups.values()), replays, store, advance)
-        refining = _Refining(student, replays, store, advance, processes)
+        student = Student(model, removed, names, start)
+        steps = {name: [step for group in each for step in group.steps] for name, each in groups.items()}
+        walk = Walk(model, steps, store, lambda _: None)  # its unit is the layer, not the sequence
+        _walk_once(walk, model.num_layers, removed, student.first)
+        advance(sum(step.batch.size for each in steps.values() for step in each))
+        refining = _Refining(student, walk, advance, processes)
         before = {part: refining.quality(each) for part, each in judged.items()}
         best, values, history = before["held_out"], student.snapshot(), []
         for _ in refining.epochs(groups["fit"], schedule):
@@ -181,38 +183,21 @@ def _groups(
     return groups
 
 
-def _run_once(
-    model: DecoderModel,
-    removed: Sequence[int],
-    first: int,
-    groups: Iterable[_Group],
-    replays: Replays,
-    store: StateStore,
-    advance: Advance,
-) -> None:
+def _walk_once(walk: Walk, num_layers: int, removed: Sequence[int], first: int) -> None:
     """What leaves the last layer of the whole model, and what enters a layer of the shortened one."""
-    everything = [step for group in groups for step in group.steps]
-    leaves_the_whole = min(first, *removed)
+    parting = min(first, *removed)
     with torch.no_grad():
-        for step in everything:
-            store.put(_DENSE, step.batch, replays.first_states(step))
-        for index, _ in layers_in_turn(model, range(model.num_layers)):
-            if index == leaves_the_whole:
-                store.share(_DENSE, _ENTERING)
-            slots = [_DENSE]
-            if leaves_the_whole <= index < first and index not in removed:
-                slots.append(_ENTERING)
-            for step in everything:
-                for slot in slots:
-                    store.put(slot, step.batch, replays.of(step).layer(index, store.get(slot, step.batch)))
-    advance(sum(step.batch.size for step in everything))
+        walk.begin(_DENSE)
+        walk.through(range(parting), _DENSE)
+        walk.fork(_DENSE, _ENTERING)
+        walk.through((layer for layer in range(parting, first) if layer not in removed), _ENTERING)
+        walk.through(range(parting, num_layers), _DENSE)
 
 
 @dataclass(frozen=True)
 class _Refining:
     student: Student
-    replays: Replays
-    store: StateStore
+    walk: Walk
     advance: Advance
     processes: Processes
 
@@ -240,8 +225,8 @@ class _Refining:
         sums = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
             for step in (step for group in groups for step in group.steps):
-                final, dense = self._final(step), self.store.get(_DENSE, step.batch)
-                replay = self.replays.of(step)
+                final, dense = self._final(step), self.walk.states(_DENSE, step)
+                replay = self.walk.replays.of(step)
                 sums[0] += float(divergence(replay, final, dense).sum())
                 sums[1] += float(losses(replay, final).sum())
                 self.advance(step.batch.size)
@@ -252,8 +237,8 @@ class _Refining:
         optimizer.zero_grad(set_to_none=True)
         for step in group.steps:
             final = self._final(step)
-            dense = self.store.get(_DENSE, step.batch)
-            gradient = divergence_gradient(self.replays.of(step), final.detach(), dense)
+            dense = self.walk.states(_DENSE, step)
+            gradient = divergence_gradient(self.walk.replays.of(step), final.detach(), dense)
             final.backward(gradient / group.sequences)
             self.advance(step.batch.size)
         for value in self.student.values.values():
@@ -262,4 +247,4 @@ class _Refining:
         optimizer.step()
 
     def _final(self, step: Step) -> Tensor:
-        return self.student.final(self.replays.of(step), self.store.get(_ENTERING, step.batch))
+        return self.student.final(self.walk.replays.of(step), self.walk.states(_ENTERING, step))

@@ -37,19 +37,19 @@ class Student:
     ) -> None:
         self._model = model
         self.values: dict[str, Tensor] = {}
-        self._fixed: dict[str, Tensor] = {}
+        self._standing_in: dict[int, dict[str, Tensor]] = {}  # by layer and the parameter's name in it
         for index, members in groupby(sorted(dict.fromkeys((*names, *start)), key=self._layer_of), self._layer_of):
+            prefix, self._standing_in[index] = f"{model.adapter.layers}.{index}.", {}
             with layer_in_memory(model, index) as layer:
                 for name in members:
-                    own = layer.get_parameter(self._local(name))
+                    own = layer.get_parameter(name.removeprefix(prefix))
                     refuse_offloaded(own)
                     value = start.get(name, own).detach().to(own.device)
                     if name in names:
-                        self.values[name] = value.to(torch.float32, copy=True).requires_grad_(True)
-                    else:
-                        self._fixed[name] = value
-        self.first = min(self._layer_of(name) for name in (*self.values, *self._fixed))
-        self._kept = [layer for layer in range(self.first, model.num_layers) if layer not in set(removed)]
+                        value = self.values[name] = value.to(torch.float32, copy=True).requires_grad_(True)
+                    self._standing_in[index][name.removeprefix(prefix)] = value
+        self.first = min(self._standing_in)
+        self._kept = [layer for layer in range(self.first, model.num_layers) if layer not in removed]
 
     def final(self, replay: Replay, states: Tensor) -> Tensor:
         """What leaves the last layer with the values as they are; streamed layers are computed again for the gradients.
@@ -58,12 +58,14 @@ class Student:
             replay: Of the sequences.
             states: What enters layer ``first``, ``[batch, tokens, hidden]``.
         """
+        dtype = self._model.model.dtype
         for index in self._kept:
 
             def through(entering: Tensor, index: int = index) -> Tensor:
                 with layer_in_memory(self._model, index) as layer:
                     layer.requires_grad_(False)
-                    return replay.layer(index, entering, self._standing_in(index))
+                    values = {name: value.to(dtype) for name, value in self._standing_in.get(index, {}).items()}
+                    return replay.layer(index, entering, values)
 
             if self._model.weights is not None and torch.is_grad_enabled():
                 states = checkpoint(through, states, use_reentrant=False, preserve_rng_state=False)
@@ -80,14 +82,5 @@ class Student:
         for name, value in self.values.items():
             value.data.copy_(snapshot[name])
 
-    def _standing_in(self, index: int) -> dict[str, Tensor]:
-        """Values of a layer's parameters, by their names in it, in the model's dtype."""
-        dtype = self._model.model.dtype
-        both = (*self._fixed.items(), *self.values.items())
-        return {self._local(name): value.to(dtype) for name, value in both if self._layer_of(name) == index}
-
     def _layer_of(self, name: str) -> int:
         return int(name.removeprefix(f"{self._model.adapter.layers}.").partition(".")[0])
-
-    def _local(self, name: str) -> str:
-        return name.removeprefix(f"{self._model.adapter.layers}.").partition(".")[2]

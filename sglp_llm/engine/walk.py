@@ -53,6 +53,9 @@ class Walk:
         steps: The sequences by part.
         store: Where the states wait.
         advance: Told every layer that all sequences have gone through.
+
+    Attributes:
+        replays: For running layers and the head on a step.
     """
 
     def __init__(
@@ -60,12 +63,12 @@ class Walk:
     ) -> None:
         self.advance = advance
         self._model, self._steps, self._store = model, steps, store
-        self._replays = Replays(model)
+        self.replays = Replays(model)
 
     def begin(self, slot: Hashable) -> None:
         """A way begins in front of layer 0."""
         for step in self._all():
-            self._store.put(slot, step.batch, self._replays.first_states(step))
+            self._store.put(slot, step.batch, self.replays.first_states(step))
         if self._model.weights is not None:
             self._model.weights.rest()
 
@@ -87,7 +90,7 @@ class Walk:
         """Takes some ways through the layers in this order; each layer is brought once for all of them."""
         for index, _ in layers_in_turn(self._model, order):
             for step in self._all():
-                replay = self._replays.of(step)
+                replay = self.replays.of(step)
                 for slot in slots:
                     self._store.put(slot, step.batch, replay.layer(index, self._store.get(slot, step.batch)))
             self.advance(1)
@@ -101,7 +104,7 @@ class Walk:
         """Takes a way through one layer that is in memory, and shows what leaves it to the visit of each part."""
         for part, visit in visits.items():
             for step in self._steps[part]:
-                leaving = self._replays.of(step).layer(index, self._store.get(slot, step.batch))
+                leaving = self.replays.of(step).layer(index, self._store.get(slot, step.batch))
                 visit(step, leaving)
                 self._store.put(slot, step.batch, leaving)
         self.advance(1)
@@ -109,7 +112,7 @@ class Walk:
     def losses(self, slot: Hashable) -> dict[str, float]:
         """Sums of the losses of the parts' sequences, in nats a token, of a way that has left the last layer."""
         return {
-            part: sum(float(losses(self._replays.of(step), self.states(slot, step)).sum()) for step in steps)
+            part: sum(float(losses(self.replays.of(step), self.states(slot, step)).sum()) for step in steps)
             for part, steps in self._steps.items()
         }
 
