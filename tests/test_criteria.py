@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibration_sets import ids_and_mask, padded_set, plain_set
+from calibration_sets import ids_and_mask, labels_of, padded_set, plain_set
 from layer_states import cka_by_hand, states_around
 from tiny_models import Tiny, every_tiny, load_plain, save_tiny, tiny_model
 
@@ -44,7 +44,7 @@ def chosen(
 
 def mean_loss(model: DecoderModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """transformers' own of one sequence; the first real token has nothing real in front of it to be predicted from."""
-    labels = ids.masked_fill(~mask | ~torch.cat([mask[:1], mask[:-1]]), -100)[None]
+    labels = labels_of(ids, mask)
     loss: torch.Tensor = model.model(**ids_and_mask(ids, mask), labels=labels, use_cache=False).loss
     return loss
 

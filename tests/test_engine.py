@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calibration_sets import ids_and_mask, padded_set, plain_set
+from calibration_sets import ids_and_mask, labels_of, padded_set, plain_set
 from layer_states import cka_by_hand, states_around
 from tiny_models import Tiny, tiny_model
 from transformers import PreTrainedModel
@@ -44,10 +44,7 @@ def test_gradnorm_is_the_mean_of_the_sequences_gradient_norms(family: str, calib
     model = wrapped(family)
     norms, losses = torch.zeros(model.num_layers, dtype=torch.float64), []
     for ids, mask in zip(calibration.input_ids, calibration.mask, strict=True):
-        # Not to be predicted: padding, and the first real token, in front of which there is at most padding.
-        labels = ids.masked_fill(~mask, -100)
-        labels[mask.nonzero()[0]] = -100
-        loss = model.model(**ids_and_mask(ids, mask), labels=labels[None], use_cache=False).loss
+        loss = model.model(**ids_and_mask(ids, mask), labels=labels_of(ids, mask), use_cache=False).loss
         losses.append(loss.item())
         parameters = [parameter for layer in model.layers for parameter in layer.parameters()]
         gradients = iter(torch.autograd.grad(loss, parameters))
