@@ -1,5 +1,5 @@
 # The doors: setup, demo, test, lint, bench. Everything happens in .venv; nothing is installed outside it.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -11,6 +11,8 @@ WORKERS ?= 2
 setup: $(READY)
 
 $(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+	    { echo "make setup needs Python 3.10 to 3.13 with venv, and $(PYTHON) is not one: name another, as in make setup PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,report]'

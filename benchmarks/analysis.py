@@ -22,10 +22,10 @@ from machine import describe
 
 from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.criteria import get_criterion
+from sglp_llm.engine import run_pass
 from sglp_llm.engine.representations import CKAObserver
-from sglp_llm.engine.resident import run_pass
-from sglp_llm.loading import DecoderModel
-from sglp_llm.subject import Subject
+from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.opened import OpenedModel
 
 
 def plain_seconds(model: DecoderModel, calibration: CalibrationSet) -> float:
@@ -53,9 +53,9 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
-    subject = Subject(str(fetch()), dtype="float32")
-    calibration = calibration_set(subject.tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
-    model = subject.load()
+    opened = OpenedModel(str(fetch()), dtype="float32")
+    calibration = calibration_set(opened.tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
+    model = opened.load()
     print(f"{describe()}; {options.samples} x {options.seq_len} tokens, {options.pairs} pairs after one warm-up pair")
     ratios = []
     for pair in range(options.pairs + 1):

@@ -19,9 +19,9 @@ from machine import describe
 
 from sglp_llm.calibration import calibration_set
 from sglp_llm.criteria import ScoreCriterion, SetCriterion, get_criterion
+from sglp_llm.engine import PassSettings, run_pass
 from sglp_llm.engine.representations import CKAObserver
-from sglp_llm.engine.resident import run_pass
-from sglp_llm.subject import Subject
+from sglp_llm.models.opened import OpenedModel
 
 
 def main() -> None:
@@ -30,15 +30,15 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=3)
     options = parser.parse_args()
-    subject = Subject(str(fetch()), dtype="float32")
-    text = calibration_set(subject.tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
-    model = subject.load()
+    opened = OpenedModel(str(fetch()), dtype="float32")
+    text = calibration_set(opened.tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
+    model = opened.load()
 
     def seconds(*names: str, similarity: bool) -> float:
         start = time.perf_counter()
         criteria = [get_criterion(name)(model.num_layers) for name in names]
         cka = [CKAObserver(model.num_layers)] if similarity else []
-        run_pass(model, text, [*criteria, *cka], norms="autograd")
+        run_pass(model, text, [*criteria, *cka], PassSettings(norms="autograd"))
         for criterion in criteria:
             if isinstance(criterion, SetCriterion):
                 criterion.choose(6, range(model.num_layers))

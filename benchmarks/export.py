@@ -21,7 +21,7 @@ from statistics import median
 
 from machine import describe
 
-from sglp_llm.plans import plan_from_indices
+from sglp_llm.plan import plan_from_indices
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 24, 2048, 5632, 32000
 REMOVED = (9, 11, 12, 14, 17, 20)

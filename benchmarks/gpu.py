@@ -21,10 +21,10 @@ from random_llama import Shape, write_llama
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import make_criterion
-from sglp_llm.engine.passes import run_pass
+from sglp_llm.engine import run_pass
 from sglp_llm.engine.representations import CKAObserver
-from sglp_llm.loading import DecoderModel, load_model, load_streamed
-from sglp_llm.source import find_source
+from sglp_llm.models import find_source
+from sglp_llm.models.loading import DecoderModel, load_model, load_streamed
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GB = 1e9

@@ -31,10 +31,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import get_criterion
+from sglp_llm.engine import PassSettings, run_pass
 from sglp_llm.engine.ghost import Norms, linear_squared_norm
-from sglp_llm.engine.resident import run_pass
-from sglp_llm.loading import DecoderModel, wrap_model
-from sglp_llm.subject import Subject
+from sglp_llm.models.loading import DecoderModel, wrap_model
+from sglp_llm.models.opened import OpenedModel
 
 TARGETS = {"wide": 0.72, "smollm2": 1.0}
 Clock = Callable[[], float]
@@ -42,7 +42,7 @@ Clock = Callable[[], float]
 
 def load(name: str) -> DecoderModel:
     if name == "smollm2":
-        return Subject(str(fetch()), dtype="float32").load()
+        return OpenedModel(str(fetch()), dtype="float32").load()
     config = LlamaConfig(
         vocab_size=8192,
         hidden_size=2048,
@@ -71,7 +71,7 @@ def plain_seconds(model: DecoderModel, calibration: CalibrationSet, clock: Clock
 def gradnorm_seconds(model: DecoderModel, calibration: CalibrationSet, norms: Norms, clock: Clock) -> float:
     start = clock()
     gradnorm = get_criterion("gradnorm")(model.num_layers)
-    run_pass(model, calibration, [gradnorm], norms=norms)
+    run_pass(model, calibration, [gradnorm], PassSettings(norms=norms))
     gradnorm.scores()
     return clock() - start
 

@@ -20,10 +20,10 @@ from machine import describe
 
 from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.criteria import SetCriterion, make_criterion
-from sglp_llm.engine.measures import KLMeasure
-from sglp_llm.engine.trials import Trials
-from sglp_llm.loading import DecoderModel
-from sglp_llm.subject import Subject
+from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.opened import OpenedModel
+from sglp_llm.trials import Trials
+from sglp_llm.trials.measures import KLMeasure
 
 PROTECTED = (4, 2)
 
@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--removals", type=int, nargs="+", default=[6, 9])
     parser.add_argument("--pairs", type=int, default=2)
     options = parser.parse_args()
-    subject = Subject(str(fetch()), dtype="float32")
-    text = calibration_set(subject.tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
-    model = subject.load()
+    opened = OpenedModel(str(fetch()), dtype="float32")
+    text = calibration_set(opened.tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
+    model = opened.load()
     print(f"{describe()}; {options.samples} x {options.seq_len} tokens")
     Trials(model, text.first(1)).run([frozenset({5})], KLMeasure())  # warm-up
     for removals in options.removals:

@@ -28,10 +28,10 @@ from fetch_smollm2 import fetch
 
 from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.criteria import make_criterion
-from sglp_llm.engine.passes import run_pass
+from sglp_llm.engine import run_pass
 from sglp_llm.engine.representations import CKAObserver
-from sglp_llm.loading import DecoderModel
-from sglp_llm.subject import Subject
+from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.opened import OpenedModel
 
 SHAPE = Shape(24, 1536, 6144, 49152, 12, 12)
 GB = 1e9
@@ -90,9 +90,9 @@ def plain_seconds(model: DecoderModel, calibration: CalibrationSet) -> float:
 
 def compare_time(source: Path, calibration: CalibrationSet, scratch: Path, pairs: int) -> None:
     """Both engines on the same sequences, with ghost norms and with whole gradients."""
-    resident, subject = Subject(str(source)).load(), Subject(str(source))
-    subject.stream(scratch)
-    streamed = subject.load()
+    resident, opened = OpenedModel(str(source)).load(), OpenedModel(str(source))
+    opened.stream(scratch)
+    streamed = opened.load()
     ratios: dict[str, list[float]] = {}
     for pair in range(pairs + 1):
         seconds = {}
@@ -134,7 +134,7 @@ def main() -> None:
         source.mkdir()
         scratch.mkdir()
         total = write_llama(source, SHAPE)
-        tokenizer = Subject(str(fetch())).tokenizer
+        tokenizer = OpenedModel(str(fetch())).tokenizer
         tokenizer.save_pretrained(source)
         print(f"{describe()}; {total / GB:.2f} GB float32, {options.samples} x {options.seq_len} tokens")
         if "memory" in options.parts:

@@ -26,9 +26,9 @@ from machine import describe
 
 from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.criteria import GreedyCriterion, ScoreCriterion, make_criterion
-from sglp_llm.engine.trials import Trials
-from sglp_llm.loading import DecoderModel, wrap_model
-from sglp_llm.subject import Subject
+from sglp_llm.models.loading import DecoderModel, wrap_model
+from sglp_llm.models.opened import OpenedModel
+from sglp_llm.trials import Trials
 
 Timed = tuple[float, list[float]]
 
@@ -114,9 +114,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--removals", type=int, default=6)
     options = parser.parse_args()
-    subject = Subject(str(fetch()), dtype="float32")
-    text = calibration_set(subject.tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
-    model, small = subject.load(), small_head()
+    opened = OpenedModel(str(fetch()), dtype="float32")
+    text = calibration_set(opened.tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
+    model, small = opened.load(), small_head()
     ids = text.input_ids % 1024
     noise = CalibrationSet(ids, text.mask, "random", 0, "", False)
     print(f"{describe()}; {options.samples} x {options.seq_len} tokens, sleb on 1 x {options.seq_len}")

@@ -10,12 +10,11 @@ from sglp_llm.version import __version__ as __version__
 if TYPE_CHECKING:
     from sglp_llm.calibration import CalibrationSet
     from sglp_llm.checkpoint.export import drop_layers
-    from sglp_llm.distributed import current_processes
     from sglp_llm.errors import UserError
     from sglp_llm.evaluation.harness import evaluate_tasks
     from sglp_llm.pipeline import analyze, prune
-    from sglp_llm.plans import load_plan
-    from sglp_llm.recipe import Recipe, load_recipe
+    from sglp_llm.plan import Recipe, load_plan, load_recipe
+    from sglp_llm.processes.distributed import current_processes
     from sglp_llm.records import Analysis, PrunePlan, RunReport
 
 
@@ -40,15 +39,15 @@ _HOMES = {
     "Analysis": "records",
     "CalibrationSet": "calibration",
     "PrunePlan": "records",
-    "Recipe": "recipe",
+    "Recipe": "plan",
     "RunReport": "records",
     "UserError": "errors",
     "analyze": "pipeline",
-    "current_processes": "distributed",
+    "current_processes": "processes.distributed",
     "drop_layers": "checkpoint.export",
     "evaluate_tasks": "evaluation.harness",
-    "load_plan": "plans",
-    "load_recipe": "recipe",
+    "load_plan": "plan",
+    "load_recipe": "plan",
     "prune": "pipeline",
 }
 

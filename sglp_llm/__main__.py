@@ -1,5 +1,5 @@
 """``python -m sglp_llm``."""
 
-from sglp_llm.cli import main
+from sglp_llm.cli.main import main
 
 main()

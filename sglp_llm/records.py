@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-PLAN_SCHEMA_VERSION = 1
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -44,14 +42,6 @@ class SimilarityMatrix:
     def column_sums(self) -> list[float]:
         """``s_l = sum_j CKA[l, j]``, one number a layer."""
         return [float(value) for value in self.values.sum(dim=0)]
-
-
-@dataclass(frozen=True)
-class LayerScores:
-    """One importance a decoder layer; a larger score means: keep."""
-
-    criterion: str
-    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -128,52 +118,6 @@ class PrunePlan:
 
 
 @dataclass(frozen=True)
-class EvalResult:
-    """Perplexity of a model, with everything that is needed to compare it with another.
-
-    Attributes:
-        dataset: Where the text came from.
-        window: Tokens in one non-overlapping window, the BOS token included where there is one.
-        windows: How many windows were scored.
-        bos: Whether every window began with a BOS token.
-        tokens: Number of tokens that were predicted.
-        mean_nll: Mean negative log-likelihood in nats a token.
-        nll_standard_error: Standard error of ``mean_nll``, over windows.
-        perplexity: ``exp(mean_nll)``.
-        perplexity_standard_error: ``perplexity * nll_standard_error`` (delta method).
-    """
-
-    dataset: str
-    window: int
-    windows: int
-    bos: bool
-    tokens: int
-    mean_nll: float
-    nll_standard_error: float
-    perplexity: float
-    perplexity_standard_error: float
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One number that a model got.
-
-    Attributes:
-        task: The task, group of tasks or data set.
-        metric: What was measured, such as ``acc_norm``.
-        value: The number.
-        stderr: Its standard error; ``None`` where there is none.
-        higher_is_better: Whether more of it is better, as of accuracy and not of perplexity.
-    """
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    higher_is_better: bool
-
-
-@dataclass(frozen=True)
 class Analysis:
     """What `analyze` returns: the plan, and what it was made from.
 
@@ -211,70 +155,6 @@ class RunReport:
     verification: Mapping[str, Any] | None
     seconds: Mapping[str, float]
     analysis: Analysis | None
-
-
-@dataclass(frozen=True)
-class EngineMemory:
-    """What a run is predicted to hold with one engine: named parts in bytes, whose sum is the peak.
-
-    Attributes:
-        engine: ``resident`` or ``streamed``.
-        host: Parts on the host.
-        device: Parts on the device; ``None`` when everything is computed on the host.
-        disk: Bytes in the scratch folder.
-    """
-
-    engine: str
-    host: Mapping[str, int]
-    device: Mapping[str, int] | None
-    disk: int
-
-    @property
-    def host_peak(self) -> int:
-        """Bytes on the host."""
-        return sum(self.host.values())
-
-    @property
-    def device_peak(self) -> int | None:
-        """Bytes on the device; ``None`` without one."""
-        return None if self.device is None else sum(self.device.values())
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """The prediction for both engines."""
-
-    resident: EngineMemory
-    streamed: EngineMemory
-
-
-@dataclass(frozen=True)
-class FreeMemory:
-    """What is free now, in bytes.
-
-    Attributes:
-        host: ``None`` where the system does not say.
-        device: ``None`` without a CUDA device.
-        disk: On the disk of the scratch folder; ``None`` without one.
-    """
-
-    host: int | None
-    device: int | None = None
-    disk: int | None = None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one measurement found on one model.
-
-    Attributes:
-        numbers: By name.
-        losses: Mean negative log-likelihood of every window in nats a token, where the measurement is a perplexity: windows
-            are the same for all models, so that differences can be taken pair by pair.
-    """
-
-    numbers: dict[str, float]
-    losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -354,26 +234,3 @@ class Comparison:
     selection_seconds: dict[str, float]
     settings: dict[str, Any]
     versions: dict[str, str]
-
-
-@dataclass(frozen=True)
-class SeedSpread:
-    """One number of a method at one depth over several calibration seeds.
-
-    Attributes:
-        method: The method.
-        layers_removed: The depth.
-        measurement: Name of the measurement.
-        number: Name of the number.
-        mean: Over seeds.
-        standard_deviation: Of the numbers of single seeds, not of their mean.
-        different_choices: How many different sets of layers the seeds led to.
-    """
-
-    method: str
-    layers_removed: int
-    measurement: str
-    number: str
-    mean: float
-    standard_deviation: float
-    different_choices: int

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Iterable
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 from sglp_llm.errors import unknown
 
 
 def member_names(folder: Iterable[str]) -> list[str]:
-    """The members in a package's ``__path__``, sorted; ``base`` is what they share, not one of them."""
-    return sorted(module.name for module in pkgutil.iter_modules(folder) if module.name != "base")
+    """The members in a package's ``__path__``, sorted; ``base`` and sub-packages are what they share, not members."""
+    return sorted(each.name for each in pkgutil.iter_modules(folder) if each.name != "base" and not each.ispkg)
 
 
 def member(package: str, folder: Iterable[str], name: str, kind: str) -> ModuleType:
@@ -30,6 +29,7 @@ def member(package: str, folder: Iterable[str], name: str, kind: str) -> ModuleT
     Raises:
         UserError: There is no such member; the message lists those there are and the nearest name.
     """
-    if not name.isidentifier() or name == "base" or find_spec(f"{package}.{name}") is None:
-        raise unknown(kind, name, member_names(folder))
+    names = member_names(folder)
+    if name not in names:
+        raise unknown(kind, name, names)
     return import_module(f"{package}.{name}")

@@ -14,8 +14,7 @@ from tiny_models import Tiny, every_tiny, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
 from sglp_llm import PrunePlan, prune
-from sglp_llm.calibration import CalibrationSet
-from sglp_llm.engine.walk import split
+from sglp_llm.calibration import CalibrationSet, split
 
 HELD_OUT = 0.25
 

@@ -8,21 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from oracles import straight_line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sglp_llm import analyze, prune
 from sglp_llm.calibration import CalibrationSet, calibration_set
 from sglp_llm.criteria import get_criterion
+from sglp_llm.engine import run_pass
 from sglp_llm.engine.representations import CKAObserver
-from sglp_llm.engine.resident import run_pass
-from sglp_llm.loading import DecoderModel
-from sglp_llm.plans import plan_from_indices
-from sglp_llm.subject import Subject
+from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.opened import OpenedModel
+from sglp_llm.plan import plan_from_indices
 
 pytestmark = pytest.mark.slow
 
-TOOL = Path(__file__).parents[1] / "tools" / "fetch_smollm2.py"
+TOOL = ROOT / "tools" / "fetch_smollm2.py"
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +33,18 @@ def gguf() -> Path:
 
 
 @pytest.fixture(scope="module")
-def subject(gguf: Path) -> Subject:
-    return Subject(gguf)
+def opened(gguf: Path) -> OpenedModel:
+    return OpenedModel(gguf)
 
 
 @pytest.fixture(scope="module")
-def model(subject: Subject) -> DecoderModel:
-    return subject.load()
+def model(opened: OpenedModel) -> DecoderModel:
+    return opened.load()
 
 
 @pytest.fixture(scope="module")
-def calibration(subject: Subject) -> CalibrationSet:
-    return calibration_set(subject.tokenizer, "pydoc", samples=16, seq_len=256)
+def calibration(opened: OpenedModel) -> CalibrationSet:
+    return calibration_set(opened.tokenizer, "pydoc", samples=16, seq_len=256)
 
 
 def test_massive_activations_flatten_linear_cka_only(model: DecoderModel, calibration: CalibrationSet) -> None:

@@ -1,6 +1,7 @@
-"""One file a model family, named after transformers' ``config.model_type``.
+"""Returns what is special about a model family. Start with `base.py`, then `llama.py`.
 
-A new family is one new file with an `ADAPTER`; the contract tests pick it up by themselves.
+One file a family, named after transformers' ``config.model_type``. A new family is one new file with an
+`ADAPTER`; the contract tests pick it up by themselves.
 """
 
 from __future__ import annotations

@@ -1,1 +1,7 @@
-"""Checkpoints on disk: read their headers, copy their tensors, publish the result in one step."""
+"""Returns a shortened checkpoint on disk, whole or not at all, and checks it by reloading. Start with `export.py`."""
+
+from __future__ import annotations
+
+from sglp_llm.checkpoint.publish import atomic_folder, check_output
+
+__all__ = ["atomic_folder", "check_output"]

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglp_llm.adapters import DecoderAdapter
-from sglp_llm.checkpoint.writer import NamedEntry, NewTensor, group_by_size, write_shards
 from sglp_llm.errors import UserError
-from sglp_llm.plans import check_replaced, plan_from_indices
+from sglp_llm.models import Source
+from sglp_llm.plan import plan_from_indices
+from sglp_llm.plan.plans import check_replaced
 from sglp_llm.progress import Progress, silent
 from sglp_llm.records import ModelIdentity, PrunePlan
-from sglp_llm.source import Source
+from sglp_llm.tensor_files.writer import NamedEntry, NewTensor, group_by_size, write_shards
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,7 @@ def _new_tensors(source: Source, plan: PrunePlan) -> dict[str, NewTensor]:
     if not plan.replaced:
         return {}
     from sglp_llm.checkpoint.replaced import in_files  # imports transformers, which a plain export does without
-    from sglp_llm.checkpoint.tensor_file import new_tensor
+    from sglp_llm.tensor_files.tensors import new_tensor
 
     return {name: new_tensor(tensor) for name, tensor in in_files(source, plan.replaced).items()}
 
@@ -183,7 +184,7 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
     from torch import nn
 
     from sglp_llm.checkpoint.replaced import checked_parameters
-    from sglp_llm.loading import wrap_model
+    from sglp_llm.models.loading import wrap_model
 
     wrapped = wrap_model(model)
     plan = plan_or_indices
@@ -214,7 +215,7 @@ def shortened(
         replaced: New values of parameters of layers that stay, as in a plan.
     """
     from sglp_llm.engine.modes import replaced_weights
-    from sglp_llm.loading import wrap_model
+    from sglp_llm.models.loading import wrap_model
 
     gone = list(removed)
     if not gone:

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from sglp_llm.checkpoint.mapped import DTYPES
-from sglp_llm.checkpoint.reader import CheckpointIndex
 from sglp_llm.errors import UserError
-from sglp_llm.source import Source
+from sglp_llm.models import Source
+from sglp_llm.tensor_files import CheckpointIndex
+from sglp_llm.tensor_files.mapped import DTYPES
 
 
 def checked_parameters(model: nn.Module, replaced: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:

@@ -1,16 +1,18 @@
-"""One file a way to make up for removed layers; the file name is its name on the command line.
+"""Returns `Compensated`: new values of weights that make up for removed layers. Start with `base.py`, then `linear.py`.
 
-A new one is one new file with a `METHOD`; the contract tests pick it up by themselves.
+One file a method; the file name is its name on the command line. A new one is one new file with a `METHOD`; the contract tests
+pick it up by themselves. What methods share is in `repair/`.
 """
 
 from __future__ import annotations
 
 from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.compensation.base import Compensated, Method
+from sglp_llm.compensation.repair.settings import FitSettings
 from sglp_llm.errors import UserError, unknown
 from sglp_llm.registry import member, member_names
 
-__all__ = ["NONE", "Compensated", "Method", "check_compensation", "compensation_names", "get_method"]
+__all__ = ["NONE", "Compensated", "FitSettings", "Method", "check_compensation", "compensation_names", "get_method"]
 
 NONE = "none"
 """The name that stands for no compensation."""

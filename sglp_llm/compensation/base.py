@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from sglp_llm.adapters import DecoderAdapter
-from sglp_llm.calibration import CalibrationSet
-from sglp_llm.engine.cuts import CutFit, DtypeOf, Target, repair_cuts
-from sglp_llm.engine.walk import split
+from sglp_llm.calibration import CalibrationSet, split
+from sglp_llm.compensation.repair.cuts import CutFit, Target, repair_cuts
+from sglp_llm.compensation.repair.settings import DEFAULTS, FitSettings
 from sglp_llm.errors import UserError
-from sglp_llm.least_squares import NormalEquations, RidgeFit, best_ridge
-from sglp_llm.loading import DecoderModel
-from sglp_llm.processes import ALONE, Processes
-from sglp_llm.progress import Progress, silent
+from sglp_llm.method.least_squares import NormalEquations, RidgeFit, best_ridge
+from sglp_llm.models.loading import DecoderModel
+from sglp_llm.processes import Processes
 
 NewEquations = Callable[[int, torch.device], NormalEquations]
 """Makes empty equations for some width, on some device."""
@@ -70,12 +69,7 @@ class Method(ABC):
         model: DecoderModel,
         calibration: CalibrationSet,
         removed: Sequence[int],
-        *,
-        held_out: float = 0.25,
-        stored: DtypeOf | None = None,
-        batch_size: int = 8,
-        progress: Progress = silent,
-        processes: Processes = ALONE,
+        settings: FitSettings = DEFAULTS,
     ) -> Compensated:
         """Finds the new values; the model itself is not changed.
 
@@ -83,11 +77,7 @@ class Method(ABC):
             model: The whole model, resident or streamed.
             calibration: At least 2 sequences.
             removed: The layers that go.
-            held_out: Share of the sequences, the last ones, that judge what the others have led to.
-            stored: See `sglp_llm.engine.cuts.DtypeOf`; ``None`` means the model's own dtype.
-            batch_size: Sequences computed at once.
-            progress: Told how far it is.
-            processes: Those that share the sequences; all return the same.
+            settings: See `FitSettings`.
 
         Raises:
             UserError: Hidden states or losses are not finite.
@@ -131,12 +121,7 @@ class LeastSquares(Method):
         model: DecoderModel,
         calibration: CalibrationSet,
         removed: Sequence[int],
-        *,
-        held_out: float = 0.25,
-        stored: DtypeOf | None = None,
-        batch_size: int = 8,
-        progress: Progress = silent,
-        processes: Processes = ALONE,
+        settings: FitSettings = DEFAULTS,
     ) -> Compensated:
         self.check(model.adapter, model.model.config)
         repair = repair_cuts(
@@ -144,14 +129,10 @@ class LeastSquares(Method):
             calibration,
             removed,
             lambda width, device: _RidgeFit(self.equations, width, device),
-            held_out=held_out,
-            target=self.target,
-            stored=stored,
-            batch_size=batch_size,
-            progress=progress,
-            processes=processes,
+            settings,
+            self.target,
         )
-        parts = split(len(calibration.input_ids), held_out).items()
+        parts = split(len(calibration.input_ids), settings.held_out).items()
         report = {
             "method": self.name,
             "target": self.target,

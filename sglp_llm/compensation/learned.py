@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglp_llm.adapters import DecoderAdapter
-from sglp_llm.calibration import CalibrationSet
+from sglp_llm.calibration import CalibrationSet, split
 from sglp_llm.compensation import linear, scale
 from sglp_llm.compensation.base import Compensated, Method
-from sglp_llm.engine.cuts import DtypeOf, cuts_of
-from sglp_llm.engine.refine import Quality, Schedule, refinable_names, refine
-from sglp_llm.engine.walk import split
-from sglp_llm.loading import DecoderModel
-from sglp_llm.processes import ALONE, Processes
-from sglp_llm.progress import Progress, silent
+from sglp_llm.compensation.repair.cuts import cuts_of
+from sglp_llm.compensation.repair.refine import Quality, Schedule, refinable_names, refine
+from sglp_llm.compensation.repair.settings import DEFAULTS, FitSettings
+from sglp_llm.models.loading import DecoderModel
 
 _START_SAMPLES = 64
 """Sequences of the closed form, which needs fewer; it splits them for itself, and sees none that the refinement holds out."""
@@ -63,23 +61,14 @@ class Learned(Method):
         model: DecoderModel,
         calibration: CalibrationSet,
         removed: Sequence[int],
-        *,
-        held_out: float = 0.25,
-        stored: DtypeOf | None = None,
-        batch_size: int = 8,
-        progress: Progress = silent,
-        processes: Processes = ALONE,
+        settings: FitSettings = DEFAULTS,
     ) -> Compensated:
-        parts = split(len(calibration.input_ids), held_out)
+        parts = split(len(calibration.input_ids), settings.held_out)
         start = self.closed_form(model).run(
             model,
             calibration.first(max(2, min(_START_SAMPLES, len(parts.fit)))),
             removed,
-            held_out=held_out,
-            stored=stored,
-            batch_size=batch_size,
-            progress=progress,
-            processes=processes,
+            settings,
         )
         names = refinable(model, removed)
         if not names:
@@ -92,11 +81,11 @@ class Learned(Method):
             start.replaced,
             parts,
             self.schedule,
-            progress=progress,
-            processes=processes,
+            progress=settings.progress,
+            processes=settings.processes,
         )
         reason = _reason_against(found.before, found.after)
-        dtype_of = stored or (lambda _: model.model.dtype)
+        dtype_of = settings.stored or (lambda _: model.model.dtype)
         values = {} if reason else {name: value.to(dtype_of(name)) for name, value in found.values.items()}
         refined: dict[str, Any] = {
             "parameters": sum(value.numel() for value in found.values.values()),

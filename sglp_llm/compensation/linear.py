@@ -4,6 +4,6 @@ METHOD section 6; ReplaceMe (2505.02819) fits such a map too, without the weight
 """
 
 from sglp_llm.compensation.base import LeastSquares
-from sglp_llm.least_squares import MatrixEquations
+from sglp_llm.method.least_squares import MatrixEquations
 
 METHOD = LeastSquares("linear", MatrixEquations, is_channelwise=False)

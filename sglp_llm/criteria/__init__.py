@@ -1,6 +1,7 @@
-"""One file a pruning criterion; the file name is its name on the command line.
+"""Returns how important each decoder layer is, or which set of layers to remove. Start with `base.py`, then `bi.py`.
 
-A new criterion is one new file with a `CRITERION` class; the contract tests pick it up by themselves.
+One file a criterion; the file name is its name on the command line. A new criterion is one new file with a
+`CRITERION` class; the contract tests pick it up by themselves.
 """
 
 from __future__ import annotations

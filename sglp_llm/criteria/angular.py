@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from sglp_llm.criteria.base import SetCriterion
-from sglp_llm.engine.observer import Batch, Need
+from sglp_llm.engine import Batch, Need
 from sglp_llm.engine.representations import chosen_positions
 from sglp_llm.errors import UserError, unknown
 from sglp_llm.processes import Processes

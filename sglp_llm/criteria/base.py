@@ -6,9 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from sglp_llm.engine.observer import Need, Observer
-from sglp_llm.engine.trial_observer import Removed
-from sglp_llm.engine.trials import Trials
+from sglp_llm.engine import Need, Observer
+from sglp_llm.trials import Removed, Trials
 
 
 class Criterion(Observer, ABC):

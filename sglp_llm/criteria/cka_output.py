@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sglp_llm.criteria.base import GreedyCriterion
-from sglp_llm.engine.measures import OutputCKA
-from sglp_llm.engine.observer import Need
-from sglp_llm.engine.trial_observer import Removed
-from sglp_llm.similarity import check_kernel
+from sglp_llm.engine import Need
+from sglp_llm.method.similarity import check_kernel
+from sglp_llm.trials import Removed
+from sglp_llm.trials.measures import OutputCKA
 
 
 class GreedyOutputCKA(GreedyCriterion):

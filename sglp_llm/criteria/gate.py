@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sglp_llm.criteria.base import ScoreCriterion
-from sglp_llm.engine.observer import Batch, Need
+from sglp_llm.engine import Batch, Need
 from sglp_llm.errors import UserError
 from sglp_llm.processes import Processes
 

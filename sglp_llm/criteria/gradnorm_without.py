@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 
 from sglp_llm.criteria.base import ScoreCriterion
+from sglp_llm.engine import Batch, Need, Observer, PassSettings, run_pass
 from sglp_llm.engine.modes import skipped
-from sglp_llm.engine.observer import Batch, Need, Observer
-from sglp_llm.engine.passes import run_pass
-from sglp_llm.engine.trials import Trials
 from sglp_llm.errors import unknown
 from sglp_llm.processes import Processes
+from sglp_llm.trials import Trials
 
 BEST = ("largest", "smallest")
 
@@ -44,7 +43,7 @@ class GradNormWithout(ScoreCriterion):
             for layer in range(self.num_layers):
                 whole = _WholeModel()
                 with skipped(trials.model.layers, [layer]):
-                    run_pass(trials.model, trials.calibration, [whole], processes=trials.processes)
+                    run_pass(trials.model, trials.calibration, [whole], PassSettings(processes=trials.processes))
                 self._norms.append(whole.mean)
                 advance(1)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sglp_llm.criteria.base import GreedyCriterion
-from sglp_llm.engine.measures import KLMeasure
-from sglp_llm.engine.observer import Need
-from sglp_llm.engine.trial_observer import Removed
+from sglp_llm.engine import Need
+from sglp_llm.trials import Removed
+from sglp_llm.trials.measures import KLMeasure
 
 
 class GreedyKL(GreedyCriterion):

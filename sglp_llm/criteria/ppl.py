@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from sglp_llm.criteria.base import ScoreCriterion
-from sglp_llm.engine.measures import LossMeasure
-from sglp_llm.engine.observer import Need
-from sglp_llm.engine.trials import Trials
+from sglp_llm.engine import Need
+from sglp_llm.trials import Trials
+from sglp_llm.trials.measures import LossMeasure
 
 
 class PerplexityWithout(ScoreCriterion):

@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 
+from sglp_llm.calibration import Parts, split
 from sglp_llm.criteria.angular import Angular
 from sglp_llm.criteria.base import SetCriterion
-from sglp_llm.engine.observer import Need
-from sglp_llm.engine.passes import run_pass
+from sglp_llm.engine import Need, PassSettings, run_pass
 from sglp_llm.engine.representations import CKAObserver
-from sglp_llm.engine.trial_costs import OBJECTIVES, TrialCosts
-from sglp_llm.engine.trial_observer import Removed
-from sglp_llm.engine.trials import Trials
-from sglp_llm.engine.walk import Parts, split
 from sglp_llm.errors import UserError, unknown
-from sglp_llm.proposals import distance_of, neighbours, propose, runs_of
+from sglp_llm.method.proposals import distance_of, neighbours, propose, runs_of
+from sglp_llm.method.segmentation import segment_layers
 from sglp_llm.records import Segment
-from sglp_llm.segmentation import segment_layers
+from sglp_llm.trials import Removed, Trials
+from sglp_llm.trials.costs import OBJECTIVES, TrialCosts
 
 _LEAST_TRIALS = 16
 _TRIALS_A_LAYER = 2.5
@@ -132,9 +130,7 @@ class Search(SetCriterion):
             trials.model,
             trials.calibration.first(len(self._parts.fit)),
             [cka, turning],
-            batch_size=trials.batch_size,
-            progress=trials.progress,
-            processes=trials.processes,
+            PassSettings(trials.batch_size, trials.progress, trials.processes),
         )
         self._distances = turning.distances()
         self.segments: tuple[Segment, ...] = segment_layers(cka.result(), None)

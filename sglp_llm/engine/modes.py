@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sglp_llm.errors import UserError
-from sglp_llm.loading import DecoderModel
+from sglp_llm.models.loading import DecoderModel
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sglp_llm.engine.modes import entering_states, leaving_states
-from sglp_llm.loading import DecoderModel
+from sglp_llm.models.loading import DecoderModel
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from sglp_llm.engine.observer import Batch, Need, Observer
+from sglp_llm.method.similarity import CKAAccumulator
 from sglp_llm.processes import Processes
 from sglp_llm.records import SimilarityMatrix
-from sglp_llm.similarity import CKAAccumulator
 
 
 def chosen_positions(batch: Batch, index: int, tokens: int, count: int, last: bool = False) -> torch.Tensor:

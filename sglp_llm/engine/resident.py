@@ -5,39 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from sglp_llm.calibration import CalibrationSet
-from sglp_llm.engine.ghost import Norms
 from sglp_llm.engine.gradients import end_gradients, watched_gradients
 from sglp_llm.engine.loss import not_finite, sequence_loss
 from sglp_llm.engine.modes import entering_states, evaluating, leaving_states
 from sglp_llm.engine.observer import Batch, Need, Observer
+from sglp_llm.engine.settings import DEFAULTS, PassSettings
 from sglp_llm.errors import UserError
-from sglp_llm.loading import DecoderModel
-from sglp_llm.processes import ALONE, Processes
-from sglp_llm.progress import Progress, silent
+from sglp_llm.models.loading import DecoderModel
 
 
 def run_pass(
     model: DecoderModel,
     calibration: CalibrationSet,
     observers: Sequence[Observer],
-    *,
-    batch_size: int = 8,
-    progress: Progress = silent,
-    processes: Processes = ALONE,
-    norms: Norms = "auto",
+    settings: PassSettings = DEFAULTS,
 ) -> float | None:
     """Shows the observers what they need: one forward pass, and one backward pass where gradients are wanted.
 
     With gradients one sequence is a step: a decoder layer's gradients are shown and freed as soon as autograd has them, and
-    embeddings, final norm and head take none. Without, ``batch_size`` sequences are a step and the head does not run. When
-    no observer looks at hidden states or gradients, nothing runs. Each process takes its share of the sequences. ``norms``
-    says how gradient norms are taken where no observer asks for whole gradients.
+    embeddings, final norm and head take none. Without, a batch of sequences is a step and the head does not run. When
+    no observer looks at hidden states or gradients, nothing runs. Each process takes its share of the sequences.
 
     Returns:
         The mean loss of the calibration sequences in nats a token when gradients were taken, otherwise ``None``.
@@ -56,17 +50,16 @@ def run_pass(
     loss = None
     if differentiate or Need.HIDDEN_STATES in needs:
         if differentiate:
-            batch_size = 1
+            settings = replace(settings, batch_size=1)
             _refuse_offloaded(model)
-        share = processes.share(len(calibration.input_ids), math.lcm(*(observer.together for observer in observers)))
-        loss_sum = _run(model, calibration, observers, needs, batch_size, share, progress, norms)
+        loss_sum = _run(model, calibration, observers, needs, settings)
         if differentiate:
-            total = processes.sum(torch.tensor(loss_sum, dtype=torch.float64))
+            total = settings.processes.sum(torch.tensor(loss_sum, dtype=torch.float64))
             loss = float(total) / len(calibration.input_ids)
             for index, layer in enumerate(model.layers):
-                end_gradients(index, layer, observers, processes)
+                end_gradients(index, layer, observers, settings.processes)
     for observer in observers:
-        observer.on_pass_end(processes)
+        observer.on_pass_end(settings.processes)
     return loss
 
 
@@ -75,13 +68,12 @@ def _run(
     calibration: CalibrationSet,
     observers: Sequence[Observer],
     needs: Need,
-    batch_size: int,
-    share: range,
-    progress: Progress,
-    norms: Norms,
+    settings: PassSettings,
 ) -> float:
     """Runs this process's share of the sequences; the sum of their losses where gradients are taken."""
     differentiate = bool(needs & Need.BACKWARD)
+    together = math.lcm(*(observer.together for observer in observers))
+    share = settings.processes.share(len(calibration.input_ids), together)
     watching = [observer for observer in observers if Need.HIDDEN_STATES in observer.needs]
     current: list[Batch] = []  # the hooks' view of the step they belong to
     loss_sum = 0.0
@@ -93,10 +85,10 @@ def _run(
             stack.enter_context(_state_gradient_hooks(model.layers, observers, current))
         if differentiate:
             stack.enter_context(frozen(model.model))
-            stack.enter_context(watched_gradients(dict(enumerate(model.layers)), observers, current, norms))
+            stack.enter_context(watched_gradients(dict(enumerate(model.layers)), observers, current, settings.norms))
         stack.enter_context(torch.enable_grad() if differentiate else torch.inference_mode())
-        advance = stack.enter_context(progress("Analysing", len(share)))
-        for batch, ids, mask in batches(calibration, batch_size, model.input_device, share):
+        advance = stack.enter_context(settings.progress("Analysing", len(share)))
+        for batch, ids, mask in batches(calibration, settings.batch_size, model.input_device, share):
             current[:] = [batch]
             if differentiate:
                 logits = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits

@@ -17,17 +17,17 @@ from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.ghost import Norms
 from sglp_llm.engine.gradients import end_gradients, watched_gradients
 from sglp_llm.engine.head import loss_and_gradient
+from sglp_llm.engine.heap import trim
 from sglp_llm.engine.loss import not_finite
 from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.observer import Batch, Need, Observer
 from sglp_llm.engine.replay import Replay
 from sglp_llm.engine.resident import batches, show_weights
+from sglp_llm.engine.settings import DEFAULTS, PassSettings
 from sglp_llm.engine.states import StateStore, state_store
 from sglp_llm.errors import UserError
-from sglp_llm.heap import trim
-from sglp_llm.loading import DecoderModel
-from sglp_llm.processes import ALONE, Processes
-from sglp_llm.progress import Progress, silent
+from sglp_llm.models.loading import DecoderModel
+from sglp_llm.processes import Processes
 
 _LOSS = "loss"  # the slot of the gradient by the hidden states between two layers
 
@@ -70,11 +70,7 @@ def run_streamed(
     model: DecoderModel,
     calibration: CalibrationSet,
     observers: Sequence[Observer],
-    *,
-    batch_size: int = 8,
-    progress: Progress = silent,
-    processes: Processes = ALONE,
-    norms: Norms = "auto",
+    settings: PassSettings = DEFAULTS,
 ) -> float | None:
     """What `sglp_llm.engine.resident.run_pass` does, for a model with streamed layers; the results are the same.
 
@@ -90,10 +86,12 @@ def run_streamed(
     differentiate = bool(needs & Need.BACKWARD)
     forward = differentiate or Need.HIDDEN_STATES in needs
     if not forward and Need.WEIGHTS not in needs:
-        return _end(observers, processes, None)
+        return _end(observers, settings.processes, None)
     assert model.weights is not None
-    share = processes.share(len(calibration.input_ids), math.lcm(*(observer.together for observer in observers)))
-    steps = steps_of(model, calibration, 1 if differentiate else batch_size, share) if forward else []
+    share = settings.processes.share(
+        len(calibration.input_ids), math.lcm(*(observer.together for observer in observers))
+    )
+    steps = steps_of(model, calibration, 1 if differentiate else settings.batch_size, share) if forward else []
     replays = Replays(model)
     work = model.num_layers * ((1 if forward else 0) + (2 if differentiate else 0))
     loss = None
@@ -101,7 +99,7 @@ def run_streamed(
         evaluating(model.model),
         state_store(model.input_device, model.weights.scratch) as store,
         torch.no_grad(),
-        progress("Analysing", work or model.num_layers) as advance,
+        settings.progress("Analysing", work or model.num_layers) as advance,
     ):
         for step in steps:
             store.put(0, step.batch, replays.first_states(step))
@@ -115,16 +113,17 @@ def run_streamed(
         trim()  # CKA's kernel matrices, which the allocator would keep while the head needs room
         if differentiate:
             loss_sum = _loss(model, steps, replays, store)
-            loss = float(processes.sum(torch.tensor(loss_sum, dtype=torch.float64))) / len(calibration.input_ids)
+            total = settings.processes.sum(torch.tensor(loss_sum, dtype=torch.float64))
+            loss = float(total) / len(calibration.input_ids)
             store.drop(model.num_layers)
             model.weights.rest()
             trim()
             for index, layer in layers_in_turn(model, range(model.num_layers - 1, -1, -1)):
-                _backward(index, layer, steps, replays, store, observers, norms)
+                _backward(index, layer, steps, replays, store, observers, settings.norms)
                 store.drop(index)
-                end_gradients(index, layer, observers, processes)
+                end_gradients(index, layer, observers, settings.processes)
                 advance(2)
-    return _end(observers, processes, loss)
+    return _end(observers, settings.processes, loss)
 
 
 def steps_of(

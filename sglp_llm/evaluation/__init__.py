@@ -1,1 +1,4 @@
-"""Measures what a model is worth: perplexity, benchmark suites, speed and memory."""
+"""Returns numbers about a model: perplexity, scores in tasks of lm-eval, speed and memory. Start with `perplexity.py`.
+
+`harness.py` runs lm-eval and is slow to import, `suites.py` says which tasks, `benchmark.py` measures speed.
+"""

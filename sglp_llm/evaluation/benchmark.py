@@ -13,9 +13,9 @@ from sglp_llm.engine.modes import evaluating
 from sglp_llm.errors import UserError
 from sglp_llm.evaluation.costs import Costs, count_costs
 from sglp_llm.evaluation.memory import Peak, devices_of, held, synchronize, wake, watch_peak
-from sglp_llm.loading import DecoderModel
+from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.opened import OpenedModel
 from sglp_llm.progress import Advance, Progress, silent
-from sglp_llm.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,13 @@ class _Runner:
 
 
 def benchmark(
-    subjects: Sequence[Subject], settings: BenchmarkSettings, progress: Progress = silent
+    models: Sequence[OpenedModel], settings: BenchmarkSettings, progress: Progress = silent
 ) -> list[ModelBenchmark]:
     """Measures models in one run, repeat by repeat in turns, so that whatever else the machine does meets all of them.
 
     Args:
-        subjects: The models; each is loaded, and stays in memory to the end. Of a live model, which was in memory before, the
-            peaks are those beyond its weights.
+        models: Each is loaded, and stays in memory to the end. Of a live model, which was in memory before, the peaks are those
+            beyond its weights.
         settings: What is measured.
         progress: Told about every generation of a batch.
 
@@ -158,12 +158,12 @@ def benchmark(
     Raises:
         UserError: Prompt and new tokens are more than the positions of a model.
     """
-    for subject in subjects:
-        _check_positions(subject, settings)
+    for opened in models:
+        _check_positions(opened, settings)
     wake()
-    total = len(subjects) * len(settings.batches) * (settings.warmup + settings.repeats)
+    total = len(models) * len(settings.batches) * (settings.warmup + settings.repeats)
     with torch.inference_mode(), progress("Measuring", total) as advance:
-        runners = [_warmed_up(subject, settings, advance) for subject in subjects]
+        runners = [_warmed_up(opened, settings, advance) for opened in models]
         for repeat in range(settings.repeats):
             for runner in (
                 runners if repeat % 2 == 0 else reversed(runners)
@@ -204,28 +204,28 @@ def greedy(model: DecoderModel, prompt: torch.Tensor, new_tokens: int, devices: 
     return Greedy(torch.cat(tokens, dim=1), first - start, last - first)
 
 
-def _check_positions(subject: Subject, settings: BenchmarkSettings) -> None:
-    limit = getattr(subject.config, "max_position_embeddings", None)
+def _check_positions(opened: OpenedModel, settings: BenchmarkSettings) -> None:
+    limit = getattr(opened.config, "max_position_embeddings", None)
     if limit is not None and settings.prompt_len + settings.new_tokens > limit:
         raise UserError(
-            f"{subject.identity.name}: {settings.prompt_len} prompt tokens and {settings.new_tokens} new ones are more than "
+            f"{opened.identity.name}: {settings.prompt_len} prompt tokens and {settings.new_tokens} new ones are more than "
             f"the model's {limit} positions; lower prompt_len or new_tokens"
         )
 
 
-def _warmed_up(subject: Subject, settings: BenchmarkSettings, advance: Advance) -> _Runner:
+def _warmed_up(opened: OpenedModel, settings: BenchmarkSettings, advance: Advance) -> _Runner:
     """Loads a model and lets it do what is timed later, watching its memory."""
     before = held()
-    decoder = subject.load()
+    decoder = opened.load()
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (settings.batch, settings.prompt_len)
-    ids = torch.randint(int(subject.config.vocab_size), shape, generator=generator)
+    ids = torch.randint(int(opened.config.vocab_size), shape, generator=generator)
     device = decoder.input_device
     if device.type == "meta":  # offloaded: accelerate brings the embeddings to the ids
         device = torch.device("cpu")
     devices = devices_of(decoder.model)
     prompts = {batch: ids[:batch].to(device) for batch in settings.batches}
-    runner = _Runner(subject.identity.name, decoder, devices, prompts, Peak(), {batch: [] for batch in prompts})
+    runner = _Runner(opened.identity.name, decoder, devices, prompts, Peak(), {batch: [] for batch in prompts})
     with watch_peak(devices, before) as runner.peak:
         for _ in range(settings.warmup):
             for batch in prompts:

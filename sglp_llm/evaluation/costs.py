@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from sglp_llm.loading import DecoderModel
+from sglp_llm.models.loading import DecoderModel
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ from lm_eval.utils import handle_non_serializable
 
 from sglp_llm.engine.modes import evaluating
 from sglp_llm.errors import UserError, unknown
+from sglp_llm.evaluation.records import TaskScore
 from sglp_llm.evaluation.suites import Suite, check_batch_size, check_counts, data_folder, local_files, suite_of
-from sglp_llm.hub import offline_when_unreachable
-from sglp_llm.records import TaskScore
+from sglp_llm.models.hub import offline_when_unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOCAL = "--suite eval/offline.yaml --data-dir DIR"
+LOCAL = "--suite offline --data-dir DIR"
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _load(manager: Any, name: str, data: Path | None) -> dict[str, Any]:
         dataset = _dataset(manager.task_index, name) or "its data set"
         raise UserError(
             f"{name}: cannot read {dataset} from the Hugging Face Hub ({reason}); "
-            f"to score on local files: {LOCAL}; without any: --suite eval/generated.yaml"
+            f"to score on local files: {LOCAL}; without any: --suite generated"
         ) from None
     groups: dict[str, Any] = loaded["groups"]
     return {name: groups[name]} if name in groups else dict(loaded["tasks"])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sglp_llm.records import EvalResult, TaskScore
+from sglp_llm.evaluation.records import EvalResult, TaskScore
 
 AVERAGE = "average"
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sglp_llm.errors import UserError
-from sglp_llm.recipe import read_yaml, record_from_dict
+from sglp_llm.errors import UserError, unknown
+from sglp_llm.plan.shipped import shipped_suites
+from sglp_llm.plan.yaml_files import read_yaml, record_from_dict
 
 DATA_VARIABLE = "SGLP_EVAL_DATA"
 
@@ -40,12 +41,17 @@ class Suite:
     generate: str | None = None
 
 
-def load_suite(path: Path) -> Suite:
-    """Reads a suite.
+def load_suite(name: str | Path) -> Suite:
+    """Reads a suite from a YAML file, or one of the suites that come with the package by its name.
 
     Raises:
-        UserError: The file is missing, not YAML, or not a suite; one line says what is wrong with it.
+        UserError: There is no such file or name, it is not YAML, or not a suite; one line says what is wrong with it.
     """
+    path, shipped = Path(name), shipped_suites()
+    if path.suffix not in (".yaml", ".yml"):
+        if str(name) not in shipped:
+            raise unknown("suite", str(name), shipped)
+        path = shipped[str(name)]
     suite: Suite = record_from_dict(Suite, read_yaml(path, "suite"), str(path))
     if not suite.tasks:
         raise UserError(f"{path}: tasks: there is none")

@@ -1,1 +1,1 @@
-"""What a finished run says about itself."""
+"""Returns what a person reads: the model card, tables and plots. Start with `model_card.py`."""

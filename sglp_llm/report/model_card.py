@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from sglp_llm.plans import PLAN_FILE_NAME, TENSORS_SUFFIX
+from sglp_llm.plan import PLAN_FILE_NAME
+from sglp_llm.plan.plans import TENSORS_SUFFIX
 from sglp_llm.records import PrunePlan
 
 

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
 
-from sglp_llm.records import Comparison, SeedSpread
+from sglp_llm.records import Comparison
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """One number of a method at one depth over several calibration seeds.
+
+    Attributes:
+        method: The method.
+        layers_removed: The depth.
+        measurement: Name of the measurement.
+        number: Name of the number.
+        mean: Over seeds.
+        standard_deviation: Of the numbers of single seeds, not of their mean.
+        different_choices: How many different sets of layers the seeds led to.
+    """
+
+    method: str
+    layers_removed: int
+    measurement: str
+    number: str
+    mean: float
+    standard_deviation: float
+    different_choices: int
 
 
 def spreads(comparisons: Sequence[Comparison]) -> list[SeedSpread]:

@@ -1,0 +1,178 @@
+"""From what was observed to layers that go and what makes up for them, for any criterion and budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sglp_llm.analysis.observing import Observations
+from sglp_llm.calibration import CalibrationSet
+from sglp_llm.compensation import NONE, Compensated, FitSettings, Method, get_method
+from sglp_llm.criteria import SetCriterion
+from sglp_llm.method.segmentation import segment_layers
+from sglp_llm.method.selection import layers_to_remove, removable_layers, set_to_remove
+from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.opened import OpenedModel
+from sglp_llm.plan import Recipe
+from sglp_llm.processes import ALONE, Processes
+from sglp_llm.progress import Progress, silent
+from sglp_llm.records import Segment
+
+_CANDIDATE_SAMPLES = 32
+"""Sequences on which the sets that a search ends with are repaired, so that one of them can be taken."""
+_CANDIDATE_HELD_OUT = 0.25
+"""The share of these that judges, at least: what a few sequences say is mostly noise."""
+
+
+def choose_layers(
+    recipe: Recipe, model: DecoderModel, observations: Observations
+) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
+    """The layers that the recipe's criterion removes for the recipe's budget, and the segments it looked at.
+
+    Returns:
+        The layers in the criterion's own order, and the segments (one of all layers without segmentation).
+
+    Raises:
+        UserError: The budget cannot be met.
+    """
+    criterion = observations.criteria[recipe.deciding_criterion]
+    protect = (recipe.protect.first, recipe.protect.last)
+    segments: tuple[Segment, ...] = (Segment(0, model.num_layers),)
+    if recipe.is_segmented:
+        assert observations.similarity is not None
+        k = None if recipe.num_segments == "auto" else recipe.num_segments
+        segments = segment_layers(observations.similarity, k, recipe.features, recipe.min_drop)
+    if isinstance(criterion, SetCriterion):
+        left = model.parameters_without
+        return set_to_remove(recipe.budget, model.num_layers, criterion.choose, protect, left), segments
+    scores = observations.scores()[recipe.deciding_criterion]
+    return layers_to_remove(recipe.budget, segments, scores, protect, model.parameters_without), segments
+
+
+def compensate(
+    opened: OpenedModel,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    removed: Sequence[int],
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> Compensated:
+    """What the recipe's compensation makes of the layers that stay; nothing without one.
+
+    Args:
+        opened: The model.
+        recipe: For ``compensate``, ``held_out`` and ``batch_size``.
+        calibration: The sequences.
+        removed: The layers that go.
+        progress: Told how far it is.
+        processes: Those that share the sequences; all return the same.
+
+    Raises:
+        UserError: The method does not fit the model, or hidden states or losses are not finite.
+    """
+    if recipe.compensate == NONE:
+        return Compensated({}, {})
+    return _repaired(get_method(recipe.compensate), opened, recipe, calibration, removed, progress, processes)
+
+
+def _repaired(
+    method: Method,
+    opened: OpenedModel,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    removed: Sequence[int],
+    progress: Progress,
+    processes: Processes,
+) -> Compensated:
+    settings = FitSettings(recipe.held_out, opened.stored_dtype, recipe.batch_size, progress, processes)
+    return method.run(opened.load(), calibration, removed, settings)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which layers go, and what makes up for them.
+
+    Attributes:
+        removed: In the criterion's own order.
+        segments: What the criterion looked at, see `choose_layers`.
+        compensated: New values of what stays, and the report.
+    """
+
+    removed: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    compensated: Compensated
+
+
+def decide(
+    opened: OpenedModel,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    observations: Observations,
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> Decision:
+    """Chooses layers and repairs the cuts: together, where the criterion ends with more than one good set.
+
+    The best set before the repair need not be the best after it: each of the first ``recipe.candidates`` is repaired in closed
+    form on some of the sequences, and the one with the least loss on those held out is taken.
+
+    Raises:
+        UserError: See `choose_layers` and `compensate`.
+    """
+    model = opened.load()
+    removed, segments = choose_layers(recipe, model, observations)
+    sets = [removed] if recipe.compensate == NONE else finalists(recipe, model, observations, removed)
+    removed, compensated = repair_best(opened, recipe, calibration, sets, progress, processes)
+    return Decision(removed, segments, compensated)
+
+
+def finalists(
+    recipe: Recipe, model: DecoderModel, observations: Observations, removed: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """The good sets that the recipe's criterion ends with, what `choose_layers` gave first; most criteria know that one only."""
+    criterion = observations.criteria[recipe.deciding_criterion]
+    if not isinstance(criterion, SetCriterion):
+        return [tuple(removed)]
+    among = removable_layers(model.num_layers, (recipe.protect.first, recipe.protect.last))
+    return [tuple(removed), *(tuple(sorted(each)) for each in criterion.runners_up(len(removed), among))]
+
+
+def repair_best(
+    opened: OpenedModel,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    sets: Sequence[Sequence[int]],
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> tuple[tuple[int, ...], Compensated]:
+    """The set of layers that goes, and what makes up for it; see `decide`.
+
+    Args:
+        opened: The model.
+        recipe: For ``candidates`` and what `compensate` looks at.
+        calibration: The sequences.
+        sets: The good sets, the best before the repair first; at least one.
+        progress: Told how far it is.
+        processes: Those that share the sequences; all return the same.
+
+    Raises:
+        UserError: See `compensate`.
+    """
+    removed = tuple(sets[0])
+    candidates = sets[: recipe.candidates] if recipe.compensate != NONE else []
+    judged: list[dict[str, Any]] = []
+    if len(candidates) > 1:
+        few = calibration.first(_CANDIDATE_SAMPLES)
+        judging = replace(recipe, held_out=max(recipe.held_out, _CANDIDATE_HELD_OUT))
+        method = get_method(recipe.compensate).closed_form(opened.load())
+        for each in candidates:
+            report = _repaired(method, opened, judging, few, each, progress, processes).report
+            loss = report["losses"].get("held_out", {}).get("with")  # nothing is in front of a cut of the first layers
+            judged.append({"removed": list(each), "held_out_loss": loss})
+        best = min(judged, key=lambda one: (one["held_out_loss"] is None, one["held_out_loss"]))
+        removed = tuple(best["removed"])
+    compensated = compensate(opened, recipe, calibration, removed, progress, processes)
+    if judged:
+        compensated = Compensated(compensated.replaced, {**compensated.report, "candidates": judged})
+    return removed, compensated

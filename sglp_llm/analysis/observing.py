@@ -1,0 +1,128 @@
+"""One pass over the calibration set, and the trials after it, for any criteria."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sglp_llm.calibration import CalibrationSet
+from sglp_llm.criteria import Criterion, ScoreCriterion, SetCriterion, criterion_names, get_criterion, make_criterion
+from sglp_llm.engine import Need, PassSettings, run_pass
+from sglp_llm.engine.representations import CKAObserver
+from sglp_llm.errors import UserError
+from sglp_llm.models.loading import DecoderModel
+from sglp_llm.plan import Recipe
+from sglp_llm.processes import ALONE, Processes
+from sglp_llm.progress import Progress, silent
+from sglp_llm.records import SimilarityMatrix
+from sglp_llm.trials import Journal, Trials
+
+CKA_COLUMN_SUM = "cka_column_sum"
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What one pass over the calibration set, and the trials after it, have shown.
+
+    Attributes:
+        criteria: The criteria that watched, by name.
+        similarity: The CKA matrix; ``None`` when nobody needed it.
+        loss: Mean loss of the calibration sequences in nats a token; ``None`` when no gradients were taken.
+    """
+
+    criteria: Mapping[str, Criterion]
+    similarity: SimilarityMatrix | None
+    loss: float | None
+
+    def scores(self) -> dict[str, tuple[float, ...]]:
+        """One number a layer from each criterion that gives scores, and the column sums of the CKA matrix.
+
+        Raises:
+            UserError: A score is not finite.
+        """
+        scores = {
+            name: _finite(name, criterion.scores())
+            for name, criterion in self.criteria.items()
+            if isinstance(criterion, ScoreCriterion)
+        }
+        if self.similarity is not None:
+            scores[CKA_COLUMN_SUM] = tuple(self.similarity.column_sums)
+        return scores
+
+
+def check_criteria(recipe: Recipe) -> None:
+    """Refuses, before any work is done, criteria and options that do not exist or do not fit together.
+
+    Raises:
+        UserError: One does not.
+    """
+    names = (recipe.deciding_criterion, *recipe.also)
+    for name in (*names, *recipe.options):
+        make_criterion(name, 1, recipe.seed, recipe.options.get(name))
+    if idle := [name for name in recipe.options if name not in names]:
+        raise UserError(f"options: {idle[0]} is not among the criteria of this run ({', '.join(names)})")
+    if recipe.is_segmented and issubclass(get_criterion(recipe.deciding_criterion), SetCriterion):
+        raise UserError(f"{recipe.criterion} gives a set of layers, not scores: it cannot be used inside segments")
+
+
+def check_journal(recipe: Recipe) -> None:
+    """Refuses, before any work is done, a journal that nothing would be written in.
+
+    Raises:
+        UserError: No criterion of the run keeps its trials.
+    """
+    names = (recipe.deciding_criterion, *recipe.also)
+    if recipe.journal is not None and not any(get_criterion(name).keeps_trials for name in names):
+        keeping = [name for name in criterion_names() if get_criterion(name).keeps_trials]
+        raise UserError(
+            f"journal keeps the trials of {', '.join(keeping)}; this run has {recipe.criterion}: leave it out"
+        )
+
+
+def observe(
+    model: DecoderModel,
+    calibration: CalibrationSet,
+    recipe: Recipe,
+    names: Sequence[str],
+    similarity: bool,
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+    journal: Journal | None = None,
+) -> Observations:
+    """Runs the union of what the criteria need once, and then each criterion's own trials.
+
+    Args:
+        model: The model.
+        calibration: The sequences.
+        recipe: For the settings; its criterion and budget are not used.
+        names: The criteria.
+        similarity: Whether the CKA matrix is wanted.
+        progress: Told the sequences that are done.
+        processes: Those that share the sequences; all return the same.
+        journal: Keeps the trials of criteria that can go on from them.
+    """
+    criteria = {
+        name: make_criterion(name, model.num_layers, recipe.seed, recipe.options.get(name))
+        for name in dict.fromkeys(names)
+    }
+    cka = CKAObserver(model.num_layers, recipe.kernel, recipe.minibatch_sequences, recipe.minibatch_positions)
+    observers = [*criteria.values(), *([cka] if similarity else [])]
+    loss = run_pass(model, calibration, observers, PassSettings(recipe.batch_size, progress, processes))
+    trials = Trials(
+        model, calibration.first(recipe.trial_samples), progress=progress, processes=processes, journal=journal
+    )
+    for criterion in criteria.values():
+        if Need.TRIALS in criterion.needs:
+            criterion.on_trials(trials)
+    return Observations(criteria, cka.result() if similarity else None, loss)
+
+
+def _finite(name: str, scores: Sequence[float]) -> tuple[float, ...]:
+    for layer, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UserError(
+                f"the {name} score of decoder layer {layer} is not finite ({score}): are the weights damaged, "
+                "or is the dtype too small (try --dtype float32)?"
+            )
+    return tuple(scores)

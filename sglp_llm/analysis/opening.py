@@ -1,0 +1,233 @@
+"""Opens a model for its work, in one step: found, checked against the settings, and with its engine chosen.
+
+Everything that can be known to be wrong before the weights are loaded is found here, and is one error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglp_llm.adapters import get_adapter
+from sglp_llm.analysis.observing import check_criteria, check_journal
+from sglp_llm.calibration import CalibrationSet, calibration_set, check_spec
+from sglp_llm.checkpoint.export import check_plan
+from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS
+from sglp_llm.compensation import check_compensation
+from sglp_llm.errors import UserError
+from sglp_llm.memory import EngineMemory, FreeMemory
+from sglp_llm.memory.prediction import chosen_engine, forecast
+from sglp_llm.method.selection import check_budget
+from sglp_llm.models.opened import OpenedModel
+from sglp_llm.plan import Recipe
+from sglp_llm.processes import ALONE, Processes
+from sglp_llm.records import PrunePlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OnForecast = Callable[[EngineMemory, FreeMemory], None]
+"""Told, before the weights are loaded, what the analysis is predicted to hold, and what is free."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run begins with.
+
+    Attributes:
+        model: The model; its weights are loaded when they are first used.
+        calibration: The calibration set; ``None`` where nothing reads text.
+    """
+
+    model: OpenedModel
+    calibration: CalibrationSet | None
+
+
+def open_model(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    tokenizer: Any = None,
+    processes: Processes = ALONE,
+    on_forecast: OnForecast | None = None,
+) -> OpenedModel:
+    """Finds a model and chooses the engine; of the recipe only model settings and those that memory depends on are used.
+
+    Args:
+        model: Hub id, folder, ``.gguf`` file, or a live transformers model.
+        recipe: The settings.
+        tokenizer: Instead of the checkpoint's own.
+        processes: Those that share the work; all take the same engine.
+        on_forecast: See `OnForecast`.
+
+    Raises:
+        UserError: There is no such model, it cannot be pruned, or the chosen engine cannot run it.
+    """
+    opened = _found(model, recipe, tokenizer, processes)
+    _choose_engine(opened, recipe, processes, on_forecast)
+    return opened
+
+
+def open_for_analysis(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    tokenizer: Any = None,
+    calibration: CalibrationSet | str | None = None,
+    *,
+    output: Path | None = None,
+    processes: Processes = ALONE,
+    on_forecast: OnForecast | None = None,
+) -> Inputs:
+    """Opens a model and its calibration set for an analysis.
+
+    Args:
+        model: See `open_model`.
+        recipe: All settings.
+        tokenizer: Needed with a live model, unless ``calibration`` holds token ids.
+        calibration: The set, or ``None`` for the one that the recipe names.
+        output: Where a checkpoint will be written.
+        processes: See `open_model`.
+        on_forecast: See `OnForecast`.
+
+    Raises:
+        UserError: Something is wrong with the model, the text or the settings, or the output lies inside the source.
+    """
+    opened = _checked(model, recipe, [recipe], tokenizer, processes)
+    _check_apart(opened, output)
+    sequences = read_calibration(opened, recipe, calibration)
+    _choose_engine(opened, recipe, processes, on_forecast)
+    return Inputs(opened, sequences)
+
+
+def open_for_plan(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    plan: PrunePlan,
+    tokenizer: Any = None,
+    calibration: CalibrationSet | str | None = None,
+    *,
+    output: Path,
+    verify: bool = True,
+    processes: Processes = ALONE,
+) -> Inputs:
+    """Opens a model whose layers to remove are known, with as much text as the reload check looks at.
+
+    Args:
+        model: See `open_model`.
+        recipe: All settings; what chooses layers is not used.
+        plan: The plan.
+        tokenizer: See `open_for_analysis`.
+        calibration: See `open_for_analysis`.
+        output: Where the checkpoint will be written.
+        verify: Whether there will be a reload check.
+        processes: See `open_model`.
+
+    Raises:
+        UserError: See `open_for_analysis`; also a plan for another model.
+    """
+    opened = _found(model, recipe, tokenizer, processes)
+    check_plan(plan, opened.identity, opened.num_layers, stored=opened.source is not None)
+    _check_apart(opened, output)
+    sequences = None
+    if verify:
+        seq_len = min(recipe.seq_len, CHECK_TOKENS, _positions(opened) or CHECK_TOKENS)
+        sequences = read_calibration(opened, replace(recipe, samples=CHECK_SEQUENCES, seq_len=seq_len), calibration)
+    _choose_engine(opened, recipe, processes, None)
+    return Inputs(opened, sequences)
+
+
+def open_for_comparison(
+    model: str | Path | PreTrainedModel, recipe: Recipe, criteria: Sequence[str], tokenizer: Any = None
+) -> OpenedModel:
+    """Opens a model on which several criteria will be compared; it is whole in memory then.
+
+    Args:
+        model: See `open_model`.
+        recipe: What the criteria share.
+        criteria: Their names.
+        tokenizer: See `open_for_analysis`.
+
+    Raises:
+        UserError: Something is wrong with the model or the settings.
+    """
+    recipes = [replace(recipe, criterion=name, options={}) for name in criteria]
+    return _checked(model, replace(recipe, journal=None), recipes, tokenizer, ALONE)
+
+
+def read_calibration(opened: OpenedModel, recipe: Recipe, given: CalibrationSet | str | None = None) -> CalibrationSet:
+    """The calibration set that was given, or the one that the recipe names.
+
+    Raises:
+        UserError: The text cannot be read, there is too little of it, or its tokens are not the model's.
+    """
+    if not isinstance(given, CalibrationSet):
+        check_spec(recipe.calibration)
+        given = calibration_set(
+            opened.tokenizer, recipe.calibration, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed
+        )
+    opened.check_tokens(given.input_ids)
+    return given
+
+
+def _found(model: Any, recipe: Recipe, tokenizer: Any, processes: Processes) -> OpenedModel:
+    if processes.count > 1 and recipe.device_map not in (None, "cpu"):
+        raise UserError(
+            f"device_map {recipe.device_map!r} places one copy of the model, and each of {processes.count} processes needs "
+            "its own: leave it out, or start one process"
+        )
+    return OpenedModel(model, recipe.revision, recipe.dtype, recipe.device_map, tokenizer)
+
+
+def _checked(
+    model: Any, recipe: Recipe, recipes: Sequence[Recipe], tokenizer: Any, processes: Processes
+) -> OpenedModel:
+    """Finds a model and checks the settings: those of each criterion by ``recipes``, all others by ``recipe``."""
+    for each in recipes:
+        check_criteria(each)
+    check_journal(recipe)
+    opened = _found(model, recipe, tokenizer, processes)
+    check_compensation(recipe.compensate, get_adapter(opened.identity.model_type), opened.config, recipe.samples)
+    for each in recipes:
+        segments = each.num_segments if isinstance(each.num_segments, int) and each.is_segmented else 1
+        if segments > opened.num_layers:
+            raise UserError(
+                f"num_segments: {segments} segments are more than the model's {opened.num_layers} decoder layers"
+            )
+        check_budget(each.budget, opened.num_layers, (each.protect.first, each.protect.last), segments)
+    longest = _positions(opened)
+    if longest is not None and recipe.seq_len > longest:
+        raise UserError(
+            f"seq_len {recipe.seq_len} is longer than the {longest} positions that {opened.identity.name} has"
+        )
+    return opened
+
+
+def _choose_engine(opened: OpenedModel, recipe: Recipe, processes: Processes, on_forecast: OnForecast | None) -> None:
+    """Lets the model be streamed where the recipe says so, or where ``auto`` finds that the whole model does not fit.
+
+    All processes take the same engine: they meet in sums whose order is the engine's.
+
+    Raises:
+        UserError: The model cannot be streamed, or there is no scratch folder.
+    """
+    # A forecast runs the model's code once without contents: only where it is shown, or decides.
+    found = None if on_forecast is None else forecast(opened, recipe)
+    wanted = chosen_engine(opened, recipe) if found is None else found[0].engine
+    votes = float(processes.sum(torch.tensor(float(wanted == "streamed"), dtype=torch.float64)))
+    if votes > 0:
+        opened.stream(recipe.scratch)
+    if on_forecast is not None and found is not None:
+        on_forecast(*found)
+
+
+def _check_apart(opened: OpenedModel, output: Path | None) -> None:
+    if output is not None and opened.source is not None:
+        opened.source.check_apart(output)
+
+
+def _positions(opened: OpenedModel) -> int | None:
+    """Positions that the model has; ``None`` where its configuration names no limit."""
+    return getattr(opened.config, "max_position_embeddings", None)

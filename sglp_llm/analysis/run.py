@@ -1,0 +1,113 @@
+"""From a model and calibration sequences to a plan: observe once, then choose layers and write down why."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sglp_llm.analysis.decisions import decide
+from sglp_llm.analysis.observing import observe
+from sglp_llm.analysis.opening import Inputs
+from sglp_llm.calibration import CalibrationSet
+from sglp_llm.compensation import NONE
+from sglp_llm.models.opened import OpenedModel
+from sglp_llm.plan import Recipe
+from sglp_llm.processes import ALONE, Processes
+from sglp_llm.progress import Progress, silent
+from sglp_llm.records import Analysis, PrunePlan
+from sglp_llm.trials import Journal
+from sglp_llm.version import __version__
+
+
+def run_analysis(
+    inputs: Inputs,
+    recipe: Recipe,
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> Analysis:
+    """Observes, chooses, and writes down why.
+
+    Args:
+        inputs: The model, and the calibration set that it is observed on.
+        recipe: The settings.
+        progress: Told how far it is.
+        processes: Those that share the sequences; all return the same.
+
+    Raises:
+        UserError: The budget cannot be met, or hidden states or losses are not finite.
+    """
+    opened, calibration = inputs.model, inputs.calibration
+    assert calibration is not None
+    processes.check_same("model", opened.identity.fingerprint)
+    processes.check_same("calibration set", calibration.hash)
+    journal = _journal(opened, recipe, calibration)
+    model = opened.load()
+    names = (recipe.deciding_criterion, *recipe.also)
+    observations = observe(model, calibration, recipe, names, recipe.is_segmented, progress, processes, journal)
+    scores = observations.scores()
+    decision = decide(opened, recipe, calibration, observations, progress, processes)
+    removed, segments, compensated = decision.removed, decision.segments, decision.compensated
+    settings = plan_settings(recipe, calibration, removed)
+    for name, criterion in observations.criteria.items():
+        if report := criterion.report():
+            assert name not in settings
+            settings[name] = dict(report)
+    plan = PrunePlan(
+        num_layers=model.num_layers,
+        kept=tuple(layer for layer in range(model.num_layers) if layer not in removed),
+        source=opened.identity,
+        revision=opened.revision,
+        segments=segments,
+        scores=scores,
+        budget=recipe.budget.to_dict(),
+        settings=settings,
+        versions=software_versions(),
+        replaced=compensated.replaced,
+        compensation=compensated.report,
+    )
+    left = model.parameters_without(removed)
+    return Analysis(plan, observations.similarity, observations.loss, model.num_parameters, left)
+
+
+def plan_settings(recipe: Recipe, calibration: CalibrationSet, removed: Sequence[int]) -> dict[str, Any]:
+    """The settings that led to a plan, for `PrunePlan.settings`; the budget stands beside them.
+
+    Args:
+        recipe: All settings.
+        calibration: The sequences.
+        removed: The layers that go, in the order in which the criterion removes them.
+    """
+    settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": recipe.deciding_criterion}
+    # Said elsewhere, of the export, or without influence on the plan.
+    idle = ("held_out", "candidates") if recipe.compensate == NONE else ()
+    for key in ("model", "revision", "max_shard_size", "engine", "scratch", "journal", *idle, *recipe.budget.to_dict()):
+        settings.pop(key, None)
+    if list(removed) != sorted(removed):
+        settings["removal_order"] = list(removed)
+    return settings
+
+
+def _journal(opened: OpenedModel, recipe: Recipe, calibration: CalibrationSet) -> Journal | None:
+    """Where the trials of an interrupted run are kept: of this model on these sequences, for any budget.
+
+    Raises:
+        UserError: The folder holds those of another model or other sequences.
+    """
+    if recipe.journal is None:
+        return None
+    setting = {
+        **opened.setting,
+        "dtype": recipe.dtype,
+        "calibration_hash": calibration.hash,
+        "versions": software_versions(),
+    }
+    return Journal(Path(recipe.journal).expanduser() / "trials", setting)
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    libraries = {name: version(name) for name in ("torch", "transformers")}
+    return {"sglp-llm": __version__, **libraries, "python": platform.python_version()}

@@ -1,0 +1,240 @@
+"""Texts -> token sequences: what a model is calibrated on, and what its perplexity is measured on.
+
+How sequences are made is our choice; the paper does not say. Documents are joined by a blank line, tokenised without
+special tokens and cut into consecutive windows that do not overlap; where the tokenizer itself puts a BOS token in
+front of a text, every window starts with one. Nothing is padded, and nothing depends on a batch size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglp_llm.calibration.texts import Split, check_spec, load_documents, source_label
+from sglp_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "CalibrationSet",
+    "EvaluationWindows",
+    "Split",
+    "adds_bos",
+    "calibration_set",
+    "check_spec",
+    "evaluation_windows",
+    "load_documents",
+]
+
+SEPARATOR = "\n\n"
+
+CHARACTERS_PER_TOKEN = 6
+"""A first guess, on the high side, of the text that some tokens need; where it was too low, the text is doubled."""
+
+PIECE_CHARACTERS = 4_000_000
+"""Longest text tokenised in one call: a fast tokenizer keeps a few hundred bytes a token while it works."""
+
+UNSETTLED_TOKENS = 16
+"""The last tokens of a text that was not read to its end, which might merge with what follows: never used."""
+
+POOL_DOCUMENTS, POOL_CHARACTERS = 4096, 64_000_000
+"""How much of a source is held at once to put its documents in random order."""
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """The sequences that every layer's statistics are computed on.
+
+    Attributes:
+        input_ids: ``[samples, tokens]``, int64.
+        mask: ``[samples, tokens]``, bool; False marks padding.
+        source: The specification, with its split where it has one.
+        seed: Seed of the choice of documents and windows.
+        hash: sha256, in hex, of shape, ids and mask: the same on every machine for the same sequences.
+        bos: Whether every sequence begins with the BOS token.
+    """
+
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+    source: str
+    seed: int
+    hash: str
+    bos: bool
+
+    def first(self, samples: int | None) -> CalibrationSet:
+        """The first sequences, as a set of its own; all of them for ``None``."""
+        if samples is None or samples >= len(self.input_ids):
+            return self
+        ids, mask = self.input_ids[:samples], self.mask[:samples]
+        return replace(self, input_ids=ids, mask=mask, hash=_hash(ids, mask))
+
+
+@dataclass(frozen=True)
+class EvaluationWindows:
+    """The windows that perplexity is measured on.
+
+    Attributes:
+        input_ids: ``[windows, window]``, int64.
+        source: The specification, with its split where it has one.
+        bos: Whether every window begins with the BOS token, which counts towards its length.
+    """
+
+    input_ids: torch.Tensor
+    source: str
+    bos: bool
+
+
+def calibration_set(
+    tokenizer: PreTrainedTokenizerBase, spec: str, *, samples: int = 32, seq_len: int = 512, seed: int = 0
+) -> CalibrationSet:
+    """Sequences from documents in seeded random order; reading stops as soon as there is enough text.
+
+    Where that text gives more windows than samples, as one long document does, the windows are a seeded sample. Random
+    order means: drawn from a pool of at most `POOL_DOCUMENTS` documents that is refilled in the order of the source.
+
+    Args:
+        tokenizer: The model's own.
+        spec: See `load_documents`; ``train`` is the default split.
+        samples: Number of sequences.
+        seq_len: Tokens in one, the BOS token included where there is one.
+        seed: Of the only random generator that is used.
+
+    Raises:
+        UserError: A number is too small, the text cannot be read, or there is too little of it.
+    """
+    if samples < 1:
+        raise UserError(f"samples is {samples}; at least 1 sequence is needed")
+    _check_length("seq_len", seq_len)
+    source = source_label(spec, "train")
+    bos = adds_bos(tokenizer)
+    body, rng = seq_len - bos, random.Random(seed)
+    ids = _token_ids(tokenizer, _shuffled(load_documents(spec, "train"), rng), samples * body)
+    available = len(ids) // body
+    if available < samples:
+        raise UserError(
+            f"{source}: the text has {len(ids)} tokens, but {samples} sequences of {seq_len} need {samples * body};"
+            f" lower samples{f' to {available}' if available else ''} or seq_len, or give more text"
+        )
+    windows = list(range(available)) if available == samples else rng.sample(range(available), samples)
+    input_ids = _cut(tokenizer, ids, body, bos)[windows]
+    mask = torch.ones_like(input_ids, dtype=torch.bool)
+    return CalibrationSet(input_ids, mask, source, seed, _hash(input_ids, mask), bos)
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    spec: str,
+    *,
+    window: int,
+    max_windows: int | None = None,
+    bos: bool | None = None,
+) -> EvaluationWindows:
+    """Consecutive windows of a split in the order of its source; the last, partial one is dropped.
+
+    Args:
+        tokenizer: The model's own.
+        spec: See `load_documents`; ``test`` is the default split.
+        window: Tokens in one, the BOS token included where there is one.
+        max_windows: Keep only the first ones.
+        bos: Whether a BOS token stands in front of every window; None means what the tokenizer does by itself.
+
+    Raises:
+        UserError: A number is too small, the tokenizer has no BOS token to add, the text cannot be read, or it is
+            shorter than one window.
+    """
+    _check_length("window", window)
+    if max_windows is not None and max_windows < 1:
+        raise UserError(f"max_windows is {max_windows}; at least 1 window is needed")
+    if bos and tokenizer.bos_token_id is None:
+        raise UserError("a BOS token was asked for, but this tokenizer has none; leave bos out or set it to false")
+    source = source_label(spec, "test")
+    bos = adds_bos(tokenizer) if bos is None else bos
+    body = window - bos
+    ids = _token_ids(tokenizer, load_documents(spec, "test"), None if max_windows is None else max_windows * body)
+    if len(ids) < body:
+        raise UserError(
+            f"{source}: the text has {len(ids)} tokens, but one window of {window} needs {body};"
+            " lower window or give more text"
+        )
+    return EvaluationWindows(_cut(tokenizer, ids, body, bos)[:max_windows], source, bos)
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's own encoding of a text starts with its BOS token."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def _check_length(name: str, value: int) -> None:
+    if value < 2:
+        raise UserError(f"{name} is {value}; at least 2 tokens are needed to predict one from another")
+
+
+def _shuffled(documents: Iterable[str], rng: random.Random) -> Iterator[str]:
+    """The documents in random order, with a bounded number of them in memory."""
+    pool: list[str] = []
+    size = 0
+    for document in documents:
+        pool.append(document)
+        size += len(document)
+        while len(pool) > POOL_DOCUMENTS or (size > POOL_CHARACTERS and len(pool) > 1):
+            chosen = rng.randrange(len(pool))
+            pool[chosen], pool[-1] = pool[-1], pool[chosen]
+            size -= len(pool[-1])
+            yield pool.pop()
+    rng.shuffle(pool)
+    yield from pool
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, documents: Iterator[str], needed: int | None) -> list[int]:
+    """The token ids of the joined documents: all of them, or (given ``needed``) at least that many where there are."""
+    text: list[str] = []
+    size, wanted = 0, math.inf if needed is None else (needed + UNSETTLED_TOKENS) * CHARACTERS_PER_TOKEN
+    document = next(documents, None)
+    while document is not None:
+        text.append(document)
+        size += len(document)
+        document = next(documents, None)
+        if needed is not None and document is not None and size >= wanted:
+            # All of it again instead of the new part alone: the tokens at a seam are then those of the joined text.
+            ids = _tokenise(tokenizer, SEPARATOR.join(text))
+            if len(ids) >= needed + UNSETTLED_TOKENS:
+                return ids[:-UNSETTLED_TOKENS]
+            wanted = 2 * size
+    return _tokenise(tokenizer, SEPARATOR.join(text))
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of a text without special tokens; one longer than `PIECE_CHARACTERS` is cut at line breaks."""
+    ids: list[int] = []
+    start = 0
+    while start < len(text):
+        stop = start + PIECE_CHARACTERS
+        if stop < len(text):
+            stop = text.rfind("\n", start, stop) + 1 or stop
+        # verbose=False: the text is longer than the model's context on purpose, and needs no warning.
+        ids += tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
+        start = stop
+    return ids
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, ids: list[int], body: int, bos: bool) -> torch.Tensor:
+    """The windows ``[len(ids) // body, body]`` of a list of ids, or one token wider with the BOS token in front."""
+    windows = torch.tensor(ids[: len(ids) // body * body], dtype=torch.int64).view(-1, body)
+    if not bos:
+        return windows
+    return torch.cat([torch.full((len(windows), 1), tokenizer.bos_token_id, dtype=torch.int64), windows], dim=1)
+
+
+def _hash(input_ids: torch.Tensor, mask: torch.Tensor) -> str:
+    digest = hashlib.sha256(repr(tuple(input_ids.shape)).encode())
+    digest.update(input_ids.numpy().astype("<i8").tobytes())
+    digest.update(mask.numpy().tobytes())
+    return digest.hexdigest()

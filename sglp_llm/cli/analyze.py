@@ -1,0 +1,115 @@
+"""``sglp-llm analyze``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sglp_llm.cli.options import (
+    Also,
+    BatchSize,
+    Calibration,
+    Compensate,
+    CriterionName,
+    DeviceMap,
+    Drop,
+    Dtype,
+    Engine,
+    JournalDir,
+    Json,
+    Kernel,
+    Model,
+    NumSegments,
+    Option,
+    Preset,
+    ProtectFirst,
+    ProtectLast,
+    Ratio,
+    RecipeName,
+    Revision,
+    Samples,
+    Scratch,
+    SearchBudget,
+    Seed,
+    Segments,
+    SeqLen,
+    TargetParams,
+    TrialSamples,
+    model_of,
+    recipe_of,
+    settings_of,
+)
+from sglp_llm.cli.quiet import prepare
+
+
+def analyze(
+    model: Model = None,
+    recipe: RecipeName = None,
+    preset: Preset = None,
+    ratio: Ratio = None,
+    drop: Drop = None,
+    target_params: TargetParams = None,
+    criterion: CriterionName = None,
+    also: Also = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
+    trial_samples: TrialSamples = None,
+    search_budget: SearchBudget = None,
+    journal: JournalDir = None,
+    batch_size: BatchSize = None,
+    engine: Engine = None,
+    scratch: Scratch = None,
+    option: Option = None,
+    segments: Segments = None,
+    num_segments: NumSegments = None,
+    kernel: Kernel = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    compensate: Compensate = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for sglp_plan.json.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Decide which layers to remove and show why. Writes nothing without --output. Default budget: a quarter."""
+    settings = settings_of(locals())
+    console = prepare()
+    from sglp_llm.checkpoint import atomic_folder, check_output
+    from sglp_llm.cli.memory_table import MemoryLines, price_line
+    from sglp_llm.models import find_source
+    from sglp_llm.pipeline import analyze
+    from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME, save_plan, save_recipe
+    from sglp_llm.processes.distributed import current_processes
+    from sglp_llm.progress import silent
+
+    processes = current_processes()
+    with processes.failing_together():
+        chosen = recipe_of(recipe, settings, model, preset)
+        if output is not None:
+            check_output(output, overwrite)
+            find_source(model_of(model, chosen), chosen.revision).check_apart(output)
+    memory = MemoryLines(None if as_json else price_line(chosen))
+    analysis = analyze(
+        model_of(model, chosen),
+        recipe=chosen,
+        progress=console.progress_bar if processes.is_main else silent,
+        on_forecast=memory.print_forecast if processes.is_main else None,
+        processes=processes,
+    )
+    if not processes.is_main:
+        return
+    if output is not None:
+        with atomic_folder(output, overwrite) as folder:
+            save_plan(analysis.plan, folder / PLAN_FILE_NAME)
+            save_recipe(chosen.with_changes(model=model_of(model, chosen)), folder / RECIPE_FILE_NAME)
+    if as_json:
+        console.print_json({**console.analysis_to_dict(analysis), "memory": memory.to_dict()})
+    else:
+        console.print_analysis(analysis)
+        memory.print_peak()

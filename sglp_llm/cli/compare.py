@@ -1,0 +1,167 @@
+"""``sglp-llm compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sglp_llm.cli.options import (
+    Calibration,
+    DeviceMap,
+    Dtype,
+    Json,
+    Kernel,
+    Model,
+    Option,
+    ProtectFirst,
+    ProtectLast,
+    RecipeName,
+    Revision,
+    Samples,
+    Seed,
+    Segments,
+    SeqLen,
+    TrialSamples,
+    model_of,
+    recipe_of,
+    settings_of,
+)
+from sglp_llm.cli.quiet import prepare
+from sglp_llm.errors import UserError
+
+
+def compare(
+    model: Model = None,
+    criteria: Annotated[
+        str,
+        typer.Option(
+            help="Criteria and presets, separated by commas; angular+linear is compensated by linear.",
+        ),
+    ] = "sglp,bi",
+    ratios: Annotated[
+        str | None, typer.Option(help="Shares to remove, separated by commas. Default: 0.1,0.2,0.3.")
+    ] = None,
+    drops: Annotated[str | None, typer.Option(help="Numbers of layers to remove, instead of ratios.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for tables, plots and the journal.")
+    ] = None,
+    evaluate: Annotated[
+        list[str] | None, typer.Option("--eval", help="Text for perplexity, as for eval --data; repeatable.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens in one window of it.")] = 512,
+    max_windows: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Suite of lm-eval tasks to score too: a name from `sglp-llm ls suites`, or a file."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only the first examples of each task.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the files that the suite's tasks read.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Keep what is measured here, for other comparisons of the model too.")
+    ] = None,
+    recipe: RecipeName = None,
+    option: Option = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Repeat all for these calibration seeds, such as 0,1,2: means and spreads.")
+    ] = None,
+    trial_samples: TrialSamples = None,
+    segments: Segments = None,
+    kernel: Kernel = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods on one model: each at every depth, measured in memory. Goes on where it was interrupted."""
+    settings = settings_of(locals())
+    if output is None:
+        raise UserError("where to? Give --output FOLDER")
+    if suite is None and (limit is not None or data_dir is not None):
+        raise UserError("--limit and --data-dir are about tasks: give --suite too")
+    if seeds is not None and seed is not None:
+        raise UserError("give --seed or --seeds, not both")
+    drawn = None if seeds is None else _seeds(seeds)
+    console = prepare()
+    from dataclasses import asdict, replace
+
+    from sglp_llm.analysis.opening import open_for_comparison, read_calibration
+    from sglp_llm.comparison.compare import MEASURED, check_compensations, checked_recipes, compare
+    from sglp_llm.comparison.measurements import perplexity_measurement, suite_measurement
+    from sglp_llm.compensation import NONE
+    from sglp_llm.report.comparison_tables import to_markdown, write_tables
+    from sglp_llm.report.plots import check_plotting, plot_perplexity
+    from sglp_llm.report.seed_tables import seeds_to_markdown, spreads, write_seed_tables
+
+    check_plotting()
+    held = "journal" if drawn is None else "seed-*/journal"
+    if output.exists() and not any(output.glob(held)) and any(output.iterdir()):
+        raise UserError(f"{output}: exists and holds no comparison; choose another folder")
+    budgets = _budgets(ratios, drops)
+    names = [name.strip() for name in criteria.split(",") if name.strip()]
+    chosen = recipe_of(recipe, settings, model).with_changes(**budgets[0].to_dict())
+    recipes = checked_recipes(chosen, names, budgets)
+    used = list(dict.fromkeys(each[0].criterion for each in recipes.values()))
+    opened = open_for_comparison(model_of(model, chosen), replace(chosen, compensate=NONE), used)
+    check_compensations(recipes, opened, chosen.samples)
+    texts = evaluate or ["wikitext2"]
+    sets = [read_calibration(opened, replace(chosen, seed=each)) for each in drawn or [chosen.seed]]
+    measurements = [perplexity_measurement(opened, text, window, max_windows) for text in texts]
+    if suite is not None:
+        measurements.append(suite_measurement(opened, suite, limit, data_dir))
+    results = []
+    for sequences in sets:
+        folder = output if drawn is None else output / f"seed-{sequences.seed}"
+        own = replace(chosen, seed=sequences.seed)
+        kept = measured or output / MEASURED
+        results.append(
+            compare(opened, sequences, own, names, budgets, measurements, folder, console.progress_bar, kept)
+        )
+        write_tables(results[-1], folder)
+        plot_perplexity(results[-1], folder)
+    if drawn is None:
+        (result,) = results
+        if as_json:
+            console.print_json(asdict(result))
+        else:
+            print(to_markdown(result), end="")
+        return
+    found = spreads(results)
+    write_seed_tables(found, drawn, output)
+    if as_json:
+        console.print_json(
+            {"seeds": dict(zip(drawn, map(asdict, results), strict=True)), "spreads": list(map(asdict, found))}
+        )
+    else:
+        print(seeds_to_markdown(found, drawn), end="")
+
+
+def _seeds(given: str) -> list[int]:
+    try:
+        seeds = [int(number) for number in given.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {given!r} must be whole numbers separated by commas") from None
+    if len(seeds) < 2 or len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds {given!r} must be at least two, each once: of one alone there is no spread (--seed)")
+    return seeds
+
+
+def _budgets(ratios: str | None, drops: str | None) -> list[Any]:
+    from sglp_llm.records import Budget
+
+    if ratios is not None and drops is not None:
+        raise UserError("give --ratios or --drops, not both")
+    try:
+        if drops is not None:
+            return [Budget(drop=int(number)) for number in drops.split(",")]
+        return [Budget(ratio=float(number)) for number in (ratios or "0.1,0.2,0.3").split(",")]
+    except ValueError:
+        what, given = ("--ratios", ratios) if drops is None else ("--drops", drops)
+        raise UserError(f"{what} {given!r} must be numbers separated by commas") from None

@@ -1,0 +1,216 @@
+"""What people see: progress bars on stderr; tables and summaries, or JSON, on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from sglp_llm.analysis.observing import CKA_COLUMN_SUM
+from sglp_llm.evaluation.records import EvalResult, TaskScore
+from sglp_llm.evaluation.side_by_side import Row
+from sglp_llm.plan import plan_to_dict
+from sglp_llm.progress import Advance
+from sglp_llm.records import Analysis, PrunePlan, RunReport
+from sglp_llm.sizes import show_bytes, show_count
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Advance]:
+    """A `sglp_llm.progress.Progress` with the time that is left, on stderr."""
+    counted = (MofNCompleteColumn(),) if total < 1_000_000 else ()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        *counted,
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with RichProgress(*columns, console=console) as bar:
+        task = bar.add_task(f"{description:<10}", total=total)
+        try:
+            yield lambda units: bar.advance(task, units)
+        except BaseException:
+            console.quiet = not console.is_terminal  # in a log, what stays is the one line that says what went wrong
+            raise
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(data, indent=2))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
+    """A table on stdout; the columns with the given indices are aligned right."""
+    print(title)  # not the table's own, which breaks a long path into the table's width
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def analysis_to_dict(analysis: Analysis) -> dict[str, Any]:
+    """The analysis as plain data, for ``--json``."""
+    similarity = analysis.similarity
+    return {
+        "plan": plan_to_dict(analysis.plan),
+        "similarity": None
+        if similarity is None
+        else {"kernel": similarity.kernel, "values": similarity.values.tolist()},
+        "calibration_loss": analysis.calibration_loss,
+        "params_before": analysis.params_before,
+        "params_after": analysis.params_after,
+    }
+
+
+def print_analysis(analysis: Analysis) -> None:
+    """The layer table, then what would be removed."""
+    plan = analysis.plan
+    _print_layers(plan)
+    print()
+    if analysis.calibration_loss is not None:
+        print(f"Calibration loss  {analysis.calibration_loss:.4f} nats a token")
+    if len(plan.segments) > 1:
+        print(f"Segments          {'  '.join(f'{segment.start}..{segment.stop - 1}' for segment in plan.segments)}")
+    print(f"Removed           {_removed(plan)}")
+    _print_compensation(plan)
+    print(f"Parameters        {show_count(analysis.params_before)} -> {show_count(analysis.params_after)}")
+
+
+def report_to_dict(report: RunReport) -> dict[str, Any]:
+    """The run as plain data, for ``--json``."""
+    return {
+        "output": report.output,
+        "plan": plan_to_dict(report.plan),
+        "bytes_written": report.bytes_written,
+        "verification": report.verification,
+        "seconds": dict(report.seconds),
+        "analysis": None if report.analysis is None else analysis_to_dict(report.analysis),
+    }
+
+
+def print_report(report: RunReport) -> None:
+    """What was removed, what the reload check found, and where the result is."""
+    if report.analysis is not None:
+        print_analysis(report.analysis)
+    else:
+        print(f"Removed           {_removed(report.plan)}")
+        _print_compensation(report.plan)
+    if report.verification is None:
+        print("Reload check      switched off")
+    else:
+        found = report.verification
+        same = (
+            "equal"
+            if found["max_difference"] == 0
+            else f"within {found['max_difference']:.3g} (allowed {found['tolerance']:.3g})"
+        )
+        cache = "; generation with and without KV cache agrees" if found["generation"] else ""
+        print(f"Reload check      {found['tokens']} logit vectors {same} in {found['dtype']}{cache}")
+    print(f"Time              {', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in report.seconds.items())}")
+    print(f"Written           {report.output} ({show_bytes(report.bytes_written)} of weights)")
+
+
+def print_perplexity(result: EvalResult, model: str) -> None:
+    """Perplexity with everything that is needed to compare it."""
+    print(f"Model       {model}")
+    print(f"Data set    {result.dataset}")
+    print(
+        f"Windows     {result.windows} x {result.window} tokens, {'with' if result.bos else 'without'} BOS, not overlapping"
+    )
+    print(f"Tokens      {result.tokens} predicted")
+    print(f"Perplexity  {result.perplexity:.3f} ± {result.perplexity_standard_error:.3f} (standard error)")
+
+
+def scores_to_dict(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The table of scores as plain data, for ``--json``."""
+    return [
+        {
+            **asdict(row.score),
+            "baseline": None if row.baseline is None else {"value": row.baseline.value, "stderr": row.baseline.stderr},
+            "ratio": row.ratio,
+        }
+        for row in rows
+    ]
+
+
+def print_scores(rows: Sequence[Row], model: str, baseline: str | None = None) -> None:
+    """Scores, with their standard errors, beside the baseline's where there is one."""
+    columns = ["task", "metric", "baseline", "±", "model", "±", "model/baseline"]
+    table = []
+    for row in rows:
+        others = ["", ""] if row.baseline is None else _number_and_error(row.baseline)
+        ratio = "" if row.ratio is None else f"{row.ratio:.1%}"
+        table.append([row.score.task, row.score.metric, *others, *_number_and_error(row.score), ratio])
+    if baseline is None:
+        columns, table = [*columns[:2], *columns[4:6]], [[*line[:2], *line[4:6]] for line in table]
+    print(f"Model     {model}")
+    if baseline is not None:
+        print(f"Baseline  {baseline}")
+    print_table("", columns, table, range(2, len(columns)))
+
+
+def _number_and_error(score: TaskScore) -> list[str]:
+    return [f"{score.value:.4f}", "" if score.stderr is None else f"{score.stderr:.4f}"]
+
+
+def _print_layers(plan: PrunePlan) -> None:
+    deciding = plan.settings.get("scored_by")
+    names = sorted(plan.scores, key=lambda name: (name != CKA_COLUMN_SUM, name != deciding))
+    headers = {CKA_COLUMN_SUM: "CKA sum"}
+    rows = []
+    segment_of = {layer: number for number, segment in enumerate(plan.segments) for layer in segment.layers}
+    for layer in range(plan.num_layers):
+        scores = [f"{plan.scores[name][layer]:.4f}" for name in names]
+        rows.append([str(layer), str(segment_of[layer]), *scores, "kept" if layer in plan.kept else "removed"])
+    columns = ["layer", "segment", *(headers.get(name, name) for name in names), ""]
+    print_table(
+        f"{plan.source.name if plan.source else 'model'}: {plan.num_layers} decoder layers",
+        columns,
+        rows,
+        range(len(columns) - 1),
+    )
+
+
+def _print_compensation(plan: PrunePlan) -> None:
+    report = plan.compensation
+    if not plan.replaced and not report:
+        return
+    print(f"Compensation      {report.get('method', 'given')}, {len(plan.replaced)} tensors replaced")
+    refined = report.get("refined")
+    for name, stage in (("closed form", report), ("refined", refined if isinstance(refined, Mapping) else {})):
+        # Plain data that may have come with the plan from another program: only what is understood is shown.
+        losses = stage.get("losses")
+        if isinstance(losses, Mapping) and losses and all(_is_change(each) for each in losses.values()):
+            shown = (
+                f"{str(part).replace('_', '-')} {each['without']:.4f} -> {each['with']:.4f}"
+                for part, each in losses.items()
+            )
+            print(f"  {name:<16}loss in nats a token: {', '.join(shown)}")
+
+
+def _is_change(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(end), float) for end in ("without", "with"))
+
+
+def _removed(plan: PrunePlan) -> str:
+    return f"{len(plan.removed)} of {plan.num_layers} layers: {' '.join(map(str, plan.removed))}"

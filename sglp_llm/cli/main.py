@@ -1,0 +1,108 @@
+"""The command line: the verbs put together, and what becomes of errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from io import TextIOWrapper
+from typing import Annotated, Any
+
+import typer
+
+from sglp_llm.cli.analyze import analyze
+from sglp_llm.cli.bench import bench
+from sglp_llm.cli.compare import compare
+from sglp_llm.cli.evaluate import evaluate
+from sglp_llm.cli.members import list_members
+from sglp_llm.cli.plan_memory import plan_memory
+from sglp_llm.cli.prune import prune
+from sglp_llm.errors import UserError
+from sglp_llm.processes import process_count, process_index
+from sglp_llm.version import __version__
+
+app = typer.Typer(
+    help="Make a large language model shorter: remove whole decoder layers from a Hugging Face checkpoint.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command()(analyze)
+app.command()(prune)
+app.command(name="eval")(evaluate)
+app.command()(compare)
+app.command()(bench)
+app.command(name="plan-memory")(plan_memory)
+app.command(name="ls")(list_members)
+
+IN_MANY_PROCESSES = ("analyze", "prune")
+"""Verbs that share their work between the processes that a launcher started."""
+
+_INTERRUPTED = 130
+"""What Typer makes of Ctrl-C, without a word."""
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    context: typer.Context, show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    verb = context.invoked_subcommand
+    if verb is None and not show:
+        raise UserError("what shall be done? See sglp-llm --help")
+    if process_count() > 1 and verb is not None and verb not in IN_MANY_PROCESSES:
+        raise UserError(
+            f"{verb} runs in one process, and a launcher started {process_count()}: "
+            f"run it without torchrun or accelerate launch; {' and '.join(IN_MANY_PROCESSES)} share their work"
+        )
+    if show:
+        print(f"sglp-llm {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: exit code 0, 2 for the user's mistake (one line on stderr), 1 otherwise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that does not know "±" is no reason to fail
+    sys.exit(_run())
+
+
+def _run() -> int:
+    usage_error: Any = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this Typer keeps click
+    try:
+        code = app(prog_name="sglp-llm", standalone_mode=False) or 0
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.stdout.flush()
+        return code
+    except (UserError, usage_error) as error:
+        format_message = getattr(error, "format_message", None)
+        if process_index() > 0:  # the main process makes the same mistake, or has been told of this one
+            return 2
+        return _fail(format_message() if format_message else str(error), 2)
+    except BrokenPipeError:  # whoever read stdout has seen enough, as in `sglp-llm ls criteria | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        if process_index() > 0:
+            return 1
+        return _fail("interrupted", 1)
+    except Exception as error:
+        if os.environ.get("SGLP_LLM_TRACEBACK") or not _is_expected(error):
+            raise
+        return _fail(str(error), 1)
+
+
+def _is_expected(error: Exception) -> bool:
+    """Failures of the world (disk, network, memory) and of our own checks: one line says all there is to say."""
+    known = {"UploadError", "VerificationError", "OutOfMemoryError"}
+    return isinstance(error, OSError | MemoryError) or type(error).__name__ in known
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"sglp-llm: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""``sglp-llm ls``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sglp_llm.cli.options import Json
+from sglp_llm.cli.quiet import prepare
+
+
+def list_members(
+    what: Annotated[str, typer.Argument(metavar="adapters|criteria|compensations|presets|recipes|suites")],
+    as_json: Json = False,
+) -> None:
+    """What there is: model families, criteria, compensations, presets, recipes, suites."""
+    console = prepare()
+    from sglp_llm.cli.catalog import catalog
+
+    title, columns, rows = catalog(what)
+    if as_json:
+        console.print_json({what: [dict(zip(columns, row, strict=True)) for row in rows]})
+    else:
+        console.print_table(title, columns, rows)

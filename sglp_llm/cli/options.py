@@ -1,0 +1,171 @@
+"""The options that the verbs share, and how they become a recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from sglp_llm.errors import UserError
+
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Hub id, local folder, or PATH.gguf. May stand in the recipe instead."),
+]
+RequiredModel = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or PATH.gguf.")]
+Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32: what is computed in.")]
+DeviceMap = Annotated[str | None, typer.Option(help="accelerate's placement, such as auto. Default: one device.")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="YAML file, or a name from `sglp-llm ls recipes`.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="A way to choose and repair, from `sglp-llm ls presets`; changes the recipe, other options change it."
+    ),
+]
+Ratio = Annotated[float | None, typer.Option(help="Share of the decoder layers to remove, in (0, 1).")]
+Drop = Annotated[int | None, typer.Option(help="Number of decoder layers to remove.")]
+TargetParams = Annotated[
+    str | None, typer.Option(help="Remove the fewest layers that leave at most this many, e.g. 6.5B.")
+]
+CriterionName = Annotated[str | None, typer.Option("--criterion", help="sglp, or a name from `sglp-llm ls criteria`.")]
+Also = Annotated[list[str] | None, typer.Option(help="Score by this criterion too, in the same pass; repeatable.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="wikitext2, c4, alpaca, bookcorpus, pydoc, text:FILE or jsonl:FILE:field (files plain or .gz)."),
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens in each. Default: 512.")]
+Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn. Default: 0.")]
+TrialSamples = Annotated[
+    int | None, typer.Option(help="Sequences that ppl, sleb, kl, cka_output and search try removals on. Default: all.")
+]
+SearchBudget = Annotated[
+    str | None,
+    typer.Option(metavar="16k|5m", help="Tokens, or time, that the criterion search tries removals for."),
+]
+JournalDir = Annotated[
+    str | None,
+    typer.Option("--journal", metavar="DIR", help="Where search keeps its trials, to go on from when interrupted."),
+]
+BatchSize = Annotated[int | None, typer.Option(help="Sequences a forward-only pass computes at once. Default: 8.")]
+Engine = Annotated[
+    str | None,
+    typer.Option(help="resident: the whole model in memory; streamed: layer by layer; auto (default): what fits."),
+]
+Scratch = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Where the streamed engine stores hidden states. Default: in memory."),
+]
+Segments = Annotated[
+    bool | None,
+    typer.Option("--segments/--no-segments", help="Compare scores inside CKA segments. Default: sglp does."),
+]
+NumSegments = Annotated[str | None, typer.Option(help="Number of CKA segments, or auto (default).")]
+Option = Annotated[list[str] | None, typer.Option(help="CRITERION.KEY=VALUE, such as angular.tokens=all; repeatable.")]
+Kernel = Annotated[str | None, typer.Option(help="CKA kernel: cosine (default) or linear (the paper's).")]
+ProtectFirst = Annotated[int | None, typer.Option(help="Layers at the front that are never removed. Default: 0.")]
+ProtectLast = Annotated[int | None, typer.Option(help="Layers at the end that are never removed. Default: 0.")]
+Compensate = Annotated[
+    str | None,
+    typer.Option(help="Fold what the removed layers did into weights that stay: none (default), scale or linear."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+DECIDING = [
+    "preset",
+    "ratio",
+    "drop",
+    "target_params",
+    "criterion",
+    "also",
+    "option",
+    "search_budget",
+    "journal",
+    "segments",
+    "num_segments",
+    "kernel",
+    "protect_first",
+    "protect_last",
+    "compensate",
+]
+"""Options that decide which layers go."""
+
+
+def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The options of a verb that are settings of the recipe, in the recipe's words."""
+    from sglp_llm.sizes import parse_count
+
+    names = (
+        "ratio drop criterion also segments calibration samples seq_len seed trial_samples journal batch_size kernel "
+        "engine scratch compensate revision dtype device_map max_shard_size"
+    )
+    settings = {name: arguments.get(name) for name in names.split()}
+    settings["also"] = settings["also"] or None
+    if (target := arguments.get("target_params")) is not None:
+        target = parse_count(target)
+    number = arguments.get("num_segments")
+    options = _options(arguments["option"] or [])
+    if (budget := arguments.get("search_budget")) is not None:
+        options["search"] = {**options.get("search", {}), "budget": budget}
+    protect = {"first": arguments.get("protect_first"), "last": arguments.get("protect_last")}
+    return {
+        **settings,
+        "target_params": target,
+        "num_segments": int(number) if number is not None and re.fullmatch("-?[0-9]+", number) else number,
+        "options": options or None,
+        "protect": {end: number for end, number in protect.items() if number is not None} or None,
+    }
+
+
+def _options(given: list[str]) -> dict[str, dict[str, Any]]:
+    options: dict[str, dict[str, Any]] = {}
+    for text in given:
+        match = re.fullmatch(r"(\w+)\.(\w+)=(.+)", text)
+        if match is None:
+            raise UserError(f"--option {text!r} is not of the form CRITERION.KEY=VALUE")
+        name, key, value = match.groups()
+        options.setdefault(name, {})[key] = _number(value)
+    return options
+
+
+def _number(text: str) -> int | float | str:
+    """A number where it is one."""
+    if re.fullmatch("-?[0-9]+", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"-?[0-9]+\.[0-9]+", text) else text
+
+
+def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = None, preset: str | None = None) -> Any:
+    """The recipe of that name, or the defaults, with what the preset says, and then with the settings that were given.
+
+    Args:
+        name: A YAML file, or the name of a recipe that comes with the package.
+        settings: As from `settings_of`.
+        model: The model that was given beside the recipe.
+        preset: Name of a preset.
+
+    Raises:
+        UserError: There is no such recipe or preset, or a setting has the wrong type.
+    """
+    from dataclasses import replace
+
+    from sglp_llm.plan import Recipe, load_recipe, preset_settings
+
+    recipe = Recipe() if name is None else load_recipe(name)
+    if model is not None and model != recipe.model:
+        recipe = replace(recipe, model=None, revision=None)  # the revision is that of the recipe's own model
+    return recipe.with_changes(**preset_settings(preset)).with_changes(**settings)
+
+
+def model_of(model: str | None, recipe: Any) -> str:
+    """The model that was given, or the recipe's.
+
+    Raises:
+        UserError: There is neither.
+    """
+    name = recipe.model if model is None else model
+    if not name:
+        raise UserError("which model? Give MODEL (Hub id, folder or .gguf file), or a recipe that names one")
+    return str(name)

@@ -1,0 +1,70 @@
+"""``sglp-llm plan-memory``."""
+
+from __future__ import annotations
+
+from sglp_llm.cli.options import (
+    Also,
+    BatchSize,
+    Compensate,
+    CriterionName,
+    DeviceMap,
+    Dtype,
+    Json,
+    Model,
+    Option,
+    Preset,
+    RecipeName,
+    Revision,
+    Samples,
+    Scratch,
+    Segments,
+    SeqLen,
+    TrialSamples,
+    model_of,
+    recipe_of,
+    settings_of,
+)
+from sglp_llm.cli.quiet import prepare
+
+
+def plan_memory(
+    model: Model = None,
+    recipe: RecipeName = None,
+    preset: Preset = None,
+    criterion: CriterionName = None,
+    also: Also = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    trial_samples: TrialSamples = None,
+    batch_size: BatchSize = None,
+    option: Option = None,
+    segments: Segments = None,
+    compensate: Compensate = None,
+    scratch: Scratch = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    as_json: Json = False,
+) -> None:
+    """Predict the memory that an analysis takes, with either engine. Needs the configuration, no weights."""
+    settings = settings_of(locals())
+    console = prepare()
+    from sglp_llm.analysis.observing import check_criteria
+    from sglp_llm.cli import memory_table
+    from sglp_llm.memory.peaks import choose_engine
+    from sglp_llm.memory.prediction import free_for, predict_memory
+    from sglp_llm.models import find_config
+
+    chosen = recipe_of(recipe, settings, model, preset)
+    check_criteria(chosen)
+    name = model_of(model, chosen)
+    config, gguf = find_config(name, chosen.revision)
+    plan = predict_memory(config, chosen, gguf)
+    free = free_for(chosen)
+    engine = choose_engine(plan, free)
+    if as_json:
+        console.print_json(memory_table.to_dict(plan, free, engine))
+        return
+    columns, rows = memory_table.table(plan, free)
+    console.print_table(memory_table.title(name, config, chosen, gguf), columns, rows, range(1, len(columns)))
+    print(memory_table.advice(plan, free, engine))

@@ -1,0 +1,137 @@
+"""``sglp-llm prune``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sglp_llm.cli.options import (
+    DECIDING,
+    Also,
+    BatchSize,
+    Calibration,
+    Compensate,
+    CriterionName,
+    DeviceMap,
+    Drop,
+    Dtype,
+    Engine,
+    JournalDir,
+    Json,
+    Kernel,
+    Model,
+    NumSegments,
+    Option,
+    Preset,
+    ProtectFirst,
+    ProtectLast,
+    Ratio,
+    RecipeName,
+    Revision,
+    Samples,
+    Scratch,
+    SearchBudget,
+    Seed,
+    Segments,
+    SeqLen,
+    TargetParams,
+    TrialSamples,
+    model_of,
+    recipe_of,
+    settings_of,
+)
+from sglp_llm.cli.quiet import prepare
+from sglp_llm.errors import UserError
+
+
+def prune(
+    model: Model = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    recipe: RecipeName = None,
+    preset: Preset = None,
+    plan: Annotated[Path | None, typer.Option(help="Export this sglp_plan.json instead of analysing.")] = None,
+    ratio: Ratio = None,
+    drop: Drop = None,
+    target_params: TargetParams = None,
+    criterion: CriterionName = None,
+    also: Also = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
+    trial_samples: TrialSamples = None,
+    search_budget: SearchBudget = None,
+    journal: JournalDir = None,
+    batch_size: BatchSize = None,
+    engine: Engine = None,
+    scratch: Scratch = None,
+    option: Option = None,
+    segments: Segments = None,
+    num_segments: NumSegments = None,
+    kernel: Kernel = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    compensate: Compensate = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Largest weight file, e.g. 2GB. Default: like the source.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
+    verify: Annotated[bool, typer.Option(help="Reload the result and compare it with the source.")] = True,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the finished folder to the Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option(help="Create the Hub repository private.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove layers and write a smaller checkpoint that plain from_pretrained loads."""
+    settings = settings_of(locals())
+    if output is None:
+        raise UserError("where to? Give --output FOLDER")
+    arguments = locals()
+    if plan is not None and (given := [name for name in DECIDING if arguments[name] is not None]):
+        raise UserError(f"--plan already says which layers go: leave out --{given[0].replace('_', '-')}")
+    if private and push_to_hub is None:
+        raise UserError("--private is about the Hub repository: give --push-to-hub REPO too")
+    console = prepare()
+    from sglp_llm.cli.memory_table import MemoryLines, price_line
+    from sglp_llm.models.hub import check_repo_name, upload
+    from sglp_llm.pipeline import prune
+    from sglp_llm.plan import load_plan
+    from sglp_llm.processes.distributed import current_processes
+    from sglp_llm.progress import silent
+
+    processes = current_processes()
+    with processes.failing_together():
+        if push_to_hub is not None:
+            check_repo_name(push_to_hub)
+        chosen = recipe_of(recipe, settings, model, preset)
+        given_plan = None if plan is None else load_plan(plan)
+    memory = MemoryLines(None if as_json else price_line(chosen))
+    report = prune(
+        model_of(model, chosen),
+        output,
+        plan=given_plan,
+        recipe=chosen,
+        calibration="pydoc" if plan is not None and recipe is None and calibration is None else None,
+        overwrite=overwrite,
+        verify=verify,
+        progress=console.progress_bar if processes.is_main else silent,
+        on_forecast=memory.print_forecast if processes.is_main else None,
+        processes=processes,
+    )
+    if not processes.is_main:
+        return
+    if as_json:
+        console.print_json({**console.report_to_dict(report), "memory": memory.to_dict()})
+    else:
+        console.print_report(report)
+        memory.print_peak()
+    if push_to_hub is not None:
+        address = upload(output, push_to_hub, private)
+        print(f"Uploaded          {address}", file=sys.stderr if as_json else sys.stdout)

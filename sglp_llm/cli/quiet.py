@@ -1,0 +1,24 @@
+"""The first step of every verb."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+
+def prepare() -> Any:
+    """Silences the libraries' own bars and notices, and imports what prints."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would fill a log file
+        os.environ.setdefault("TQDM_MININTERVAL", "60")  # lm-eval insists on its own
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    from sglp_llm.cli import console
+
+    return console

@@ -1,0 +1,66 @@
+"""How many parameters a model has, by where they stand: what memory is counted from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sglp_llm.adapters import get_adapter
+from sglp_llm.compensation.repair.refine import refinable_names
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters; tied ones count once.
+
+    Attributes:
+        total: All of them.
+        layer: Those of the largest decoder layer.
+        embedding: Those of the input embedding; 0 when the head is tied to it.
+        outside: Those of no decoder layer, the input embedding included.
+        matrices: Those of all layers' parameters of two or more dimensions.
+        layer_matrices: The same of the largest layer.
+        largest: Those of a layer's largest parameter.
+        refinable: Those that a compensation with gradients moves, if the first layers are cut already.
+    """
+
+    total: int
+    layer: int
+    embedding: int
+    outside: int
+    matrices: int
+    layer_matrices: int
+    largest: int
+    refinable: int
+
+
+def count_parameters(model: PreTrainedModel, layers: nn.ModuleList) -> ParameterCounts:
+    """Counts by shape; no tensor needs contents.
+
+    Args:
+        model: The ``...ForCausalLM``.
+        layers: Its decoder layers.
+    """
+    adapter, width = get_adapter(model.config.model_type), model.config.hidden_size
+    total = _numel(model)
+    matrices = [sum(weight.numel() for weight in layer.parameters() if weight.ndim > 1) for layer in layers]
+    head, lookup = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is lookup.weight
+    return ParameterCounts(
+        total=total,
+        layer=max(_numel(layer) for layer in layers),
+        embedding=0 if tied else _numel(lookup),
+        outside=total - sum(_numel(layer) for layer in layers),
+        matrices=sum(matrices),
+        layer_matrices=max(matrices),
+        largest=max(weight.numel() for weight in layers.parameters()),
+        refinable=sum(
+            layer.get_parameter(name).numel() for layer in layers for name in refinable_names(layer, adapter, width)
+        ),
+    )
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

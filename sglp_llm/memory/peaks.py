@@ -1,0 +1,276 @@
+"""How much memory an analysis takes at its peak, from the configuration alone, for each engine.
+
+Counted are: parameters; what a decoder layer keeps for its backward pass, and the loss needs for a moment, by a dry run of the
+model's own code; sums of gradients; hidden states that are stored; what CKA and its like collect. What a count cannot know is
+measured: the interpreter with its libraries, and what the allocator loses to fragments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from sglp_llm.engine import Need
+from sglp_llm.errors import UserError
+from sglp_llm.memory.dry_run import DryRun
+from sglp_llm.memory.parameter_counts import ParameterCounts, count_parameters
+from sglp_llm.memory.records import EngineMemory, FreeMemory, MemoryPlan
+
+RUNTIME = 520 * 10**6
+"""Bytes that a process holds that analyses next to nothing: torch, transformers and their libraries at work."""
+
+CUDA_CONTEXT = 500 * 10**6
+"""Bytes that a CUDA context takes on the host, beside `RUNTIME`; on the device it is not free any more when we ask."""
+
+FRAGMENTS = 0.2
+"""Share by which activations take more than their bytes, in the allocator of the host or the device."""
+
+USABLE = 0.9
+"""Share of what is free that a run may plan with."""
+
+LOSS_BYTES = 64 * 2**20
+"""Float32 logits that the streamed engine has at once; the loss works through chunks of that size."""
+
+PREFETCHED = 2
+"""Decoder layers the streamed engine has in memory: the one at work and the next."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an analysis does, as far as memory is concerned.
+
+    Attributes:
+        needs: What its observers want to see.
+        samples: Calibration sequences N.
+        seq_len: Tokens T of each.
+        trial_samples: Sequences that removals are tried on.
+        batch_size: Sequences that a forward-only pass computes at once.
+        minibatch: Tokens of one minibatch of CKA.
+        sums_on_host: Whether gradients are summed on the host although there is a device.
+        scratch: Whether stored hidden states go to disk.
+        compensation: Float64 matrices ``[hidden, hidden]`` that making up for removed layers takes; ``None`` without that.
+        refined_sequences: Sequences that a compensation computes gradients of at once; 0 where it has none.
+    """
+
+    needs: Need
+    samples: int
+    seq_len: int
+    trial_samples: int
+    batch_size: int = 8
+    minibatch: int = 512
+    sums_on_host: bool = False
+    scratch: bool = False
+    compensation: int | None = None
+    refined_sequences: int = 0
+
+
+def plan_memory(config: PretrainedConfig, dtype: torch.dtype, work: Work, on_device: bool) -> MemoryPlan:
+    """Predicts the peak of an analysis and the export after it, which takes less, for both engines.
+
+    Args:
+        config: The resolved configuration of a family with an adapter.
+        dtype: What is computed in.
+        work: What is done.
+        on_device: Whether a CUDA device computes; the host then holds what does not need to be there.
+
+    Raises:
+        UserError: transformers cannot run such a configuration.
+    """
+    try:
+        dry = DryRun(config, dtype)
+        counts = count_parameters(dry.model, dry.layers)
+        model = _Model(counts, len(dry.layers), config.hidden_size, config.vocab_size, dtype.itemsize)
+        return MemoryPlan(_resident(dry, model, work, on_device), _streamed(dry, model, work, on_device))
+    except Exception as error:  # a configuration that fits no model fails anywhere in transformers or torch
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(
+            f"the memory cannot be predicted: a model of this configuration does not run ({reason})"
+        ) from None
+
+
+def fits(memory: EngineMemory, free: FreeMemory) -> bool:
+    """Whether the predicted peaks are within `USABLE` of what is free; what the system does not tell is enough."""
+    pairs = [(memory.host_peak, free.host), (memory.device_peak or 0, free.device), (memory.disk, free.disk)]
+    return all(there is None or needed <= USABLE * there for needed, there in pairs)
+
+
+def choose_engine(plan: MemoryPlan, free: FreeMemory) -> str:
+    """``resident`` when its predicted peak fits, otherwise ``streamed``."""
+    return "resident" if fits(plan.resident, free) else "streamed"
+
+
+@dataclass(frozen=True)
+class _Model:
+    counts: ParameterCounts
+    layers: int
+    hidden: int
+    vocabulary: int
+    itemsize: int
+
+    def states(self, sequences: int, tokens: int) -> int:
+        """Bytes of the hidden states between two layers."""
+        return sequences * tokens * self.hidden * self.itemsize
+
+
+def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool) -> EngineMemory:
+    """The whole model; one sequence's activations of all layers, or a batch's of one; sums of gradients of all layers."""
+    weights = model.counts.total * model.itemsize
+    phases = [{"weights": weights}]
+    if _differentiates(work):
+        one = dry.kept_for_backward(1, work.seq_len)
+        # Gradients are freed one by one; their norms are taken in float32.
+        gradient = model.counts.largest * (model.itemsize if model.itemsize == 4 else model.itemsize + 4)
+        phases.append(
+            {
+                "weights": weights,
+                "activations": _with_fragments(dry.kept_for_backward(model.layers, work.seq_len)),
+                "loss": _with_fragments(dry.training_peak(1, work.seq_len) - one),
+                "gradients": gradient + _sums(model.counts.matrices, work),
+                "observed": _observed(model, work),
+            }
+        )
+    elif Need.HIDDEN_STATES in work.needs:
+        activations = dry.forward_peak(2, work.batch_size, work.seq_len)
+        phases.append(
+            {"weights": weights, "activations": _with_fragments(activations), "observed": _observed(model, work)}
+        )
+    if Need.TRIALS in work.needs:
+        phases.append(
+            {
+                "weights": weights,
+                "activations": _with_fragments(dry.forward_peak(2, 1, work.seq_len)),
+                "hidden states": (model.layers + 2) * model.states(1, work.seq_len),
+                "loss": _trial_logits(model, work.seq_len),
+            }
+        )
+    if work.compensation is not None:
+        phase = _compensation(dry, model, work, 2)
+        # What waits is on the host: on a device's host there is room, where the model has been before.
+        streams = {} if on_device else {"hidden states": _streams(model, work)}
+        phases.append({"weights": weights, **phase, **streams})
+        if work.refined_sequences:
+            kept = work.refined_sequences * dry.kept_for_backward(model.layers, work.seq_len)
+            phases.append({"weights": weights, **_refinement(model, kept), **streams})
+    parts = max(phases, key=lambda phase: sum(phase.values()))
+    # A model that goes to one device is read into the host's memory first.
+    return _placed("resident", parts, {"weights": weights} if on_device else {}, on_device, work, model, 0)
+
+
+def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool) -> EngineMemory:
+    """Two layers and what stands behind the last one; activations of one; hidden states of all sequences between layers."""
+    counts = model.counts
+    weights = (PREFETCHED * counts.layer + counts.outside - counts.embedding) * model.itemsize
+    phases, stored = [{"weights": weights}], [0]
+    every = model.states(work.samples, work.seq_len)
+    if _differentiates(work):
+        chunk = min(max(2, LOSS_BYTES // (4 * model.vocabulary)), work.seq_len)
+        kept = dry.kept_for_backward(1, work.seq_len)
+        loss = dry.training_peak(1, chunk) - dry.kept_for_backward(1, chunk)
+        gradient = counts.largest * model.itemsize if Need.GRADIENTS in work.needs else 0
+        phases.append(
+            {
+                "weights": weights,
+                "activations": _with_fragments(kept),
+                "loss": _with_fragments(loss),
+                "gradients": gradient + _sums(counts.layer_matrices, work),
+                "observed": _observed(model, work),
+            }
+        )
+        stored.append((model.layers + 2) * every)  # L + 1 boundaries, and the gradient that travels back
+    elif Need.HIDDEN_STATES in work.needs:
+        activations = dry.forward_peak(1, work.batch_size, work.seq_len)
+        phases.append(
+            {"weights": weights, "activations": _with_fragments(activations), "observed": _observed(model, work)}
+        )
+        stored.append((model.layers + 1) * every)
+    if Need.TRIALS in work.needs:
+        phases.append(
+            {
+                "weights": weights,
+                "activations": _with_fragments(dry.forward_peak(1, 1, work.seq_len)),
+                "loss": _trial_logits(model, work.seq_len),
+            }
+        )
+        # One set of hidden states a trial, that of the current model and that of the whole one.
+        stored.append((model.layers + 2) * model.states(work.trial_samples, work.seq_len))
+    if work.compensation is not None:
+        phases.append({"weights": weights, **_compensation(dry, model, work, 1)})
+        if work.refined_sequences:
+            # One layer at a time is computed again for its gradients, from what entered it.
+            kept = work.refined_sequences * dry.kept_for_backward(1, work.seq_len)
+            kept += model.layers * model.states(work.refined_sequences, work.seq_len)
+            phases.append({"weights": weights, **_refinement(model, kept)})
+        stored.append(_streams(model, work))
+    parts = max(phases, key=lambda phase: sum(phase.values()))
+    staged = {"weights": PREFETCHED * counts.layer * model.itemsize} if on_device else {}
+    return _placed("streamed", parts, staged, on_device, work, model, max(stored))
+
+
+def _placed(
+    engine: str, parts: dict[str, int], staged: dict[str, int], on_device: bool, work: Work, model: _Model, stored: int
+) -> EngineMemory:
+    """What computes goes to the device where there is one; what is stored goes to the host or to disk."""
+    kept = {} if work.scratch or not stored else {"hidden states": stored}
+    disk = stored if work.scratch else 0
+    if not on_device:
+        return EngineMemory(engine, {**parts, **kept, "runtime": RUNTIME}, None, disk)
+    if work.sums_on_host and "gradients" in parts:
+        resident = engine == "resident"
+        sums = _sums(model.counts.matrices if resident else model.counts.layer_matrices, work)
+        parts = {**parts, "gradients": parts["gradients"] - sums}
+        staged = {**staged, "gradients": sums}
+    return EngineMemory(engine, {**staged, **kept, "runtime": RUNTIME + CUDA_CONTEXT}, parts, disk)
+
+
+def _compensation(dry: DryRun, model: _Model, work: Work, layers: int) -> dict[str, int]:
+    """What makes up for removed layers takes beside the weights: a batch in a layer, and the normal equations of one cut."""
+    assert work.compensation is not None
+    return {
+        "activations": _with_fragments(dry.forward_peak(layers, work.batch_size, work.seq_len)),
+        "equations": 8 * work.compensation * model.hidden**2,
+    }
+
+
+def _refinement(model: _Model, kept: int) -> dict[str, int]:
+    """What refining by gradient takes: the activations it keeps, a chunk of the divergence, and the weights that move.
+
+    Of these there are, in float32, the value, the gradient, Adam's two means and the best value so far.
+    """
+    return {
+        "activations": _with_fragments(kept),
+        "loss": _with_fragments(5 * LOSS_BYTES),
+        "refined weights": 5 * 4 * model.counts.refinable,
+    }
+
+
+def _streams(model: _Model, work: Work) -> int:
+    """Hidden states of the whole model, and of the shortened one without and with a repair, before and behind what follows."""
+    return 5 * model.states(work.samples, work.seq_len)
+
+
+def _differentiates(work: Work) -> bool:
+    return bool(work.needs & Need.BACKWARD)
+
+
+def _sums(matrices: int, work: Work) -> int:
+    """One float32 number a weight, where whole gradients are wanted."""
+    return 4 * matrices if Need.GRADIENTS in work.needs else 0
+
+
+def _observed(model: _Model, work: Work) -> int:
+    """CKA's minibatch: the tokens of each layer, in float64 too for those that compare them there, and its kernel matrices."""
+    if Need.HIDDEN_STATES not in work.needs:
+        return 0
+    tokens = min(work.minibatch, work.samples * work.seq_len)
+    return model.layers * tokens * (model.hidden * (model.itemsize + 8) + 2 * 8 * tokens)
+
+
+def _trial_logits(model: _Model, tokens: int) -> int:
+    """Logits, and five float32 copies as the divergence from the whole model (kl) takes; a loss alone takes fewer."""
+    return tokens * model.vocabulary * (model.itemsize + 5 * 4)
+
+
+def _with_fragments(size: int) -> int:
+    return round((1 + FRAGMENTS) * size)

@@ -1,0 +1,232 @@
+"""Source -> a model in memory, placed on its devices, with its tokenizer."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sglp_llm.adapters import DecoderAdapter, get_adapter
+from sglp_llm.errors import UserError
+from sglp_llm.models.layer_weights import LayerWeights
+from sglp_llm.models.source import Source
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+
+
+@dataclass(frozen=True)
+class DecoderModel:
+    """A causal language model and where its decoder layers sit.
+
+    Attributes:
+        model: Any transformers ``...ForCausalLM`` of a known family.
+        adapter: The family's adapter.
+        unused_tensors: Names of the checkpoint's tensors that transformers did not know what to do with, such as the causal
+            masks that old releases stored.
+        weights: Where the decoder layers' weights come from when they are in memory one at a time; ``None`` when all are.
+    """
+
+    model: PreTrainedModel
+    adapter: DecoderAdapter
+    unused_tensors: Set[str] = frozenset()
+    weights: LayerWeights | None = None
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, front to back."""
+        layers = self.model.get_submodule(self.adapter.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids must be."""
+        weight: torch.Tensor = self.model.get_input_embeddings().weight
+        return weight.device
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def parameters_without(self, removed: tuple[int, ...]) -> int:
+        """Number of parameters that are left without the given layers."""
+        return self.num_parameters - sum(p.numel() for layer in removed for p in self.layers[layer].parameters())
+
+
+def wrap_model(model: PreTrainedModel) -> DecoderModel:
+    """Wraps a live transformers model.
+
+    Raises:
+        UserError: Its family has no adapter, or a setting of it cannot be pruned.
+    """
+    adapter = get_adapter(model.config.model_type)
+    for key, reason in adapter.refuse.items():
+        if getattr(model.config, key, None):
+            raise UserError(f"{key} is set, and such a model cannot be pruned: {reason}")
+    return DecoderModel(model, adapter)
+
+
+def load_model(source: Source, dtype: str = "auto", device_map: str | None = None) -> DecoderModel:
+    """Loads the weights.
+
+    Args:
+        source: What `find_source` found.
+        dtype: ``auto`` keeps the checkpoint's own (float32 for GGUF), or one of `DTYPES`.
+        device_map: accelerate's placement; ``None`` puts everything on the GPU where there is one, else on the CPU.
+
+    Raises:
+        UserError: A tensor is missing or damaged.
+    """
+    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto")}
+    if device_map is not None:
+        options["device_map"] = device_map
+    folder = source.path
+    if source.format == "gguf":
+        folder = source.path.parent
+        options |= {"gguf_file": source.path.name, "dtype": DTYPES.get(dtype, torch.float32)}
+    name = source.identity.name
+    try:
+        # Otherwise it only says that there are mismatched sizes, and the report that it points at goes elsewhere.
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except Exception as error:  # torch, pickle, safetensors and transformers each have their own for a damaged file
+        if source.format == "bin" and isinstance(error, pickle.UnpicklingError | RuntimeError | EOFError):
+            # torch's own message advises to load with weights_only=False, which would run what is in the file.
+            raise UserError(f"{name}: a .bin file is damaged, or holds code beside tensors, which is not run") from None
+        raise UserError(f"{name}: transformers cannot load the weights ({_one_line(error)})") from None
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{name}: the checkpoint lacks {len(missing)} tensors, {missing[0]!r} for one")
+    if mismatched := sorted(report["mismatched_keys"], key=str):
+        tensor, stored, expected = mismatched[0]
+        raise UserError(
+            f"{name}: tensor {tensor!r} has the shape {list(stored)}, and {list(expected)} by the configuration"
+        )
+    if source.format == "gguf":
+        model = _dequantised(model)
+    if device_map is None and torch.cuda.is_available():
+        model = model.to("cuda")
+    return DecoderModel(model.eval(), source.adapter, frozenset(report["unexpected_keys"]))
+
+
+def check_streamable(source: Source) -> None:
+    """Makes sure that single layers can be read.
+
+    Raises:
+        UserError: The checkpoint is not safetensors.
+    """
+    if source.index is None:
+        raise UserError(
+            f"{source.identity.name}: the streamed engine reads safetensors files, and this is a {source.format} checkpoint; "
+            "use --engine resident, or save it as safetensors first"
+        )
+
+
+def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = None) -> DecoderModel:
+    """A model whose decoder layers' weights stay in the files until they are needed.
+
+    Embeddings, final norm and head are there at once; on the CPU they too are views of the files.
+
+    Args:
+        source: What `find_source` found.
+        dtype: See `load_model`.
+        scratch: Folder for what engines keep between layers; ``None`` keeps it in memory.
+
+    Raises:
+        UserError: The checkpoint is not safetensors, or a tensor is missing or has the wrong shape.
+    """
+    from accelerate import init_empty_weights
+
+    check_streamable(source)
+    # Without buffers: rotary frequencies and embedding scales stand in no file.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(source.config, dtype=DTYPES.get(dtype) or _stored_dtype(source))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = LayerWeights(source, model.eval(), device, scratch)
+    return DecoderModel(model, source.adapter, weights.unused_tensors, weights)
+
+
+def _stored_dtype(source: Source) -> torch.dtype:
+    """What transformers' ``dtype="auto"`` is: the configuration's, otherwise that of the first floating point tensor."""
+    assert source.index is not None
+    if isinstance(named := getattr(source.config, "dtype", None), torch.dtype):
+        return named
+    return next(
+        (_FLOATS[entry.dtype] for entry in source.index.tensors.values() if entry.dtype in _FLOATS), torch.float32
+    )
+
+
+def stored_dtype(source: Source, name: str) -> torch.dtype:
+    """The dtype in which a safetensors checkpoint holds a parameter of a decoder layer.
+
+    Args:
+        source: What `find_source` found.
+        name: The parameter's in the model. Where the files have other names, such as one matrix an expert, the layer's first
+            tensor stands for all.
+    """
+    assert source.index is not None
+    pattern = source.adapter.layer_key_pattern
+    wanted = pattern.match(name)
+    assert wanted is not None
+    found = {}
+    for entry in source.index.tensors.values():
+        match = pattern.match(entry.name)
+        if match is not None and match[2] == wanted[2] and entry.dtype in _FLOATS:
+            found[match[3]] = _FLOATS[entry.dtype]
+    return found.get(wanted[3]) or next(iter(found.values()), None) or _stored_dtype(source)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """Loads the source's tokenizer.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    folder, options = source.path, {}
+    if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise UserError(f"{source.identity.name}: there is no tokenizer in the folder (tokenizer.json and others)")
+    if source.format == "gguf":
+        folder, options = source.path.parent, {"gguf_file": source.path.name}
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:
+        raise UserError(
+            f"{source.identity.name}: transformers cannot load the tokenizer ({_one_line(error)})"
+        ) from None
+
+
+def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that does not think it is quantised, which transformers would refuse to save."""
+    from accelerate import init_empty_weights
+
+    config = model.config
+    del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    if placement := getattr(model, "hf_device_map", None):
+        from accelerate import dispatch_model
+
+        plain = dispatch_model(plain, placement)
+    return plain
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,157 @@
+"""What is being pruned: a checkpoint that is loaded when it is needed, or a live model that the caller holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sglp_llm.errors import UserError
+from sglp_llm.models.loading import (
+    DecoderModel,
+    check_streamable,
+    load_model,
+    load_streamed,
+    load_tokenizer,
+    stored_dtype,
+    wrap_model,
+)
+from sglp_llm.models.source import Source, find_source, fingerprint
+from sglp_llm.records import ModelIdentity
+
+
+class OpenedModel:
+    """A model to prune, opened without loading its weights.
+
+    Args:
+        model: Hub id, folder, ``.gguf`` file, or a live causal language model of transformers.
+        revision: Of a model on the Hub.
+        dtype: See `load_model`.
+        device_map: See `load_model`.
+        tokenizer: Instead of the checkpoint's own; needed with a live model, where text must be read.
+
+    Attributes:
+        source: The checkpoint; ``None`` for a live model.
+        identity: Name, family and fingerprint.
+        num_layers: Number of decoder layers.
+        streamed: Whether one decoder layer is in memory at a time.
+
+    Raises:
+        UserError: See `find_source` and `wrap_model`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device_map: str | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        self._dtype, self._device_map, self._tokenizer = dtype, device_map, tokenizer
+        self._scratch: Path | None = None
+        self.streamed = False
+        self._loaded: DecoderModel | None = None
+        self.source: Source | None = None
+        if isinstance(model, PreTrainedModel):
+            self._loaded = wrap_model(model)
+            self.identity = _live_identity(model)
+            self.num_layers = self._loaded.num_layers
+            self.config = model.config
+        else:
+            self.source = find_source(model, revision)
+            self.identity = self.source.identity
+            self.num_layers = self.source.num_layers
+            self.config = self.source.config
+
+    @property
+    def revision(self) -> str | None:
+        """The Hub commit, where there is one."""
+        return self.source.revision if self.source else None
+
+    @property
+    def setting(self) -> dict[str, str | None]:
+        """What a journal of work on this model depends on: its name too, as two fine-tuned copies have one fingerprint."""
+        return {"model": self.identity.name, "fingerprint": self.identity.fingerprint, "revision": self.revision}
+
+    def check_tokens(self, input_ids: torch.Tensor) -> None:
+        """Makes sure that the model can read these token ids, ``[sequences, tokens]``.
+
+        Raises:
+            UserError: One is beyond its vocabulary: the tokenizer is not the model's.
+        """
+        vocabulary = int(self.config.vocab_size)
+        if (highest := int(input_ids.max())) >= vocabulary:
+            raise UserError(
+                f"{self.identity.name}: the tokenizer does not belong to the model: "
+                f"it gives the token id {highest}, and the model knows 0..{vocabulary - 1}"
+            )
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a parameter of a decoder layer, by its name in the model, is exported: safetensors as they are."""
+        if self.source is None or self.source.index is None:
+            dtype: torch.dtype = self.load().model.dtype
+            return dtype
+        return stored_dtype(self.source, name)
+
+    def stream(self, scratch: str | Path | None = None) -> None:
+        """From now on the weights are loaded one decoder layer at a time.
+
+        Args:
+            scratch: Folder for the hidden states between layers; ``None`` means host memory.
+
+        Raises:
+            UserError: The model is live, is placed by accelerate, or its weights are not safetensors; or there is no such folder.
+        """
+        folder = None if scratch is None else Path(scratch).expanduser()
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"scratch: {scratch} is not a folder; make it first")
+        if self.source is None:
+            raise UserError("a live model is in memory already: the streamed engine is for checkpoints")
+        if self._device_map is not None:
+            raise UserError("device_map places a whole model, and the streamed engine one layer: leave one of them out")
+        check_streamable(self.source)
+        self.streamed, self._scratch = True, folder
+
+    def load(self) -> DecoderModel:
+        """The model in memory; loaded on the first call."""
+        if self._loaded is None:
+            assert self.source is not None
+            if self.streamed:
+                self._loaded = load_streamed(self.source, self._dtype, self._scratch)
+            else:
+                self._loaded = load_model(self.source, self._dtype, self._device_map)
+        return self._loaded
+
+    def release(self) -> None:
+        """Lets go of weights that were loaded here; a live model stays with its owner."""
+        if self.source is not None:
+            self._loaded = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; loaded on the first use.
+
+        Raises:
+            UserError: A live model came without one, or the checkpoint's cannot be read.
+        """
+        if self._tokenizer is None:
+            if self.source is None:
+                raise UserError(
+                    "a live model needs tokenizer=... (or a CalibrationSet) so that calibration text can be read"
+                )
+            self._tokenizer = load_tokenizer(self.source)
+        return self._tokenizer
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Saves the tokenizer, where there is one, with its chat template."""
+        if self._tokenizer is not None or self.source is not None:
+            self.tokenizer.save_pretrained(folder)
+
+
+def _live_identity(model: PreTrainedModel) -> ModelIdentity:
+    tensors = ((name, str(tensor.dtype), tensor.shape) for name, tensor in model.state_dict().items())
+    name = model.config.name_or_path or type(model).__name__
+    return ModelIdentity(name, model.config.model_type, fingerprint(model.config, tensors))

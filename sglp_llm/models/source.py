@@ -1,0 +1,263 @@
+"""Hub id, folder or GGUF file -> a `Source`: found, checked and fingerprinted, but not loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sglp_llm.adapters import DecoderAdapter, adapter_names, get_adapter
+from sglp_llm.errors import UserError
+from sglp_llm.models.hub import download
+from sglp_llm.records import ModelIdentity
+from sglp_llm.tensor_files import CheckpointIndex, read_index
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# What a configuration says about the software and the moment, not about the model.
+_VOLATILE_KEYS = {"transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "auto_map"}
+_VOLATILE_KEYS |= {"quantization_config"}
+# transformers', compressed-tensors' and MLX's word for it.
+_QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that can be pruned.
+
+    Attributes:
+        identity: Name, family and fingerprint.
+        revision: The Hub commit; ``None`` for local files.
+        path: The local folder, or the GGUF file.
+        format: What the weights are stored as.
+        raw_config: ``config.json`` as it stands in the folder; empty for GGUF.
+        config: transformers' resolved configuration.
+        adapter: The family's adapter.
+        index: Where every tensor lies; ``None`` unless the weights are safetensors.
+    """
+
+    identity: ModelIdentity
+    revision: str | None
+    path: Path
+    format: Literal["safetensors", "bin", "gguf"]
+    raw_config: Mapping[str, Any]
+    config: PretrainedConfig
+    adapter: DecoderAdapter
+    index: CheckpointIndex | None
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(getattr(self.config, self.adapter.depth_key))
+
+    def check_apart(self, output: Path) -> None:
+        """Makes sure that writing to ``output`` leaves the source alone.
+
+        Raises:
+            UserError: One of the two lies inside the other, or they are the same.
+        """
+        source, target = self.path.resolve(), output.resolve()
+        if target.is_relative_to(source) or source.is_relative_to(target):
+            raise UserError(f"{output}: the output must lie outside the source {self.path}, and must not contain it")
+
+
+def find_source(name: str | Path, revision: str | None = None) -> Source:
+    """Finds a checkpoint, downloads it where it is on the Hub, and makes sure that it can be pruned.
+
+    Args:
+        name: A local folder, a ``.gguf`` file, or the id of a model on the Hub.
+        revision: Hub branch, tag or commit.
+
+    Raises:
+        UserError: It does not exist; its files are damaged; or it is of a kind that cannot be pruned: quantised, a PEFT adapter,
+            in need of remote code, multimodal, or of a family without an adapter.
+    """
+    path, revision = _locate(name, revision, weights=True)
+    return _gguf_source(path, str(name)) if path.is_file() else _folder_source(path, str(name), revision)
+
+
+def find_config(name: str | Path, revision: str | None = None) -> tuple[PretrainedConfig, bool]:
+    """The configuration of a model that can be pruned; weights are neither needed nor downloaded.
+
+    Args:
+        name: A local folder, with weights or without, a ``.gguf`` file, or the id of a model on the Hub.
+        revision: Hub branch, tag or commit.
+
+    Returns:
+        transformers' resolved configuration, and whether the weights are GGUF.
+
+    Raises:
+        UserError: See `find_source`, but for weights.
+    """
+    path, _ = _locate(name, revision, weights=False)
+    if path.is_file():
+        return _gguf_source(path, str(name)).config, True
+    _checked_adapter(_raw_config(path), str(name))
+    return _resolved_config(path, str(name)), False
+
+
+def _locate(name: str | Path, revision: str | None, weights: bool) -> tuple[Path, str | None]:
+    """The local folder or file, and the Hub commit where there is one."""
+    path = Path(name).expanduser()
+    local = path.exists() or path.suffix == ".gguf" or str(name).startswith(("/", "./", "../", "~"))
+    if local and not path.exists():
+        raise UserError(f"{name}: there is no such folder or file")
+    if local and revision is not None:
+        raise UserError(f"{name}: a revision is for models on the Hub, and this is a local path")
+    return (path, revision) if local else download(str(name), revision, weights)
+
+
+def fingerprint(config: PretrainedConfig, tensors: Iterable[tuple[str, str, Iterable[int]]]) -> str:
+    """What tells models apart, independent of where they lie and how they are sharded.
+
+    Of the configuration the settings count that are not the family's defaults: when transformers saves a checkpoint again,
+    with other shards for instance, it writes out defaults that the JSON lacked before.
+
+    Args:
+        config: The resolved configuration.
+        tensors: Name, dtype and shape of every tensor, in any order.
+    """
+    defaults = type(config)().to_dict()
+    telling = {key: value for key, value in config.to_dict().items() if key not in defaults or value != defaults[key]}
+    lasting = {key: value for key, value in telling.items() if key not in _VOLATILE_KEYS and not key.startswith("_")}
+    headers = sorted([name, dtype, list(shape)] for name, dtype, shape in tensors)
+    text = json.dumps([config.model_type, lasting, headers], sort_keys=True, default=str)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _folder_source(folder: Path, name: str, revision: str | None) -> Source:
+    raw = _raw_config(folder)
+    adapter = _checked_adapter(raw, name)
+    config = _resolved_config(folder, name)
+    index = None
+    if any((folder / file).exists() for file in ("model.safetensors", "model.safetensors.index.json")):
+        index = read_index(folder)
+        _check_layers(index, adapter, int(getattr(config, adapter.depth_key)), name)
+        headers = [(entry.name, entry.dtype, entry.shape) for entry in index.tensors.values()]
+    elif files := sorted(folder.glob("pytorch_model*.bin")):
+        # Opening a pickle to read its headers is transformers' business; names and sizes are known without.
+        headers = [(file.name, "bin", (file.stat().st_size,)) for file in files]
+    else:
+        raise UserError(
+            f"{folder}: no weights: expected model.safetensors, its shards with an index, or pytorch_model.bin"
+        )
+    identity = ModelIdentity(name, str(raw["model_type"]), fingerprint(config, headers))
+    return Source(identity, revision, folder, "safetensors" if index else "bin", raw, config, adapter, index)
+
+
+def _gguf_source(path: Path, name: str) -> Source:
+    from gguf import GGUFReader
+
+    if path.suffix != ".gguf":
+        raise UserError(f"{path}: expected a folder or a .gguf file")
+    try:
+        tensors = [(t.name, t.tensor_type.name, [int(n) for n in t.shape]) for t in GGUFReader(path).tensors]
+    except Exception as error:  # the reader trusts its input: damage surfaces as any kind of exception
+        raise UserError(f"{path}: not a whole GGUF file ({' '.join(str(error).split())})") from None
+    config = _resolved_config(path.parent, name, gguf_file=path.name)
+    adapter = get_adapter(config.model_type)
+    _refuse_settings(config.to_dict(), adapter, name)
+    identity = ModelIdentity(name, config.model_type, fingerprint(config, tensors))
+    return Source(identity, None, path, "gguf", {}, config, adapter, None)
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.exists():
+        if (folder / "adapter_config.json").exists():
+            raise UserError(
+                f"{folder}: a PEFT adapter, not a model; merge it into its base model first (`merge_and_unload`)"
+            )
+        raise UserError(f"{folder}: no config.json; expected the folder of a transformers checkpoint")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a JSON file ({error})") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise UserError(f"{file}: no model_type; expected the configuration of a transformers model")
+    return raw
+
+
+def _checked_adapter(raw: Mapping[str, Any], name: str) -> DecoderAdapter:
+    model_type = str(raw["model_type"])
+    adapter = get_adapter(model_type) if model_type in adapter_names() else None
+    if key := next((key for key in _QUANTISED_KEYS if raw.get(key)), None):
+        method = raw[key].get("quant_method") if isinstance(raw[key], dict) else raw[key]
+        raise UserError(
+            f"{name}: the weights are quantised ({str(method or key).upper()}); "
+            "prune the unquantised model and quantise the result"
+        )
+    if remote := raw.get("auto_map"):
+        native = adapter.native_remote_classes if adapter else ()
+        entries = list(remote.values()) if isinstance(remote, dict) else [remote]
+        classes = [str(entry).split(".")[-1] for value in entries for entry in _as_list(value) if entry]
+        if not set(classes) <= set(native):
+            raise UserError(
+                f"{name}: the checkpoint needs remote code (auto_map: {', '.join(classes)}), which is not run; "
+                "use a conversion to a model family of transformers"
+            )
+    if wrapped := [key for key in ("text_config", "vision_config", "audio_config") if key in raw]:
+        text = raw.get("text_config")
+        inner = text.get("model_type", f"{model_type}_text") if isinstance(text, dict) else f"{model_type}_text"
+        raise UserError(
+            f"{name}: {model_type!r} is a multimodal wrapper (it has {', '.join(wrapped)}); "
+            f"save its text model ({inner}) as a checkpoint of its own and point at that"
+        )
+    if adapter is None:
+        try:
+            get_adapter(model_type)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    assert adapter is not None
+    _refuse_architecture(raw, name)
+    _refuse_settings(raw, adapter, name)
+    return adapter
+
+
+def _refuse_architecture(raw: Mapping[str, Any], name: str) -> None:
+    """A classifier or a bare decoder has no language model head: transformers would make up a random one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    causal = _as_list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[raw["model_type"]])
+    named = [str(architecture) for architecture in _as_list(raw.get("architectures") or [])]
+    if named and not set(named) & set(causal):
+        raise UserError(
+            f"{name}: the checkpoint is a {' and '.join(named)} (architectures), not the causal language model "
+            f"{' or '.join(causal)}"
+        )
+
+
+def _refuse_settings(config: Mapping[str, Any], adapter: DecoderAdapter, name: str) -> None:
+    for key, reason in adapter.refuse.items():
+        if config.get(key):
+            raise UserError(f"{name}: {key} is set, and such a model cannot be pruned: {reason}")
+
+
+def _resolved_config(folder: Path, name: str, **options: str) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, **options)
+    except (
+        Exception
+    ) as error:  # transformers validates with exceptions of many libraries; all mean: this configuration is off
+        raise UserError(
+            f"{name}: transformers cannot read the configuration ({' '.join(str(error).split())[:300]})"
+        ) from None
+
+
+def _check_layers(index: CheckpointIndex, adapter: DecoderAdapter, num_layers: int, name: str) -> None:
+    matches = (adapter.layer_key_pattern.match(tensor) for tensor in index.tensors)
+    stored = {int(match[2]) for match in matches if match}
+    missing, extra = sorted(set(range(num_layers)) - stored), sorted(stored - set(range(num_layers)))
+    if missing or extra:
+        what = f"layer {missing[0]} has no tensors" if missing else f"there are tensors of layer {extra[0]}"
+        raise UserError(f"{name}: config.json says {num_layers} decoder layers, but {what}")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

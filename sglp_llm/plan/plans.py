@@ -1,0 +1,290 @@
+"""PrunePlan <-> JSON. A plan that a person wrote needs only ``num_layers`` and one of ``kept`` and ``removed``.
+
+The replaced tensors of a compensated plan lie beside the JSON in a safetensors file, which the JSON names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglp_llm.errors import UserError, unknown
+from sglp_llm.records import ModelIdentity, PrunePlan, Segment
+
+if TYPE_CHECKING:
+    import torch
+
+PLAN_SCHEMA_VERSION = 1
+PLAN_FILE_NAME = "sglp_plan.json"
+# Not .safetensors: vLLM and SGLang load every *.safetensors of a folder that has no index, and would take these for weights.
+TENSORS_SUFFIX = ".tensors"
+
+KEYS = (
+    "schema_version",
+    "source",
+    "revision",
+    "num_layers",
+    "kept",
+    "removed",
+    "segments",
+    "scores",
+    "budget",
+    "settings",
+    "versions",
+)
+"""Keys of every plan."""
+
+COMPENSATION_KEYS = ("compensation", "replaced")
+"""Keys that only compensated plans have."""
+
+
+def plan_from_indices(num_layers: int, removed: Iterable[int]) -> PrunePlan:
+    """The plan that removes the given layers of a model of ``num_layers`` layers.
+
+    Raises:
+        UserError: An index is out of range or stands twice, no layer is removed, or none is left.
+    """
+    gone = _checked_indices(list(removed), num_layers, "removed layers")
+    return _checked(PrunePlan(num_layers, tuple(layer for layer in range(num_layers) if layer not in gone)), "the plan")
+
+
+def plan_to_dict(plan: PrunePlan) -> dict[str, Any]:
+    """The plan as a JSON object; its keys are `KEYS`, and what it has of `COMPENSATION_KEYS`.
+
+    Of replaced tensors it holds the names and shapes.
+    """
+    compensated: dict[str, Any] = {}
+    if plan.compensation:
+        compensated["compensation"] = dict(plan.compensation)
+    if plan.replaced:
+        compensated["replaced"] = {"tensors": {name: list(tensor.shape) for name, tensor in plan.replaced.items()}}
+    return {
+        "schema_version": PLAN_SCHEMA_VERSION,
+        "source": None if plan.source is None else vars(plan.source),
+        "revision": plan.revision,
+        "num_layers": plan.num_layers,
+        "kept": list(plan.kept),
+        "removed": list(plan.removed),
+        "segments": [[segment.start, segment.stop] for segment in plan.segments],
+        "scores": {name: list(values) for name, values in plan.scores.items()},
+        "budget": dict(plan.budget),
+        "settings": dict(plan.settings),
+        "versions": dict(plan.versions),
+        **compensated,
+    }
+
+
+def save_plan(plan: PrunePlan, path: Path) -> None:
+    """Writes the plan as JSON, one top-level key a line so that a person can read and edit it.
+
+    Replaced tensors go into a file of the same name that ends in `TENSORS_SUFFIX`.
+    """
+    data = plan_to_dict(plan)
+    if plan.replaced:
+        from sglp_llm.tensor_files.tensors import write_tensors
+
+        tensors = path.with_suffix(TENSORS_SUFFIX)
+        write_tensors(tensors, plan.replaced)
+        data["replaced"] = {"file": tensors.name, "sha256": _sha256(tensors), **data["replaced"]}
+    items = data.items()
+    path.write_text("{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in items) + "\n}\n")
+
+
+def load_plan(path: str | Path) -> PrunePlan:
+    """Reads a plan from a JSON file, or from ``sglp_plan.json`` in a folder, and the replaced tensors that lie beside it.
+
+    Raises:
+        UserError: There is no such file, it is not JSON, or it is not a plan; or its tensors are missing or others.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / PLAN_FILE_NAME
+    try:
+        data = json.loads(file.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
+    except FileNotFoundError:
+        raise UserError(f"{file}: there is no such plan file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot read the plan ({error})") from None
+    except RecursionError:
+        raise UserError(f"{file}: not a JSON file that can be read (nested too deeply)") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not a JSON file ({error})") from None
+    return plan_from_dict(data, str(file), file.parent)
+
+
+def plan_from_dict(data: object, where: str = "plan", folder: Path | None = None) -> PrunePlan:
+    """Checks a decoded JSON object and makes a plan of it.
+
+    Args:
+        data: What JSON gave.
+        where: File name for messages.
+        folder: Where the file with the replaced tensors lies; without one there may be none.
+
+    Raises:
+        UserError: A key is unknown, missing or of the wrong type, the indices do not fit ``num_layers``, or the replaced tensors
+            are missing, others than those that were saved, or not of layers that stay.
+    """
+    fields: dict[str, Any] = _typed(data, dict, where, "the plan", "a JSON object")
+    for key in fields:
+        if key not in KEYS + COMPENSATION_KEYS:
+            raise UserError(f"{where}: {unknown('key', key, KEYS + COMPENSATION_KEYS)}")
+    version = fields.get("schema_version", PLAN_SCHEMA_VERSION)
+    if type(version) is not int or version != PLAN_SCHEMA_VERSION:
+        raise UserError(f"{where}: schema_version {version!r} is not {PLAN_SCHEMA_VERSION}, the one this release reads")
+    num_layers = fields.get("num_layers")
+    if type(num_layers) is not int or num_layers < 1:
+        raise UserError(f"{where}: num_layers must be a positive whole number, not {num_layers!r}")
+    optional = {key: value for key, value in fields.items() if value is not None}
+    plan = PrunePlan(
+        num_layers=num_layers,
+        kept=_kept(fields, num_layers, where),
+        source=_identity(fields.get("source"), where),
+        revision=_typed(optional.get("revision"), (str, type(None)), where, "revision", "a text"),
+        segments=_segments(optional.get("segments", []), num_layers, where),
+        scores=_scores(optional.get("scores", {}), num_layers, where),
+        budget=_typed(optional.get("budget", {}), dict, where, "budget", "an object"),
+        settings=_typed(optional.get("settings", {}), dict, where, "settings", "an object"),
+        versions=_typed(optional.get("versions", {}), dict, where, "versions", "an object"),
+        replaced=_replaced(optional.get("replaced"), folder, where),
+        compensation=_typed(optional.get("compensation", {}), dict, where, "compensation", "an object"),
+    )
+    return _checked(plan, where)
+
+
+def _kept(data: Mapping[str, Any], num_layers: int, where: str) -> tuple[int, ...]:
+    given = {
+        key: _checked_indices(data[key], num_layers, f"{where}: {key}") for key in ("kept", "removed") if key in data
+    }
+    if not given:
+        raise UserError(f"{where}: a plan needs one of 'kept' and 'removed'")
+    everything = set(range(num_layers))
+    kept = given["kept"] if "kept" in given else everything - given["removed"]
+    if "removed" in given and kept != everything - given["removed"]:
+        raise UserError(f"{where}: 'kept' and 'removed' contradict each other; give one of them")
+    return tuple(sorted(kept))
+
+
+def _checked_indices(value: object, num_layers: int, where: str) -> set[int]:
+    if not isinstance(value, list) or any(type(layer) is not int for layer in value):
+        raise UserError(f"{where}: expected a list of whole numbers, not {value!r}")
+    for layer in value:
+        if not 0 <= layer < num_layers:
+            raise UserError(f"{where}: layer {layer} is not in 0..{num_layers - 1}")
+    if len(set(value)) != len(value):
+        raise UserError(f"{where}: a layer stands in the list twice: {value}")
+    return set(value)
+
+
+def _checked(plan: PrunePlan, where: str) -> PrunePlan:
+    if not plan.kept:
+        raise UserError(f"{where}: all {plan.num_layers} layers would be removed; at least one must stay")
+    if not plan.removed:
+        raise UserError(f"{where}: no layer would be removed")
+    check_replaced(plan, where)
+    return plan
+
+
+def check_replaced(plan: PrunePlan, where: str) -> None:
+    """Makes sure that the replaced tensors are those of layers that stay.
+
+    Raises:
+        UserError: One is not; the message begins with ``where``.
+    """
+    for name in plan.replaced:
+        found = re.search(r"\.(\d+)\.", name)  # in every family the first number on the path is the layer's
+        if found is None or int(found[1]) >= plan.num_layers:
+            raise UserError(
+                f"{where}: replaced: {name!r} is not the name of a parameter of layers 0..{plan.num_layers - 1}"
+            )
+        if int(found[1]) not in plan.kept:
+            raise UserError(f"{where}: replaced: {name!r} belongs to layer {int(found[1])}, which the plan removes")
+
+
+def _replaced(value: object, folder: Path | None, where: str) -> dict[str, torch.Tensor]:
+    if value is None:
+        return {}
+    fields = _typed(value, dict, where, "replaced", "an object with file, sha256 and tensors")
+    if set(fields) != {"file", "sha256", "tensors"} or folder is None:
+        raise UserError(
+            f"{where}: replaced must have exactly file, sha256 and tensors, and the file lie beside the plan"
+        )
+    name, shapes = fields["file"], _typed(fields["tensors"], dict, where, "replaced.tensors", "an object of shapes")
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        raise UserError(f"{where}: replaced.file must be a plain file name, not {name!r}")
+    file = folder / name
+    if not file.is_file():
+        raise UserError(f"{where}: the plan's replaced tensors are missing: {name} must lie beside it")
+    try:
+        digest = _sha256(file)
+    except OSError as error:
+        raise UserError(f"{where}: cannot read {name} ({error.strerror})") from None
+    if digest != fields["sha256"]:
+        raise UserError(f"{where}: {name} does not hold the tensors that the plan was saved with: its sha256 differs")
+    from sglp_llm.tensor_files.tensors import read_tensors
+
+    tensors = read_tensors(file)
+    for tensor, shape in shapes.items():
+        if tensor not in tensors:
+            raise UserError(f"{where}: replaced: there is no {tensor!r} in {name}")
+        if list(tensors[tensor].shape) != shape:
+            raise UserError(
+                f"{where}: replaced: {tensor!r} has the shape {list(tensors[tensor].shape)} in {name}, not {shape}"
+            )
+    return {tensor: tensors[tensor] for tensor in shapes}
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _identity(value: object, where: str) -> ModelIdentity | None:
+    if value is None:
+        return None
+    fields = _typed(value, dict, where, "source", "an object with name, model_type and fingerprint")
+    if set(fields) != {"name", "model_type", "fingerprint"} or any(type(text) is not str for text in fields.values()):
+        raise UserError(
+            f"{where}: source must have exactly the texts name, model_type and fingerprint; leave it out if unknown"
+        )
+    return ModelIdentity(**fields)
+
+
+def _segments(value: object, num_layers: int, where: str) -> tuple[Segment, ...]:
+    pairs = _typed(value, list, where, "segments", "a list of [start, stop] pairs")
+    if any(not isinstance(pair, list) or len(pair) != 2 or any(type(end) is not int for end in pair) for pair in pairs):
+        raise UserError(f"{where}: segments must be a list of [start, stop] pairs, half open")
+    segments = tuple(Segment(start, stop) for start, stop in pairs)
+    bounds = [0, *(segment.stop for segment in segments)]
+    if segments and (
+        [segment.start for segment in segments] != bounds[:-1]
+        or bounds != sorted(set(bounds))
+        or bounds[-1] != num_layers
+    ):
+        raise UserError(f"{where}: segments must cover 0..{num_layers} without gaps, in order")
+    return segments
+
+
+def _scores(value: object, num_layers: int, where: str) -> dict[str, tuple[float, ...]]:
+    scores = _typed(value, dict, where, "scores", "an object of lists")
+    for name, values in scores.items():
+        if (
+            not isinstance(values, list)
+            or len(values) != num_layers
+            or not all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in values)  # NaN is not
+        ):
+            raise UserError(f"{where}: scores.{name} must be a list of {num_layers} numbers")
+    return {name: tuple(float(x) for x in values) for name, values in scores.items()}
+
+
+def _typed(value: object, kind: type | tuple[type, ...], where: str, name: str, expected: str) -> Any:
+    if not isinstance(value, kind):
+        raise UserError(f"{where}: {name} must be {expected}, not {type(value).__name__}")
+    return value

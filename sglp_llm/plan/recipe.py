@@ -1,0 +1,198 @@
+"""Recipe <-> YAML: every setting of a run in one record. An unknown key is an error that names its nearest neighbour."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sglp_llm.errors import UserError, unknown
+from sglp_llm.plan.shipped import shipped_recipes
+from sglp_llm.plan.yaml_files import dump_yaml, read_yaml, record_from_dict
+from sglp_llm.records import Budget
+
+RECIPE_FILE_NAME = "sglp_recipe.yaml"
+
+SGLP = "sglp"
+"""The paper's pipeline: CKA segments, and GradNorm inside them."""
+
+
+@dataclass(frozen=True)
+class Protect:
+    """How many layers at the front and at the end are never removed (Shortened LLaMA's "+" keeps 4 and 2)."""
+
+    first: int = 0
+    last: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one pruning run; the defaults are the program's.
+
+    Attributes:
+        model: Hub id, folder or ``.gguf`` file.
+        revision: Hub branch, tag or commit.
+        dtype: What the analysis computes in. A GGUF or ``.bin`` source is exported in it too; safetensors are copied as they are.
+        device_map: accelerate's placement, ``auto`` for instance; none = one device, the GPU where there is one.
+        calibration: What `sglp_llm.calibration.sequences` can read: ``wikitext2``, ``text:FILE``, ...
+        samples: Number of calibration sequences.
+        seq_len: Tokens a sequence.
+        seed: Of everything that is drawn.
+        trial_samples: How many of the sequences the criteria use that try removals (ppl, sleb, kl, cka_output), the first ones;
+            none = all of them.
+        journal: Folder in which the criterion ``search`` keeps the outcomes of its trials, so that an interrupted run of the same
+            model, sequences and versions goes on where it was.
+        engine: ``resident`` holds the whole model in memory, ``streamed`` one decoder layer at a time; ``auto`` takes the first
+            where it is predicted to fit. Both give the same plan.
+        scratch: Folder for the hidden states that the streamed engine stores between layers; none = the host's memory.
+        batch_size: Sequences a forward-only pass computes at once; gradients are taken one sequence at a time. No result
+            depends on it.
+        criterion: ``sglp`` (CKA segments + gradnorm inside them, the paper's pipeline) or a name from ``criteria/``.
+        also: More criteria to score in the same pass, for the record.
+        options: Settings of single criteria, such as ``{angular: {tokens: all}}``.
+        kernel: CKA kernel, ``cosine`` (our default) or ``linear`` (the paper's).
+        minibatch_sequences: Calibration sequences a CKA minibatch.
+        minibatch_positions: Evenly spaced positions of each of them.
+        segments: Whether the criterion's scores are compared inside CKA segments; none = as the criterion is defined (``sglp``:
+            yes, all others: no). A criterion that gives a set cannot.
+        num_segments: Number of segments, or ``auto``.
+        features: What the segmentation looks at, ``column_sum`` or ``rows``.
+        min_drop: When ``auto`` stops adding segments.
+        protect: Layers that are never removed.
+        ratio: Share of the layers to remove, or
+        drop: their number, or
+        target_params: the number of parameters that may be left.
+        compensate: How the layers that stay make up for those that went: ``none``, or a name from ``compensation/``.
+        held_out: Share of the calibration sequences, the last ones, that a compensation is not fitted on but judged by.
+        candidates: How many of the sets that a search ends with are repaired in closed form before one is taken.
+        max_shard_size: Largest file of the output, such as ``2GB``; none = shards like the source's.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device_map: str | None = None
+    calibration: str = "wikitext2"
+    samples: int = 32
+    seq_len: int = 512
+    seed: int = 0
+    trial_samples: int | None = None
+    journal: str | None = None
+    engine: Literal["auto", "resident", "streamed"] = "auto"
+    scratch: str | None = None
+    batch_size: int = 8
+    criterion: str = "sglp"
+    also: tuple[str, ...] = ()
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kernel: Literal["cosine", "linear"] = "cosine"
+    minibatch_sequences: int = 8
+    minibatch_positions: int = 64
+    segments: bool | None = None
+    num_segments: int | Literal["auto"] = "auto"
+    features: Literal["column_sum", "rows"] = "column_sum"
+    min_drop: float = 0.05
+    protect: Protect = field(default_factory=Protect)
+    ratio: float | None = None
+    drop: int | None = None
+    target_params: int | None = None
+    compensate: str = "none"
+    held_out: float = 0.25
+    candidates: int = 3
+    max_shard_size: str | None = None
+
+    @property
+    def deciding_criterion(self) -> str:
+        """The criterion whose verdict decides: ``sglp`` is CKA segments with GradNorm inside them."""
+        return "gradnorm" if self.criterion == SGLP else self.criterion
+
+    @property
+    def is_segmented(self) -> bool:
+        """Whether layers are compared inside CKA segments only."""
+        return self.criterion == SGLP if self.segments is None else self.segments
+
+    @property
+    def budget(self) -> Budget:
+        """The three ways to say how much goes, as one record; `selection.check_budget` wants exactly one of them."""
+        return Budget(self.ratio, self.drop, self.target_params)
+
+    def with_changes(self, **changes: Any) -> Recipe:
+        """A copy with every change that is not None; a new budget replaces the old one whole, options join those there are.
+
+        Raises:
+            UserError: A key is unknown or a value has the wrong type.
+        """
+        given = {key: value for key, value in changes.items() if value is not None}
+        base = self.to_dict()
+        budget_keys = {"ratio", "drop", "target_params"}
+        if budget_keys & set(given):
+            base = {key: value for key, value in base.items() if key not in budget_keys}
+        if isinstance(given.get("protect"), Mapping):
+            given["protect"] = {**base["protect"], **given["protect"]}
+        changed = recipe_from_dict({**base, **given}, "settings")
+        if "options" in given:
+            options = {
+                name: {**self.options.get(name, {}), **changed.options.get(name, {})}
+                for name in {**self.options, **changed.options}
+            }
+            changed = dataclasses.replace(changed, options=options)
+        return changed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for YAML and JSON; settings that are not set are left out."""
+        plain = {**dataclasses.asdict(self), "also": list(self.also)}
+        return {key: value for key, value in plain.items() if value is not None}
+
+
+def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
+    """Checks plain data and makes a recipe of it.
+
+    Raises:
+        UserError: A key is unknown (the message names the nearest one) or a value has the wrong type.
+    """
+    recipe: Recipe = record_from_dict(Recipe, data, where)
+    for key in ("samples", "batch_size", "minibatch_sequences", "minibatch_positions", "candidates"):
+        _at_least(1, getattr(recipe, key), f"{where}: {key}")
+    for key, layers in vars(recipe.protect).items():
+        if layers < 0:
+            raise UserError(f"{where}: protect: {key} must not be negative, not {layers}")
+    _at_least(2, recipe.seq_len, f"{where}: seq_len")
+    if recipe.trial_samples is not None:
+        _at_least(1, recipe.trial_samples, f"{where}: trial_samples")
+    if recipe.scratch is not None and recipe.engine == "resident":
+        raise UserError(f"{where}: scratch is for the streamed engine: leave it out, or the engine 'resident'")
+    if recipe.num_segments != "auto":
+        _at_least(1, recipe.num_segments, f"{where}: num_segments")
+    if not 0 < recipe.held_out < 1:
+        raise UserError(f"{where}: held_out must be between 0 and 1, not {recipe.held_out!r}")
+    if not recipe.min_drop >= 0:
+        raise UserError(f"{where}: min_drop must not be negative, not {recipe.min_drop!r}")
+    return recipe
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """Reads a recipe from a YAML file, or one of the recipes that come with the package by its name.
+
+    Raises:
+        UserError: There is no such file or name, it is not YAML, or it is not a recipe.
+    """
+    path = Path(name)
+    shipped = shipped_recipes()
+    if str(name) in shipped:
+        data = read_yaml(shipped[str(name)], "recipe")
+    elif path.suffix in (".yaml", ".yml"):
+        data = read_yaml(path, "recipe")
+    else:
+        raise unknown("recipe", str(name), shipped)
+    return recipe_from_dict({} if data is None else data, str(name))
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the recipe as YAML, keys in the order of `Recipe`."""
+    path.write_text(dump_yaml(recipe.to_dict()), encoding="utf-8")
+
+
+def _at_least(least: int, value: int, where: str) -> None:
+    if value < least:
+        raise UserError(f"{where} must be at least {least}, not {value}")

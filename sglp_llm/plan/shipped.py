@@ -1,0 +1,61 @@
+"""What comes with the package as YAML: recipes, presets and suites, each by its file's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sglp_llm.errors import unknown
+from sglp_llm.plan.yaml_files import parse_yaml
+
+_PACKAGE = Path(__file__).parents[1]
+_PRESETS = Path(__file__).parent / "presets"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes' files by name, sorted."""
+    return _yaml_files(_shipped_folder("recipes"))
+
+
+def shipped_suites() -> dict[str, Path]:
+    """The files of the suites of lm-eval tasks by name, sorted."""
+    return _yaml_files(_shipped_folder("eval"))
+
+
+def preset_settings(name: str | None) -> dict[str, Any]:
+    """The settings of a preset, for `Recipe.with_changes`: how layers are chosen and repaired, not of which model.
+
+    Args:
+        name: One of `preset_names`; ``None`` means none, which sets nothing.
+
+    Raises:
+        UserError: There is none of that name; the message lists the known ones and the nearest name.
+    """
+    if name is None:
+        return {}
+    shipped = _yaml_files(_PRESETS)
+    if name not in shipped:
+        raise unknown("preset", name, shipped)
+    settings = parse_yaml(shipped[name].read_text(encoding="utf-8"), name)
+    assert isinstance(settings, dict)
+    return settings
+
+
+def preset_description(name: str) -> str:
+    """The comment that a preset begins with."""
+    return str(_yaml_files(_PRESETS)[name].read_text(encoding="utf-8").split("\n")[0].removeprefix("# "))
+
+
+def preset_names() -> list[str]:
+    """The presets, sorted."""
+    return list(_yaml_files(_PRESETS))
+
+
+def _yaml_files(folder: Path) -> dict[str, Path]:
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def _shipped_folder(name: str) -> Path:
+    """A folder that stands at the top of the repository; a wheel has it inside the package."""
+    installed = _PACKAGE / name
+    return installed if installed.is_dir() else _PACKAGE.parent / name

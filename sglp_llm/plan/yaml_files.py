@@ -1,0 +1,105 @@
+"""YAML <-> records: a file that people write, checked against the annotations of a dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sglp_llm.errors import UserError, unknown
+
+
+def read_yaml(path: Path, kind: str) -> object:
+    """The plain data of a YAML file; None when there is nothing in it.
+
+    Args:
+        path: The file.
+        kind: What it should be, for the message.
+
+    Raises:
+        UserError: It cannot be read, or it is not YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the {kind} ({error})") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str) -> object:
+    """The plain data of a YAML text.
+
+    Args:
+        text: The text.
+        name: Where it stands, for the message.
+
+    Raises:
+        UserError: It is not YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise UserError(f"{name}: not a YAML file that can be read (nested too deeply)") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that does not exist
+        raise UserError(f"{name}: not a YAML file ({' '.join(str(error).split())})") from None
+
+
+def dump_yaml(data: Mapping[str, Any]) -> str:
+    """Plain data as YAML, keys in their order."""
+    text: str = yaml.safe_dump(dict(data), sort_keys=False)
+    return text
+
+
+def record_from_dict(cls: type, data: object, where: str) -> Any:
+    """Checks plain data against the annotations of a dataclass, and makes one of it.
+
+    Raises:
+        UserError: A key is unknown (the message names the nearest one) or missing, or a value has the wrong type.
+    """
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where}: expected 'key: value' lines, not {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise UserError(f"{where}: {unknown('key', str(key), hints)}")
+    for field_ in dataclasses.fields(cls):
+        if field_.name not in data and field_.default is field_.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}: the key {field_.name!r} is missing")
+    return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in data.items()})
+
+
+def _convert(value: object, hint: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        cls = typing.cast(type, hint)
+        return record_from_dict(cls, vars(value) if isinstance(value, cls) else value, where)
+    if hint == tuple[str, ...]:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise UserError(f"{where} must be a list of texts, not {value!r}")
+    if hint == dict[str, dict[str, Any]]:
+        if isinstance(value, Mapping) and all(isinstance(inner, Mapping) for inner in value.values()):
+            return {str(name): dict(inner) for name, inner in value.items()}
+        raise UserError(f"{where} must be settings by criterion, such as {{angular: {{tokens: all}}}}, not {value!r}")
+    if hint == dict[str, str]:
+        if isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair):
+            return dict(value)
+        raise UserError(f"{where} must be 'name: text' lines, not {value!r}")
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    allowed: list[str] = []
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            if value in typing.get_args(option):
+                return value
+            allowed += map(str, typing.get_args(option))
+        elif type(value) is option or (option is type(None) and value is None):
+            return value
+        elif option is float and type(value) is int:
+            return float(value)
+        elif option is not type(None):
+            allowed.append({str: "text", int: "a whole number", float: "a number", bool: "true or false"}[option])
+    raise UserError(f"{where} must be {' or '.join(allowed)}, not {value!r}")

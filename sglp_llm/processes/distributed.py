@@ -1,0 +1,98 @@
+"""The processes that a launcher started, on any number of hosts, and how they end together."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import distributed
+
+from sglp_llm.errors import UserError
+from sglp_llm.processes.base import ALONE, Processes
+from sglp_llm.processes.launch import process_count
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the slowest one, which may be hours behind. Nobody waits for a failed one: it says so."""
+
+
+class Distributed(Processes):
+    """One of several processes, in process groups of their own: gloo for tensors on the CPU, NCCL for those on a GPU.
+
+    Every collective call begins with the question whether somebody has failed, so that nobody waits for a process that
+    will not come.
+    """
+
+    def __init__(self) -> None:
+        self._is_ours = not distributed.is_initialized()
+        if self._is_ours:
+            distributed.init_process_group("gloo")
+        self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self._groups = {"cpu": self._group}
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            self._groups["cuda"] = distributed.new_group(backend="nccl")
+        self.index, self.count = distributed.get_rank(), distributed.get_world_size()
+        self._has_failed = False
+        atexit.register(self._leave)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        # What may fail in one process alone, for want of memory, comes before the others count on it.
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self._agree(None)
+        distributed.all_reduce(total, group=self._groups[total.device.type])
+        return total
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        try:
+            yield
+        except _Ended:
+            raise
+        except BaseException as error:
+            self._agree(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+            raise
+        self._agree(None)
+
+    def _agree(self, failure: str | None) -> None:
+        """Tells all processes the failure of this one, if any, and ends this one with that of another."""
+        failures: list[str | None] = [None] * self.count
+        try:
+            distributed.all_gather_object(failures, failure, group=self._group)
+        except RuntimeError as error:  # a connection to a process that was killed
+            if failure is None:
+                raise _Ended("another process is gone without a word: was it killed, or out of memory?") from error
+            return
+        failed = [index for index, message in enumerate(failures) if message is not None]
+        self._has_failed |= bool(failed)
+        if failed and failure is None:
+            raise _Ended(f"process {failed[0]}: {failures[failed[0]]}")
+
+    def _leave(self) -> None:
+        # The launcher kills the others as soon as one has ended with an error: first the main process may say what it was.
+        if self._has_failed:
+            self._agree("over")
+        if self._is_ours:
+            distributed.destroy_process_group()
+
+
+class _Ended(UserError):
+    """Another process has failed, and all know it."""
+
+
+_current: list[Distributed] = []
+
+
+def current_processes() -> Processes:
+    """The processes that torchrun or accelerate launch started, or `ALONE`; the first call waits for all of them.
+
+    Each process computes on the GPU of its number on the host, where there are GPUs, and on the CPU otherwise.
+    """
+    if process_count() < 2:
+        return ALONE
+    if not _current:
+        _current.append(Distributed())
+    return _current[0]

@@ -1,0 +1,13 @@
+"""Returns what a model computes without some of its layers, for many sets of layers. Start with `trials.py`.
+
+`observer.py` is the interface of what watches trials, `measures.py` what is measured, `costs.py` measures on more and more
+sequences, `journal.py` keeps finished work on disk.
+"""
+
+from __future__ import annotations
+
+from sglp_llm.trials.journal import Journal
+from sglp_llm.trials.observer import Removed, TrialObserver
+from sglp_llm.trials.trials import Trials
+
+__all__ = ["Journal", "Removed", "TrialObserver", "Trials"]

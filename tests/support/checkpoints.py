@@ -1,0 +1,160 @@
+"""Tiny checkpoints, ways to damage them, and the command line in this process."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+from helpers import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sglp_llm.adapters import get_adapter
+from sglp_llm.cli import main as cli
+
+torch.set_num_threads(1)  # more of them only wait for each other over models this small
+
+QUICK = ("--calibration", "pydoc", "--samples", "4", "--seq-len", "16")
+"""The smallest calibration that makes an analysis."""
+
+PLAN = {"num_layers": 6, "removed": [2, 4]}
+"""A plan as a person writes it."""
+
+Damage = Callable[[Path], object]
+"""What happens to a copy of a whole checkpoint."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The message of a command that failed as it should: one line on stderr, nothing on stdout.
+
+        A run that got as far as loading the weights has said before how much memory that takes.
+        """
+        lines = [line for line in self.err.splitlines() if not line.startswith("Memory: about ")]
+        assert (len(lines), self.out) == (1, ""), (self.err, self.out)
+        assert lines[0].startswith("sglp-llm: error: "), lines
+        return lines[0].removeprefix("sglp-llm: error: ")
+
+
+def run_cli(*arguments: object) -> Outcome:
+    """Runs ``sglp-llm ARGUMENTS`` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with patch.object(sys, "argv", ["sglp-llm", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+        code = cli._run()
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def tiny_model(model_type: str = "llama", **changes: Any) -> PreTrainedModel:
+    """A model of a few thousand random parameters, the same ones at every call."""
+    config = AutoConfig.for_model(model_type, **{**get_adapter(model_type).tiny_configs[0], **changes})
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def save_tiny(folder: Path, model_type: str = "llama", **changes: Any) -> Path:
+    """Saves `tiny_model` with a tokenizer."""
+    tiny_model(model_type, **changes).save_pretrained(folder)
+    tiny_tokenizer(bos=True).save_pretrained(folder)
+    return folder
+
+
+def copied(source: Path, folder: Path, damage: Damage = lambda _: None) -> Path:
+    """A copy of a checkpoint, changed."""
+    shutil.copytree(source, folder)
+    damage(folder)
+    return folder
+
+
+def edited(name: str, /, **changes: Any) -> Damage:
+    """Changes keys of a JSON file; None removes one."""
+
+    def damage(folder: Path) -> None:
+        data = {**json.loads((folder / name).read_text()), **changes}
+        (folder / name).write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+    return damage
+
+
+def written(name: str, content: str | bytes) -> Damage:
+    """Writes a file."""
+    return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def without(name: str) -> Damage:
+    """Removes a file."""
+    return lambda folder: (folder / name).unlink()
+
+
+def in_turn(*damages: Damage) -> Damage:
+    """One change after another."""
+    return lambda folder: [damage(folder) for damage in damages]
+
+
+def logits(folder: Path, skip: tuple[int, ...] = (), **options: Any) -> torch.Tensor:
+    """What plain transformers computes from a folder on a fixed input, with some decoder layers taken out."""
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    return logits_of(model, skip)
+
+
+def logits_of(model: PreTrainedModel, skip: tuple[int, ...] = ()) -> torch.Tensor:
+    """``[1, 12, vocabulary]``."""
+    layers = model.get_submodule(get_adapter(model.config.model_type).layers)
+    handles = [layers[index].register_forward_hook(lambda _, args, out: args[0]) for index in skip]
+    with torch.inference_mode():
+        result: torch.Tensor = model.eval()(torch.arange(12)[None] + 3, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return result
+
+
+def write_gguf(path: Path) -> Path:
+    """Writes `tiny_model` as a float32 GGUF file, with a tokenizer, as llama.cpp's converter would."""
+    model, tokenizer = tiny_model(vocab_size=300), json.loads(tiny_tokenizer()._tokenizer.to_str())["model"]
+    config, writer = model.config, GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(list(tokenizer["vocab"]))
+    writer.add_token_types([3] * 3 + [1] * (len(tokenizer["vocab"]) - 3))  # control tokens first
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        for kind, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+            if f"{kind}_proj" in name:  # the two halves of rotary embeddings are interleaved in GGUF
+                tensor = tensor.view(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+        stem, _, suffix = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
