@@ -96,7 +96,16 @@ def export_from_model(model: PreTrainedModel, folder: Path, max_shard_size: int 
         folder: An existing, empty folder.
         max_shard_size: Largest shard in bytes; ``None`` leaves it to transformers.
     """
-    model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+    options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    try:
+        model.save_pretrained(folder, **options)
+    except ValueError:  # transformers before 5.21 saves no generation settings that contradict each other
+        own = model.generation_config
+        model.generation_config = type(own)()
+        try:
+            model.save_pretrained(folder, **options)
+        finally:
+            model.generation_config = own
 
 
 def carry_over(source: Path, folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import run_cli
-from helpers import ROOT, comparison_pieces
+from helpers import ROOT, TEXT, comparison_pieces
 from tiny_models import Tiny, save_tiny, tiny_model
 
 from sglp_llm import analyze, prune
@@ -25,7 +25,7 @@ from sglp_llm.plan import plan_from_indices
 from sglp_llm.trials import Journal
 
 CRITERIA = ("sglp", "bi", "angular", "taylor", "ppl", "sleb", "kl", "random")
-SETTINGS = ("--calibration", "pydoc", "--samples", "4", "--seq-len", "48", "--trial-samples", "2")
+SETTINGS = ("--calibration", TEXT, "--samples", "4", "--seq-len", "48", "--trial-samples", "2")
 MEASURES = ("--eval", "pydoc", "--eval", "pydoc:train", "--window", "48", "--max-windows", "3")
 
 
@@ -51,7 +51,7 @@ def test_every_choice_is_that_of_the_criterions_own_analysis(tiny: Path, finishe
     rows = json.loads((finished / "compare.json").read_text())["rows"]
     assert [(row["method"], len(row["removed"])) for row in rows] == [(name, n) for name in CRITERIA for n in (1, 3)]
     for row in rows:
-        options: dict[str, Any] = {"samples": 4, "seq_len": 48, "trial_samples": 2, "calibration": "pydoc"}
+        options: dict[str, Any] = {"samples": 4, "seq_len": 48, "trial_samples": 2, "calibration": TEXT}
         plan = analyze(tiny, criterion=row["method"], drop=len(row["removed"]), **options).plan
         assert plan.removed == tuple(row["removed"])
         assert row["ratio"] == round(len(row["removed"]) / 6, 4)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import run_cli
-from helpers import ROOT, comparison_pieces, tiny_tokenizer
+from helpers import ROOT, TEXT, comparison_pieces, tiny_tokenizer
 from tiny_models import Tiny, load_plain, save_tiny, tiny_model
 
 from sglp_llm.analysis.decisions import repair_best
@@ -33,7 +33,7 @@ from sglp_llm.plan import Recipe, load_plan, preset_names
 from sglp_llm.records import Budget, ComparisonRow
 
 METHODS = ("angular", "angular+linear", "bi+scale", "bi+linear", "search", "sglp-search", "sglp-search+linear", "bi")
-SETTINGS = ("--calibration", "pydoc", "--samples", "8", "--seq-len", "48", "--trial-samples", "2")
+SETTINGS = ("--calibration", TEXT, "--samples", "8", "--seq-len", "48", "--trial-samples", "2")
 WINDOWS = 20  # two pieces
 MEASURES = ("--eval", "pydoc", "--window", "32", "--max-windows", str(WINDOWS))
 NAME = f"pydoc:test ({WINDOWS} x 32)"
@@ -43,7 +43,7 @@ NAME = f"pydoc:test ({WINDOWS} x 32)"
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learned a little of the text: what a random one loses cannot be restored."""
     model = tiny_model(Tiny("llama", 0))
-    ids = calibration_set(tiny_tokenizer(), "pydoc", samples=64, seq_len=48).input_ids
+    ids = calibration_set(tiny_tokenizer(), TEXT, samples=64, seq_len=48).input_ids
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(60):
         batch = ids.roll(-8 * step, 0)[:8]
@@ -252,7 +252,7 @@ def test_seeds_give_means_and_spreads(tiny: Path, tmp_path: Path) -> None:
 def test_a_candidate_that_nothing_can_repair_loses_to_one_that_can(tiny: Path) -> None:
     """Nothing is in front of a cut of the first layers."""
     opened = OpenedModel(tiny)
-    calibration = calibration_set(opened.tokenizer, "pydoc", samples=8, seq_len=48)
+    calibration = calibration_set(opened.tokenizer, TEXT, samples=8, seq_len=48)
     recipe = Recipe(compensate="linear", drop=1)
     removed, compensated = repair_best(opened, recipe, calibration, [(0,), (5,)])
     assert removed == (5,)
@@ -324,7 +324,7 @@ def test_refusals(tiny: Path, finished: Path, tmp_path: Path) -> None:
 
 def test_candidates_are_judged_by_the_loss_after_the_repair_on_a_quarter_of_the_first_sequences(tiny: Path) -> None:
     opened = OpenedModel(tiny)
-    calibration = calibration_set(opened.tokenizer, "pydoc", samples=40, seq_len=16)
+    calibration = calibration_set(opened.tokenizer, TEXT, samples=40, seq_len=16)
     sets = [(1, 2), (3, 4), (1, 4)]
     recipe = Recipe(compensate="linear", drop=2, candidates=3, held_out=0.1)
     removed, compensated = repair_best(opened, recipe, calibration, sets)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from calibration_sets import padded_set, plain_set
 from checkpoints import QUICK, run_cli, write_gguf
+from helpers import TEXT
 from tiny_models import Tiny, every_tiny, logits_of, random_model, save_tiny, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
@@ -321,7 +322,7 @@ def test_eval_prints_the_same_with_either_engine(tmp_path: Path) -> None:
     for engine in ("resident", "streamed"):
         options = (
             "--data",
-            "pydoc",
+            TEXT,
             "--window",
             32,
             "--max-windows",

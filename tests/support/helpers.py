@@ -11,6 +11,9 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).parents[2]
 """The repository."""
 
+TEXT = f"text:{ROOT / 'LICENSE'}"
+"""Calibration text that is the same with every Python: what ``pydoc`` holds is not."""
+
 MERGES = (
     "Ġ t,h e,Ġ a,i n,r e,o n,Ġt he,e r,Ġ s,a t,Ġ o,e n,Ġ c,i t,i s,Ġ w,o r,a n,Ġ b,Ġ f,e s,Ġ p,in g,o u,Ġa n,a l,a r,"
     "Ġt o,Ġo f,e d,Ġ m,Ġ in,Ġ d,Ġan d,i c,l e,Ġ is,Ġ h,r o,Ċ Ċ,a s"
