@@ -34,7 +34,7 @@ __all__ = [
     "prune",
 ]
 
-# Where each name lives. Importing them here would import torch, which costs `sglp-llm --help` two seconds (PEP 562).
+# The module of each name. Importing them here would import torch, which costs `sglp-llm --help` two seconds (PEP 562).
 _HOMES = {
     "Analysis": "records",
     "CalibrationSet": "calibration",

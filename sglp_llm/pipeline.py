@@ -1,4 +1,4 @@
-"""The whole story: `analyze` makes a plan, `prune` makes a plan and the shortened checkpoint."""
+"""The two main functions: `analyze` makes a plan, `prune` makes a plan and writes the shortened checkpoint."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def analyze(
     Args:
         model: Hub id, folder, ``.gguf`` file, or a live transformers model.
         recipe: The settings; the defaults are `Recipe`'s, with a quarter of the layers as the budget.
-        preset: A way to choose and repair, from ``sglp-llm ls presets``; it changes the recipe, and the settings change it.
+        preset: A named combination of criterion and compensation, from ``sglp-llm ls presets``; overrides the recipe.
         tokenizer: Needed with a live model, unless ``calibration`` holds token ids.
         calibration: The calibration set, or where to read it (``"wikitext2"``, ``"text:FILE"``, ``"pydoc"``, ...).
-        progress: Told the sequences that are done.
-        processes: Those that share the sequences (`current_processes`); all return the same.
+        progress: Reports finished sequences.
+        processes: The processes that share the sequences (`current_processes`); all return the same result.
         on_forecast: See `OnForecast`.
-        **settings: Single settings that replace the recipe's: ``ratio=0.25``, ``criterion="bi"``, ...
+        **settings: Single settings that override the recipe and the preset: ``ratio=0.25``, ``criterion="bi"``, ...
 
     Raises:
         UserError: Something in the model, the text or the settings is wrong; one line says what.
@@ -84,27 +84,27 @@ def prune(
 ) -> RunReport:
     """Removes decoder layers and writes the shortened checkpoint.
 
-    The output appears whole or not at all. A live model is shortened in place, like `drop_layers` does. Of several processes
-    the main one writes, and the others return after the analysis.
+    The output appears complete or not at all. A live model is shortened in place, as by `drop_layers`. With several processes
+    only the main one writes; the others return after the analysis.
 
     Args:
         model: Hub id, folder, ``.gguf`` file, or a live transformers model.
         output: Folder to write.
-        plan: Skips the analysis; ``recipe``'s budget and criterion are not used then. Where it was compensated, the new weights
+        plan: Skips the analysis; ``recipe``'s budget and criterion are then not used. The replaced weights of a compensated plan
             are written.
         recipe: See `analyze`; it must hold a budget unless there is a plan.
         preset: See `analyze`.
         tokenizer: See `analyze`.
         calibration: See `analyze`; with a plan it is only read for the reload check (default: ``"pydoc"``).
-        overwrite: Replace an output that exists.
-        verify: Reload the result with plain transformers and compare it with the source, layers skipped.
-        progress: Told sequences and bytes that are done.
+        overwrite: Replace an existing output.
+        verify: Reload the result with plain transformers and compare it with the source model, removed layers skipped.
+        progress: Reports finished sequences and written bytes.
         processes: See `analyze`.
         on_forecast: See `OnForecast`.
         **settings: See `analyze`.
 
     Raises:
-        UserError: See `analyze`; also an output that exists or lies inside the source, or a plan for another model.
+        UserError: See `analyze`; also an output that exists or is inside the source, or a plan for another model.
         VerificationError: The reload check failed; nothing is left at ``output``.
     """
     output = Path(output).expanduser()
@@ -112,7 +112,7 @@ def prune(
     analysis = None
     with processes.failing_together():
         if plan is not None and calibration is None and recipe is None:
-            calibration = "pydoc"  # any text does for the reload check, and this one is always there
+            calibration = "pydoc"  # any text serves for the reload check, and this one needs no network
         recipe = _recipe(recipe, preset, calibration, settings)
         check_output(output, overwrite)
         max_shard_size = None if recipe.max_shard_size is None else parse_bytes(recipe.max_shard_size)
@@ -161,7 +161,7 @@ def prune(
 def _recipe(
     recipe: Recipe | None, preset: str | None, calibration: CalibrationSet | str | None, settings: dict[str, Any]
 ) -> Recipe:
-    if isinstance(calibration, CalibrationSet):  # it is what it is, whatever a recipe's defaults say
+    if isinstance(calibration, CalibrationSet):  # its own size is recorded, not the recipe's
         samples, seq_len = calibration.input_ids.shape
         settings |= {"calibration": calibration.source, "samples": samples, "seq_len": seq_len}
     elif calibration is not None:

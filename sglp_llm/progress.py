@@ -1,4 +1,4 @@
-"""How long work tells the outside how far it is, without knowing who listens."""
+"""The interface through which long computations report progress, independent of how it is displayed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 Advance = Callable[[int], None]
-"""Call it with the number of units that were just finished."""
+"""Called with the number of units that were just finished."""
 
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 """``with progress("description", total) as advance: ... advance(1)``."""
@@ -14,5 +14,5 @@ Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 @contextmanager
 def silent(description: str, total: int) -> Iterator[Advance]:
-    """The progress that shows nothing: the default of every function of the library."""
+    """A `Progress` that displays nothing: the default of every library function."""
     yield lambda _: None

@@ -1,4 +1,4 @@
-"""The frozen records that cross rooms. Layer indices are 0-based and always those of the ORIGINAL model."""
+"""Frozen records that several subpackages share. Layer indices are 0-based and always those of the ORIGINAL model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive decoder layers ``[start, stop)`` whose representations are alike."""
+    """Consecutive decoder layers ``[start, stop)`` with similar representations."""
 
     start: int
     stop: int
@@ -40,7 +40,7 @@ class SimilarityMatrix:
 
     @property
     def column_sums(self) -> list[float]:
-        """``s_l = sum_j CKA[l, j]``, one number a layer."""
+        """``s_l = sum_j CKA[l, j]``, one number per layer."""
         return [float(value) for value in self.values.sum(dim=0)]
 
 
@@ -49,9 +49,9 @@ class Budget:
     """How much to remove: exactly one of the three.
 
     Attributes:
-        ratio: Share of the decoder layers, in (0, 1); ``floor(ratio * L + 0.5)`` layers go.
+        ratio: Share of the decoder layers, in (0, 1); ``floor(ratio * L + 0.5)`` layers are removed.
         drop: Number of decoder layers.
-        target_params: Largest number of parameters that may be left; the fewest layers that reach it go.
+        target_params: Largest number of parameters that may remain; as few layers as possible are removed to reach it.
     """
 
     ratio: float | None = None
@@ -65,13 +65,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What tells two models apart.
+    """Identifies a model.
 
     Attributes:
         name: The Hub id, folder or file as the user wrote it.
         model_type: transformers' ``config.model_type``.
         fingerprint: ``sha256:...`` over the configuration and every tensor's name, dtype and shape: the same for two copies
-            of a checkpoint wherever they lie and however they are sharded, different for another architecture or size.
+            of a checkpoint, whatever their location and sharding; different for another architecture or size.
     """
 
     name: str
@@ -81,20 +81,20 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Which decoder layers stay. The waist of the program: analysis makes plans, export consumes them.
+    """Which decoder layers are kept. An analysis makes the plan, an export carries it out.
 
     Attributes:
         num_layers: Depth of the original model.
-        kept: Original indices of the layers that stay, ascending.
-        source: The model the plan was made for; ``None`` when a person wrote the plan without saying.
+        kept: Original indices of the kept layers, ascending.
+        source: The model the plan was made for; ``None`` when a hand-written plan does not name one.
         revision: The Hub commit the plan was made for.
-        segments: The partition that was used; empty when there was none.
-        scores: Per-layer numbers by name, each of length ``num_layers``.
-        budget: What the user asked for, as in `Budget.to_dict`.
+        segments: The partition of the layers that was used; empty when there was none.
+        scores: Per-layer scores by name, each of length ``num_layers``.
+        budget: The requested budget, as in `Budget.to_dict`.
         settings: Every other setting that led to the plan.
         versions: Versions of the software that made it.
-        replaced: Where a cut was compensated: new values of the layers that stay, by the parameter's name in the transformers
-            model (with its ORIGINAL layer index), in the shape and dtype of what they replace.
+        replaced: New values from a compensation for parameters of kept layers, by the parameter's name in the transformers
+            model (with its ORIGINAL layer index), in the parameter's shape and dtype.
         compensation: What was fitted and how well, as plain data; empty without compensation.
     """
 
@@ -112,19 +112,19 @@ class PrunePlan:
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """Original indices of the layers that go, ascending."""
+        """Original indices of the removed layers, ascending."""
         kept = set(self.kept)
         return tuple(layer for layer in range(self.num_layers) if layer not in kept)
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `analyze` returns: the plan, and what it was made from.
+    """What `analyze` returns: the plan, and what it is based on.
 
     Attributes:
-        plan: Which layers stay.
+        plan: Which layers are kept.
         similarity: The CKA matrix; ``None`` when the criterion does not use it.
-        calibration_loss: Mean loss of the calibration sequences in nats a token; ``None`` when no gradients were taken.
+        calibration_loss: Mean loss of the calibration sequences in nats per token; ``None`` when no gradients were computed.
         params_before: Parameters of the model.
         params_after: Parameters with the plan's layers removed.
     """
@@ -142,9 +142,9 @@ class RunReport:
 
     Attributes:
         output: The folder that was written.
-        plan: Which layers stay.
-        bytes_written: Size of the folder's weight files; 0 in a process that left the writing to the main one.
-        verification: What the reload check found, as plain data; ``None`` when it was switched off, or left to the main process.
+        plan: Which layers are kept.
+        bytes_written: Size of the folder's weight files; 0 in every process but the main one.
+        verification: Result of the reload check, as plain data; ``None`` without one, and in every process but the main one.
         seconds: Wall time by stage.
         analysis: ``None`` when the plan was given.
     """
@@ -162,14 +162,14 @@ class ComparisonRow:
     """One method at one depth.
 
     Attributes:
-        method: Its name: a criterion or preset, with ``+`` and the compensation where one is added.
+        method: Name of the method: a criterion or preset, with ``+`` and the compensation where one is added.
         ratio: Share of the layers that are removed.
-        removed: Original indices of the layers that are removed, ascending.
-        results: Numbers by measurement and name. ``log_gap`` is ln(perplexity / dense perplexity), and its standard error that
-            of the differences over windows.
+        removed: Original indices of the removed layers, ascending.
+        results: Numbers by measurement and name. ``log_gap`` is ln(perplexity / dense perplexity); its standard error is that
+            of the paired differences over windows.
         losses: See `Measured`, by measurement.
-        plan: Folder of the plan, in that of the comparison.
-        compensation_seconds: Wall time of the compensation, which rows that remove the same layers share; 0 without one.
+        plan: Folder of the plan, relative to the comparison's.
+        compensation_seconds: Wall time of the compensation, the same for rows that share one; 0 without one.
     """
 
     method: str
@@ -183,18 +183,18 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class Pair:
-    """A method against the best single criterion at the same depth, on one measurement.
+    """A method compared with the best single criterion at the same depth, on one measurement.
 
     Attributes:
         method: The method.
-        best: The single criterion that did best there.
+        best: The best single criterion at this depth.
         layers_removed: The depth.
         measurement: Name of the measurement.
-        difference: Of the log perplexities, or of a suite's averages: the method's less the best's.
-        difference_standard_error: Over windows, pair by pair; of averages from the tasks' own standard errors, ``None`` where a
-            task has none.
-        gap_ratio: The method's ``log_gap`` over the best's: below 1, less is lost. ``None`` of a suite, and where the best loses
-            nothing.
+        difference: Of the log perplexities, or of a suite's averages: the method's minus the best criterion's.
+        difference_standard_error: Of the paired differences over windows; for averages, from the tasks' own standard errors,
+            ``None`` where a task has none.
+        gap_ratio: The method's ``log_gap`` over the best criterion's; below 1, the method loses less. ``None`` for a suite, and
+            where the best criterion loses nothing.
         gap_ratio_standard_error: By the delta method.
     """
 
@@ -215,14 +215,14 @@ class Comparison:
     Attributes:
         model: Name of the model.
         num_layers: Its depth.
-        dense: Numbers of the whole model, by measurement and name.
+        dense: Numbers of the dense model, by measurement and name.
         dense_losses: See `Measured`, by measurement.
-        rows: One a method and depth, in the order in which they were asked for.
-        pairs: Methods against the best single criterion.
-        selection_seconds: Wall time of each criterion's selection, which methods that choose alike share. Criteria that share
-            the pass share its time, which stands under ``shared pass``.
-        settings: What led to the numbers.
-        versions: The software.
+        rows: One per method and depth, in the requested order.
+        pairs: Methods compared with the best single criterion.
+        selection_seconds: Wall time of each layer selection; methods that select alike share one. The criteria that share a
+            pass are counted together under ``shared pass``.
+        settings: The settings of the comparison.
+        versions: Versions of the software.
     """
 
     model: str

@@ -11,23 +11,23 @@ from sglp_llm.errors import unknown
 
 
 def member_names(folder: Iterable[str]) -> list[str]:
-    """The members in a package's ``__path__``, sorted; ``base`` and sub-packages are what they share, not members."""
+    """The members in a package's ``__path__``, sorted; ``base`` and sub-packages hold shared code and are not members."""
     return sorted(each.name for each in pkgutil.iter_modules(folder) if each.name != "base" and not each.ispkg)
 
 
 def member(package: str, folder: Iterable[str], name: str, kind: str) -> ModuleType:
     """Imports one member.
 
-    Existence is asked of the file system; an ImportError inside the member is its own and is not hidden.
+    Existence is checked in the file system, so that an ImportError inside the member is not taken for a missing member.
 
     Args:
         package: Dotted name of the package.
         folder: Its ``__path__``.
-        name: What the user asked for.
-        kind: What a member is, for the message.
+        name: The requested member.
+        kind: What a member is called in the message.
 
     Raises:
-        UserError: There is no such member; the message lists those there are and the nearest name.
+        UserError: There is no such member; the message lists the known ones and the nearest name.
     """
     names = member_names(folder)
     if name not in names:

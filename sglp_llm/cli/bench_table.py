@@ -1,4 +1,4 @@
-"""What was measured, as text and as plain data. With two models the first one is the baseline."""
+"""Benchmark results, as text and as plain data. With two models the first one is the baseline."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ class _Line:
     """One quantity of every model.
 
     Attributes:
-        name: In JSON.
-        section: Under which heading it stands in the table; empty for none.
-        label: In the table.
-        show: A number as text.
-        values: One a model.
+        name: Key in JSON.
+        section: Heading above it in the table; empty for none.
+        label: Label in the table.
+        show: Formats a value.
+        values: One per model.
     """
 
     name: str

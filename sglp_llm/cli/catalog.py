@@ -1,4 +1,4 @@
-"""What there is to choose from, for ``sglp-llm ls``."""
+"""The lists that ``sglp-llm ls`` prints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def catalog(what: str) -> tuple[str, list[str], list[list[str]]]:
         what: ``adapters``, ``criteria``, ``compensations``, ``presets``, ``recipes`` or ``suites``.
 
     Raises:
-        UserError: It is something else.
+        UserError: ``what`` is none of these.
     """
     makers = {
         "adapters": _adapters,
@@ -55,7 +55,7 @@ def _criteria() -> tuple[str, list[str], list[list[str]]]:
 
 
 def _need_names(needs: Need) -> list[str]:
-    """The single flags of a combination; Python 3.10 has no iteration over it."""
+    """The single flags of a combination; Python 3.10 cannot iterate over one."""
     return [name for name, need in Need.__members__.items() if need.value.bit_count() == 1 and need in needs]
 
 

@@ -80,7 +80,7 @@ def compare(
     device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
-    """Compare methods on one model: each at every depth, measured in memory. Goes on where it was interrupted."""
+    """Compare methods on one model: each at every depth, measured in memory. Resumes an interrupted run."""
     settings = settings_of(locals())
     if output is None:
         raise UserError("where to? Give --output FOLDER")

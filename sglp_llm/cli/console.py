@@ -1,4 +1,4 @@
-"""What people see: progress bars on stderr; tables and summaries, or JSON, on stdout."""
+"""Terminal output: progress bars on stderr; tables and summaries, or JSON, on stdout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sglp_llm.sizes import show_bytes, show_count
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Advance]:
-    """A `sglp_llm.progress.Progress` with the time that is left, on stderr."""
+    """A `sglp_llm.progress.Progress` that shows a bar and the remaining time on stderr."""
     counted = (MofNCompleteColumn(),) if total < 1_000_000 else ()
     columns = (
         TextColumn("{task.description}"),
@@ -48,7 +48,7 @@ def progress_bar(description: str, total: int) -> Iterator[Advance]:
         try:
             yield lambda units: bar.advance(task, units)
         except BaseException:
-            console.quiet = not console.is_terminal  # in a log, what stays is the one line that says what went wrong
+            console.quiet = not console.is_terminal  # a log keeps only the error message, not the bar
             raise
 
 
@@ -59,7 +59,7 @@ def print_json(data: Mapping[str, Any]) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
     """A table on stdout; the columns with the given indices are aligned right."""
-    print(title)  # not the table's own, which breaks a long path into the table's width
+    print(title)  # not rich's title, which would wrap a long path to the table's width
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in numeric else "left", overflow="fold")
@@ -198,7 +198,7 @@ def _print_compensation(plan: PrunePlan) -> None:
     print(f"Compensation      {report.get('method', 'given')}, {len(plan.replaced)} tensors replaced")
     refined = report.get("refined")
     for name, stage in (("closed form", report), ("refined", refined if isinstance(refined, Mapping) else {})):
-        # Plain data that may have come with the plan from another program: only what is understood is shown.
+        # Plain data that may come from another program's plan: only what has the expected form is shown.
         losses = stage.get("losses")
         if isinstance(losses, Mapping) and losses and all(_is_change(each) for each in losses.values()):
             shown = (

@@ -65,7 +65,7 @@ def evaluate(
     number = int(batch_size) if batch_size.isdecimal() else batch_size
     console = prepare()
     settings: dict[str, Any] = {"dtype": dtype, "revision": revision, "device_map": device_map}
-    # What an evaluation holds in memory is what an analysis does that looks at hidden states alone.
+    # For the memory prediction: an evaluation takes what an analysis of hidden states alone takes.
     settings |= {"criterion": "bi", "samples": 1, "seq_len": max(2, window or 2048)}
     settings |= {"engine": engine, "scratch": scratch}
     chosen = recipe_of(None, {key: value for key, value in settings.items() if value is not None})
@@ -103,7 +103,7 @@ def _open_suite(
     batch_size: int | str,
     data_dir: Path | None,
 ) -> Any:
-    """The tasks that were asked for, with their data."""
+    """The requested tasks, with their data."""
     from sglp_llm.evaluation.suites import check_batch_size, check_counts, load_suite, suite_of
 
     check_counts(limit, num_fewshot)

@@ -1,4 +1,4 @@
-"""The command line: the verbs put together, and what becomes of errors."""
+"""The command line: registers the verbs, and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ IN_MANY_PROCESSES = ("analyze", "prune")
 """Verbs that share their work between the processes that a launcher started."""
 
 _INTERRUPTED = 130
-"""What Typer makes of Ctrl-C, without a word."""
+"""The exit code that Typer returns on Ctrl-C, without a message."""
 
 
 @app.callback(invoke_without_command=True)
@@ -63,7 +63,7 @@ def main() -> None:
     """Entry point: exit code 0, 2 for the user's mistake (one line on stderr), 1 otherwise."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that does not know "±" is no reason to fail
+            stream.reconfigure(errors="replace")  # printing "±" must not fail where the terminal cannot encode it
     sys.exit(_run())
 
 
@@ -77,10 +77,10 @@ def _run() -> int:
         return code
     except (UserError, usage_error) as error:
         format_message = getattr(error, "format_message", None)
-        if process_index() > 0:  # the main process makes the same mistake, or has been told of this one
+        if process_index() > 0:  # the main process prints the message: it has the same error, or received this one
             return 2
         return _fail(format_message() if format_message else str(error), 2)
-    except BrokenPipeError:  # whoever read stdout has seen enough, as in `sglp-llm ls criteria | head -3`
+    except BrokenPipeError:  # the reader of stdout has closed it, as in `sglp-llm ls criteria | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, typer.Abort):
@@ -94,7 +94,7 @@ def _run() -> int:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Failures of the world (disk, network, memory) and of our own checks: one line says all there is to say."""
+    """Whether one line of message suffices: for failures of disk, network and memory, and of our own checks."""
     known = {"UploadError", "VerificationError", "OutOfMemoryError"}
     return isinstance(error, OSError | MemoryError) or type(error).__name__ in known
 

@@ -14,7 +14,7 @@ def list_members(
     what: Annotated[str, typer.Argument(metavar="adapters|criteria|compensations|presets|recipes|suites")],
     as_json: Json = False,
 ) -> None:
-    """What there is: model families, criteria, compensations, presets, recipes, suites."""
+    """List what is available: model families, criteria, compensations, presets, recipes, suites."""
     console = prepare()
     from sglp_llm.cli.catalog import catalog
 

@@ -1,4 +1,4 @@
-"""Memory as text and as plain data: what was predicted, what is free, what it came to."""
+"""Predicted, free and measured memory, as text and as plain data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MemoryLines:
     """The first and the last line of a run: the prediction on stderr, like progress, and the measured peak on stdout.
 
     Args:
-        price: A line of what it will cost beside memory, see `price_line`; ``None`` for none.
+        price: A line with the run's other costs, see `price_line`; ``None`` for none.
     """
 
     def __init__(self, price: str | None = None) -> None:
@@ -30,14 +30,14 @@ class MemoryLines:
         self._price = price
 
     def print_forecast(self, memory: EngineMemory, free: FreeMemory) -> None:
-        """Told before the weights are loaded."""
+        """Prints the prediction; called before the weights are loaded (`OnForecast`)."""
         self._forecast = memory
         print(forecast_line(memory, free), file=sys.stderr)
         if self._price is not None:
             print(self._price, file=sys.stderr)
 
     def print_peak(self) -> None:
-        """The peak of this process until now."""
+        """Prints the peak memory of this process so far."""
         peak = peak_so_far()
         parts = [
             f"{show_bytes(size)} on the {place}"
@@ -71,7 +71,7 @@ def forecast_line(memory: EngineMemory, free: FreeMemory) -> str:
 
 
 def price_line(recipe: Recipe) -> str | None:
-    """``Cost: about 262,144 trial tokens (search), 16,384 calibration tokens to fit (linear)``; ``None`` where nothing is said.
+    """``Cost: about 262,144 trial tokens (search), 16,384 calibration tokens to fit (linear)``; ``None`` if there are none.
 
     Raises:
         UserError: A criterion or an option does not exist.
@@ -88,7 +88,7 @@ def price_line(recipe: Recipe) -> str | None:
 
 
 def title(name: str, config: PretrainedConfig, recipe: Recipe, gguf: bool) -> str:
-    """The line above the table: what is planned."""
+    """The line above the table: the planned run."""
     dtype = str(computed_in(config, recipe, gguf)).removeprefix("torch.")
     criteria = ", ".join([recipe.criterion, *recipe.also])
     if recipe.compensate != NONE:
@@ -97,14 +97,14 @@ def title(name: str, config: PretrainedConfig, recipe: Recipe, gguf: bool) -> st
 
 
 def advice(plan: MemoryPlan, free: FreeMemory, chosen: str) -> str:
-    """The line below the table: which engine ``auto`` takes here, and why."""
+    """The line below the table: which engine ``auto`` chooses here, and why."""
     resident, streamed = fits(plan.resident, free), fits(plan.streamed, free)
     why = "both fit" if resident and streamed else "the other does not fit" if resident or streamed else "neither fits"
     return f"Engine auto takes here: {chosen} ({why}; fits = at most {USABLE:.0%} of what is free)"
 
 
 def table(plan: MemoryPlan, free: FreeMemory) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: the parts of each engine in each place, their sum, and what is free there."""
+    """Columns and rows: each engine's parts on host and device, their sum, and what is free there."""
     columns = []
     for memory in (plan.resident, plan.streamed):
         columns.append((f"{memory.engine}, host", memory.host, free.host, memory.disk))

@@ -90,11 +90,11 @@ DECIDING = [
     "protect_last",
     "compensate",
 ]
-"""Options that decide which layers go."""
+"""Options that decide which layers are removed."""
 
 
 def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The options of a verb that are settings of the recipe, in the recipe's words."""
+    """The options of a verb that are settings of the recipe, by the recipe's names."""
     from sglp_llm.sizes import parse_count
 
     names = (
@@ -131,19 +131,19 @@ def _options(given: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _number(text: str) -> int | float | str:
-    """A number where it is one."""
+    """The text as a number where it is one."""
     if re.fullmatch("-?[0-9]+", text):
         return int(text)
     return float(text) if re.fullmatch(r"-?[0-9]+\.[0-9]+", text) else text
 
 
 def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = None, preset: str | None = None) -> Any:
-    """The recipe of that name, or the defaults, with what the preset says, and then with the settings that were given.
+    """The named recipe, or the defaults, overridden by the preset and then by the given settings.
 
     Args:
         name: A YAML file, or the name of a recipe that comes with the package.
         settings: As from `settings_of`.
-        model: The model that was given beside the recipe.
+        model: The model given on the command line.
         preset: Name of a preset.
 
     Raises:
@@ -160,10 +160,10 @@ def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = No
 
 
 def model_of(model: str | None, recipe: Any) -> str:
-    """The model that was given, or the recipe's.
+    """The given model, or the recipe's.
 
     Raises:
-        UserError: There is neither.
+        UserError: Neither names one.
     """
     name = recipe.model if model is None else model
     if not name:

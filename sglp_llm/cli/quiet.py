@@ -8,13 +8,13 @@ from typing import Any
 
 
 def prepare() -> Any:
-    """Silences the libraries' own bars and notices, and imports what prints."""
+    """Silences the libraries' own progress bars and warnings, and returns the module `sglp_llm.cli.console`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would fill a log file
-        os.environ.setdefault("TQDM_MININTERVAL", "60")  # lm-eval insists on its own
+        os.environ.setdefault("TQDM_MININTERVAL", "60")  # lm-eval shows its bars regardless
     from transformers.utils import logging
 
     logging.set_verbosity_error()
