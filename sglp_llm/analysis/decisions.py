@@ -1,4 +1,4 @@
-"""From what was observed to layers that go and what makes up for them, for any criterion and budget."""
+"""Chooses the layers to remove from the observations, and compensates for them; for any criterion and budget."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from sglp_llm.progress import Progress, silent
 from sglp_llm.records import Segment
 
 _CANDIDATE_SAMPLES = 32
-"""Sequences on which the sets that a search ends with are repaired, so that one of them can be taken."""
+"""Sequences on which the candidate sets of a search are compensated, to take the best of them."""
 _CANDIDATE_HELD_OUT = 0.25
-"""The share of these that judges, at least: what a few sequences say is mostly noise."""
+"""Least share of these that is held out to compare the sets: the loss of only a few sequences is mostly noise."""
 
 
 def choose_layers(
     recipe: Recipe, model: DecoderModel, observations: Observations
 ) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
-    """The layers that the recipe's criterion removes for the recipe's budget, and the segments it looked at.
+    """Chooses the layers to remove, by the recipe's criterion and budget.
 
     Returns:
-        The layers in the criterion's own order, and the segments (one of all layers without segmentation).
+        The layers, in the order in which the criterion removes them, and the segments (a single one without segmentation).
 
     Raises:
         UserError: The budget cannot be met.
@@ -58,15 +58,15 @@ def compensate(
     progress: Progress = silent,
     processes: Processes = ALONE,
 ) -> Compensated:
-    """What the recipe's compensation makes of the layers that stay; nothing without one.
+    """Runs the recipe's compensation on the kept layers; the result is empty without one.
 
     Args:
         opened: The model.
         recipe: For ``compensate``, ``held_out`` and ``batch_size``.
         calibration: The sequences.
-        removed: The layers that go.
-        progress: Told how far it is.
-        processes: Those that share the sequences; all return the same.
+        removed: The layers to remove.
+        progress: Reports progress.
+        processes: The processes that share the sequences; all return the same result.
 
     Raises:
         UserError: The method does not fit the model, or hidden states or losses are not finite.
@@ -91,12 +91,12 @@ def _repaired(
 
 @dataclass(frozen=True)
 class Decision:
-    """Which layers go, and what makes up for them.
+    """Which layers are removed, and the compensation for them.
 
     Attributes:
-        removed: In the criterion's own order.
-        segments: What the criterion looked at, see `choose_layers`.
-        compensated: New values of what stays, and the report.
+        removed: In the order in which the criterion removes them.
+        segments: The segments that were used, see `choose_layers`.
+        compensated: New values of parameters of kept layers, and the report.
     """
 
     removed: tuple[int, ...]
@@ -112,10 +112,10 @@ def decide(
     progress: Progress = silent,
     processes: Processes = ALONE,
 ) -> Decision:
-    """Chooses layers and repairs the cuts: together, where the criterion ends with more than one good set.
+    """Chooses the layers to remove and compensates for them, comparing several sets where the criterion gives more than one.
 
-    The best set before the repair need not be the best after it: each of the first ``recipe.candidates`` is repaired in closed
-    form on some of the sequences, and the one with the least loss on those held out is taken.
+    The best set before compensation need not be the best after it: each of the first ``recipe.candidates`` sets is compensated
+    in closed form on some of the sequences, and the one with the lowest loss on the held-out sequences is taken.
 
     Raises:
         UserError: See `choose_layers` and `compensate`.
@@ -130,7 +130,7 @@ def decide(
 def finalists(
     recipe: Recipe, model: DecoderModel, observations: Observations, removed: Sequence[int]
 ) -> list[tuple[int, ...]]:
-    """The good sets that the recipe's criterion ends with, what `choose_layers` gave first; most criteria know that one only."""
+    """The candidate sets of the recipe's criterion: first the choice of `choose_layers`, then runners-up, if it has any."""
     criterion = observations.criteria[recipe.deciding_criterion]
     if not isinstance(criterion, SetCriterion):
         return [tuple(removed)]
@@ -146,15 +146,15 @@ def repair_best(
     progress: Progress = silent,
     processes: Processes = ALONE,
 ) -> tuple[tuple[int, ...], Compensated]:
-    """The set of layers that goes, and what makes up for it; see `decide`.
+    """The set of layers that is best after compensation, and its compensation; see `decide`.
 
     Args:
         opened: The model.
-        recipe: For ``candidates`` and what `compensate` looks at.
+        recipe: For ``candidates`` and what `compensate` uses.
         calibration: The sequences.
-        sets: The good sets, the best before the repair first; at least one.
-        progress: Told how far it is.
-        processes: Those that share the sequences; all return the same.
+        sets: The candidate sets, the best before compensation first; at least one.
+        progress: Reports progress.
+        processes: The processes that share the sequences; all return the same result.
 
     Raises:
         UserError: See `compensate`.
@@ -168,7 +168,7 @@ def repair_best(
         method = get_method(recipe.compensate).closed_form(opened.load())
         for each in candidates:
             report = _repaired(method, opened, judging, few, each, progress, processes).report
-            loss = report["losses"].get("held_out", {}).get("with")  # nothing is in front of a cut of the first layers
+            loss = report["losses"].get("held_out", {}).get("with")  # none where only the first layers are removed
             judged.append({"removed": list(each), "held_out_loss": loss})
         best = min(judged, key=lambda one: (one["held_out_loss"] is None, one["held_out_loss"]))
         removed = tuple(best["removed"])

@@ -1,4 +1,4 @@
-"""One pass over the calibration set, and the trials after it, for any criteria."""
+"""Runs one pass over the calibration set, and the trials after it, for any criteria."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CKA_COLUMN_SUM = "cka_column_sum"
 
 @dataclass(frozen=True)
 class Observations:
-    """What one pass over the calibration set, and the trials after it, have shown.
+    """The results of one pass over the calibration set and the trials after it.
 
     Attributes:
-        criteria: The criteria that watched, by name.
-        similarity: The CKA matrix; ``None`` when nobody needed it.
-        loss: Mean loss of the calibration sequences in nats a token; ``None`` when no gradients were taken.
+        criteria: The criteria that observed the pass, by name.
+        similarity: The CKA matrix; ``None`` when it was not requested.
+        loss: Mean loss of the calibration sequences in nats per token; ``None`` when no gradients were computed.
     """
 
     criteria: Mapping[str, Criterion]
@@ -36,7 +36,7 @@ class Observations:
     loss: float | None
 
     def scores(self) -> dict[str, tuple[float, ...]]:
-        """One number a layer from each criterion that gives scores, and the column sums of the CKA matrix.
+        """One number per layer from each criterion that gives scores, and the column sums of the CKA matrix.
 
         Raises:
             UserError: A score is not finite.
@@ -55,7 +55,7 @@ def check_criteria(recipe: Recipe) -> None:
     """Refuses, before any work is done, criteria and options that do not exist or do not fit together.
 
     Raises:
-        UserError: One does not.
+        UserError: A criterion or option is unknown, or does not fit.
     """
     names = (recipe.deciding_criterion, *recipe.also)
     for name in (*names, *recipe.options):
@@ -67,7 +67,7 @@ def check_criteria(recipe: Recipe) -> None:
 
 
 def check_journal(recipe: Recipe) -> None:
-    """Refuses, before any work is done, a journal that nothing would be written in.
+    """Refuses, before any work is done, a journal that no criterion of the run would write to.
 
     Raises:
         UserError: No criterion of the run keeps its trials.
@@ -90,17 +90,17 @@ def observe(
     processes: Processes = ALONE,
     journal: Journal | None = None,
 ) -> Observations:
-    """Runs the union of what the criteria need once, and then each criterion's own trials.
+    """Runs one pass that shows all criteria what they need, and then each criterion's own trials.
 
     Args:
         model: The model.
         calibration: The sequences.
         recipe: For the settings; its criterion and budget are not used.
         names: The criteria.
-        similarity: Whether the CKA matrix is wanted.
-        progress: Told the sequences that are done.
-        processes: Those that share the sequences; all return the same.
-        journal: Keeps the trials of criteria that can go on from them.
+        similarity: Whether to compute the CKA matrix.
+        progress: Reports finished sequences.
+        processes: The processes that share the sequences; all return the same result.
+        journal: Keeps the trials of criteria that can resume from them.
     """
     criteria = {
         name: make_criterion(name, model.num_layers, recipe.seed, recipe.options.get(name))

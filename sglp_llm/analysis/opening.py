@@ -1,6 +1,6 @@
-"""Opens a model for its work, in one step: found, checked against the settings, and with its engine chosen.
+"""Opens a model in one step: finds it, checks it against the settings, and chooses the engine.
 
-Everything that can be known to be wrong before the weights are loaded is found here, and is one error.
+Every mistake that can be found before the weights are loaded is found here, and raises one error.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OnForecast = Callable[[EngineMemory, FreeMemory], None]
-"""Told, before the weights are loaded, what the analysis is predicted to hold, and what is free."""
+"""Called before the weights are loaded, with the predicted memory of the analysis and the free memory."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run begins with.
+    """The inputs of a run.
 
     Attributes:
         model: The model; its weights are loaded when they are first used.
-        calibration: The calibration set; ``None`` where nothing reads text.
+        calibration: The calibration set; ``None`` where no text is needed.
     """
 
     model: OpenedModel
@@ -54,13 +54,13 @@ def open_model(
     processes: Processes = ALONE,
     on_forecast: OnForecast | None = None,
 ) -> OpenedModel:
-    """Finds a model and chooses the engine; of the recipe only model settings and those that memory depends on are used.
+    """Finds a model and chooses the engine.
 
     Args:
         model: Hub id, folder, ``.gguf`` file, or a live transformers model.
-        recipe: The settings.
-        tokenizer: Instead of the checkpoint's own.
-        processes: Those that share the work; all take the same engine.
+        recipe: Only its model settings, and those that memory depends on, are used.
+        tokenizer: Used instead of the checkpoint's own.
+        processes: The processes that share the work; all use the same engine.
         on_forecast: See `OnForecast`.
 
     Raises:
@@ -93,7 +93,7 @@ def open_for_analysis(
         on_forecast: See `OnForecast`.
 
     Raises:
-        UserError: Something is wrong with the model, the text or the settings, or the output lies inside the source.
+        UserError: Something is wrong with the model, the text or the settings, or the output is inside the source.
     """
     opened = _checked(model, recipe, [recipe], tokenizer, processes)
     _check_apart(opened, output)
@@ -113,11 +113,11 @@ def open_for_plan(
     verify: bool = True,
     processes: Processes = ALONE,
 ) -> Inputs:
-    """Opens a model whose layers to remove are known, with as much text as the reload check looks at.
+    """Opens a model to export by a given plan, with as much text as the reload check needs.
 
     Args:
         model: See `open_model`.
-        recipe: All settings; what chooses layers is not used.
+        recipe: All settings; those that choose layers are not used.
         plan: The plan.
         tokenizer: See `open_for_analysis`.
         calibration: See `open_for_analysis`.
@@ -142,12 +142,12 @@ def open_for_plan(
 def open_for_comparison(
     model: str | Path | PreTrainedModel, recipe: Recipe, criteria: Sequence[str], tokenizer: Any = None
 ) -> OpenedModel:
-    """Opens a model on which several criteria will be compared; it is whole in memory then.
+    """Opens a model to compare criteria on; it runs with the resident engine.
 
     Args:
         model: See `open_model`.
-        recipe: What the criteria share.
-        criteria: Their names.
+        recipe: The settings that the criteria share.
+        criteria: Names of the criteria.
         tokenizer: See `open_for_analysis`.
 
     Raises:
@@ -158,10 +158,10 @@ def open_for_comparison(
 
 
 def read_calibration(opened: OpenedModel, recipe: Recipe, given: CalibrationSet | str | None = None) -> CalibrationSet:
-    """The calibration set that was given, or the one that the recipe names.
+    """The given calibration set, or the one that the recipe names.
 
     Raises:
-        UserError: The text cannot be read, there is too little of it, or its tokens are not the model's.
+        UserError: The text cannot be read, there is too little of it, or a token is not in the model's vocabulary.
     """
     if not isinstance(given, CalibrationSet):
         check_spec(recipe.calibration)
@@ -206,14 +206,14 @@ def _checked(
 
 
 def _choose_engine(opened: OpenedModel, recipe: Recipe, processes: Processes, on_forecast: OnForecast | None) -> None:
-    """Lets the model be streamed where the recipe says so, or where ``auto`` finds that the whole model does not fit.
+    """Switches to the streamed engine where the recipe says so, or where ``auto`` predicts that the whole model does not fit.
 
-    All processes take the same engine: they meet in sums whose order is the engine's.
+    All processes use the same engine, because the order of the collective sums depends on it.
 
     Raises:
         UserError: The model cannot be streamed, or there is no scratch folder.
     """
-    # A forecast runs the model's code once without contents: only where it is shown, or decides.
+    # A forecast runs the model's code on fake tensors, so it is made only where it is shown or decides.
     found = None if on_forecast is None else forecast(opened, recipe)
     wanted = chosen_engine(opened, recipe) if found is None else found[0].engine
     votes = float(processes.sum(torch.tensor(float(wanted == "streamed"), dtype=torch.float64)))
@@ -229,5 +229,5 @@ def _check_apart(opened: OpenedModel, output: Path | None) -> None:
 
 
 def _positions(opened: OpenedModel) -> int | None:
-    """Positions that the model has; ``None`` where its configuration names no limit."""
+    """The largest number of positions of the model; ``None`` where its configuration sets no limit."""
     return getattr(opened.config, "max_position_embeddings", None)

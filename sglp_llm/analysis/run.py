@@ -1,4 +1,4 @@
-"""From a model and calibration sequences to a plan: observe once, then choose layers and write down why."""
+"""The analysis: runs the criteria on the calibration set, chooses layers, and records everything in a plan."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def run_analysis(
     progress: Progress = silent,
     processes: Processes = ALONE,
 ) -> Analysis:
-    """Observes, chooses, and writes down why.
+    """Runs the criteria, chooses the layers to remove, and compensates for them.
 
     Args:
-        inputs: The model, and the calibration set that it is observed on.
+        inputs: The model and the calibration set.
         recipe: The settings.
-        progress: Told how far it is.
-        processes: Those that share the sequences; all return the same.
+        progress: Reports progress.
+        processes: The processes that share the sequences; all return the same result.
 
     Raises:
         UserError: The budget cannot be met, or hidden states or losses are not finite.
@@ -73,15 +73,15 @@ def run_analysis(
 
 
 def plan_settings(recipe: Recipe, calibration: CalibrationSet, removed: Sequence[int]) -> dict[str, Any]:
-    """The settings that led to a plan, for `PrunePlan.settings`; the budget stands beside them.
+    """The settings that led to a plan, for `PrunePlan.settings`; the budget has a field of its own.
 
     Args:
         recipe: All settings.
         calibration: The sequences.
-        removed: The layers that go, in the order in which the criterion removes them.
+        removed: The removed layers, in the order in which the criterion removes them.
     """
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": recipe.deciding_criterion}
-    # Said elsewhere, of the export, or without influence on the plan.
+    # Recorded elsewhere, about the export only, or without influence on the plan.
     idle = ("held_out", "candidates") if recipe.compensate == NONE else ()
     for key in ("model", "revision", "max_shard_size", "engine", "scratch", "journal", *idle, *recipe.budget.to_dict()):
         settings.pop(key, None)
@@ -91,10 +91,10 @@ def plan_settings(recipe: Recipe, calibration: CalibrationSet, removed: Sequence
 
 
 def _journal(opened: OpenedModel, recipe: Recipe, calibration: CalibrationSet) -> Journal | None:
-    """Where the trials of an interrupted run are kept: of this model on these sequences, for any budget.
+    """The journal of the run's trials, valid for this model and these sequences and for any budget; ``None`` without one.
 
     Raises:
-        UserError: The folder holds those of another model or other sequences.
+        UserError: The folder holds trials of another model or other sequences.
     """
     if recipe.journal is None:
         return None
@@ -108,6 +108,6 @@ def _journal(opened: OpenedModel, recipe: Recipe, calibration: CalibrationSet) -
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of what a result may depend on."""
+    """Versions of the software that a result may depend on."""
     libraries = {name: version(name) for name in ("torch", "transformers")}
     return {"sglp-llm": __version__, **libraries, "python": platform.python_version()}

@@ -1,7 +1,7 @@
-"""Runs a model's own code on tensors without contents and counts the bytes that are alive.
+"""Runs a model's own code on fake tensors and counts the bytes that are alive.
 
-What a decoder layer keeps for its backward pass depends on the family, the attention kernel and the dtype in ways that no formula
-over a configuration follows. torch's fake tensors know shape, dtype and what aliases what, and take no memory.
+What a decoder layer keeps for its backward pass depends on the family, the attention kernel and the dtype; no formula over a
+configuration predicts it. torch's fake tensors track shape, dtype and aliasing, and take no memory.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from sglp_llm.engine.loss import sequence_loss
 
 
 class DryRun:
-    """A model as large as its configuration says, of tensors without contents.
+    """A full-size model of fake tensors.
 
     Args:
         config: The resolved configuration of a family with an adapter.
-        dtype: What it computes in.
+        dtype: The dtype it computes in.
 
     Attributes:
         model: The whole model: count its parameters, do not run it.
@@ -36,7 +36,7 @@ class DryRun:
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
         adapter = get_adapter(config.model_type)
-        # Without contents torch multiplies a mixture's stacked matrices in bfloat16 only; other dtypes are scaled from it.
+        # On fake tensors torch multiplies stacked expert matrices in bfloat16 only; other dtypes are scaled from it.
         computed = dtype if adapter.active_experts_key is None else torch.bfloat16
         self._scale = max(1.0, dtype.itemsize / computed.itemsize)
         self._mode = FakeTensorMode()
@@ -59,21 +59,21 @@ class DryRun:
         return round(self._scale * kept)
 
     def training_peak(self, num_layers: int, tokens: int) -> int:
-        """Most bytes alive at once in a forward and backward pass of one sequence, every gradient freed when it is there."""
+        """Peak bytes alive in a forward and backward pass of one sequence, each gradient freed once it is accumulated."""
         with self._running(num_layers) as live:
             ids = self._ids(1, tokens)
             sequence_loss(self.model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
         return round(self._scale * live.peak)
 
     def forward_peak(self, num_layers: int, batch: int, tokens: int) -> int:
-        """Most bytes alive at once in a forward pass that keeps nothing, without the head."""
+        """Peak bytes alive in a forward pass without gradients, without the head."""
         with torch.no_grad(), self._running(num_layers) as live:
             self.model.base_model(input_ids=self._ids(batch, tokens), use_cache=False)
         return round(self._scale * live.peak)
 
     @contextmanager
     def _running(self, num_layers: int) -> Iterator[_Live]:
-        """Inside the block the model has its first layers only, and everything that is made is counted."""
+        """Inside the block the model has its first ``num_layers`` layers only, and new tensors are counted."""
         setattr(self._parent, self._name, torch.nn.ModuleList(list(self.layers)[:num_layers]))
         try:
             with self._mode, _one_sequence_a_row(), _Live(self.model) as live:
@@ -87,7 +87,7 @@ class DryRun:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of storages that operations made and that are not freed; those of the model itself are left out."""
+    """Counts the bytes of live storages that operations have allocated; the model's own are left out."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class _Live(TorchDispatchMode):
 
 @contextmanager
 def _one_sequence_a_row() -> Iterator[None]:
-    """Inside the block transformers does not look into position ids, which have no contents, for sequences packed into a row.
+    """Inside the block transformers does not search the position ids, which are fake tensors, for packed sequences.
 
     Unable to tell, it would make explicit masks, with which attention repeats its keys and values for every query head.
     """

@@ -1,4 +1,4 @@
-"""What is free now: on the host within the limits that this process has, on the devices, on a disk."""
+"""Free memory: on the host within the limits of this process, on the devices, and on disk."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ROOT = Path("/")
 
 
 def free_memory(all_devices: bool = False, scratch: str | None = None) -> FreeMemory:
-    """What a run could take.
+    """The memory that a run could use.
 
     Args:
-        all_devices: Count every CUDA device, not only the one that a model goes to by itself.
+        all_devices: Count every CUDA device, not only the one on which a model is placed by default.
         scratch: A folder, which need not exist yet, on the disk in question.
     """
     device = None
@@ -29,10 +29,10 @@ def free_memory(all_devices: bool = False, scratch: str | None = None) -> FreeMe
 
 
 def host_free(root: Path = ROOT) -> int | None:
-    """Bytes that this process could still take without swapping; ``None`` where the system does not say.
+    """Bytes that this process could still allocate without swapping; ``None`` where the system does not say.
 
-    The least of what the kernel calls available and what each control group (versions 1 and 2) around the process has left,
-    its file cache not counted as taken. Where there is no ``/proc``: the free pages, or else all pages, of ``sysconf``.
+    The minimum of what the kernel calls available and what each control group (versions 1 and 2) of the process has left,
+    its file cache not counted as used. Where there is no ``/proc``: the free pages, or else all pages, of ``sysconf``.
 
     Args:
         root: Where ``proc`` and ``sys`` are mounted.

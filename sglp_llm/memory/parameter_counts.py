@@ -1,4 +1,4 @@
-"""How many parameters a model has, by where they stand: what memory is counted from."""
+"""Numbers of parameters of a model, by part: the basis of the memory prediction."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class ParameterCounts:
         total: All of them.
         layer: Those of the largest decoder layer.
         embedding: Those of the input embedding; 0 when the head is tied to it.
-        outside: Those of no decoder layer, the input embedding included.
+        outside: Those outside the decoder layers, the input embedding included.
         matrices: Those of all layers' parameters of two or more dimensions.
         layer_matrices: The same of the largest layer.
         largest: Those of a layer's largest parameter.
-        refinable: Those that a compensation with gradients moves, if the first layers are cut already.
+        refinable: Those that a compensation with gradients can change, counted over all layers.
     """
 
     total: int
@@ -37,7 +37,7 @@ class ParameterCounts:
 
 
 def count_parameters(model: PreTrainedModel, layers: nn.ModuleList) -> ParameterCounts:
-    """Counts by shape; no tensor needs contents.
+    """Counts by shape, so fake tensors suffice.
 
     Args:
         model: The ``...ForCausalLM``.

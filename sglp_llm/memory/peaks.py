@@ -1,8 +1,8 @@
-"""How much memory an analysis takes at its peak, from the configuration alone, for each engine.
+"""Predicts the peak memory of an analysis with each engine, from the configuration alone.
 
-Counted are: parameters; what a decoder layer keeps for its backward pass, and the loss needs for a moment, by a dry run of the
-model's own code; sums of gradients; hidden states that are stored; what CKA and its like collect. What a count cannot know is
-measured: the interpreter with its libraries, and what the allocator loses to fragments.
+Counted are: parameters; what a decoder layer keeps for its backward pass and what the loss needs temporarily, by a dry run of
+the model's own code; sums of gradients; stored hidden states; what CKA and similar observers collect. Two constants were
+measured: the memory of the interpreter with its libraries, and the allocator's fragmentation.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from sglp_llm.memory.parameter_counts import ParameterCounts, count_parameters
 from sglp_llm.memory.records import EngineMemory, FreeMemory, MemoryPlan
 
 RUNTIME = 520 * 10**6
-"""Bytes that a process holds that analyses next to nothing: torch, transformers and their libraries at work."""
+"""Bytes of a process that analyses a tiny model: torch, transformers and their libraries."""
 
 CUDA_CONTEXT = 500 * 10**6
-"""Bytes that a CUDA context takes on the host, beside `RUNTIME`; on the device it is not free any more when we ask."""
+"""Bytes that a CUDA context takes on the host, beside `RUNTIME`; on the device, the free memory already excludes it."""
 
 FRAGMENTS = 0.2
-"""Share by which activations take more than their bytes, in the allocator of the host or the device."""
+"""Memory that the allocator of the host or the device loses to fragmentation, as a share of the activations' bytes."""
 
 USABLE = 0.9
-"""Share of what is free that a run may plan with."""
+"""Share of the free memory that a run may be predicted to take."""
 
 LOSS_BYTES = 64 * 2**20
-"""Float32 logits that the streamed engine has at once; the loss works through chunks of that size."""
+"""Bytes of float32 logits that the streamed engine holds at once; the loss is computed over chunks of that size."""
 
 PREFETCHED = 2
-"""Decoder layers the streamed engine has in memory: the one at work and the next."""
+"""Decoder layers that the streamed engine holds in memory: the current one and the next."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an analysis does, as far as memory is concerned.
+    """What the memory of an analysis depends on, beside the model.
 
     Attributes:
-        needs: What its observers want to see.
+        needs: What its observers need.
         samples: Calibration sequences N.
         seq_len: Tokens T of each.
         trial_samples: Sequences that removals are tried on.
@@ -50,8 +50,8 @@ class Work:
         minibatch: Tokens of one minibatch of CKA.
         sums_on_host: Whether gradients are summed on the host although there is a device.
         scratch: Whether stored hidden states go to disk.
-        compensation: Float64 matrices ``[hidden, hidden]`` that making up for removed layers takes; ``None`` without that.
-        refined_sequences: Sequences that a compensation computes gradients of at once; 0 where it has none.
+        compensation: Float64 matrices ``[hidden, hidden]`` that the compensation holds; ``None`` without one.
+        refined_sequences: Sequences that the compensation computes gradients of at once; 0 where it computes none.
     """
 
     needs: Need
@@ -67,13 +67,13 @@ class Work:
 
 
 def plan_memory(config: PretrainedConfig, dtype: torch.dtype, work: Work, on_device: bool) -> MemoryPlan:
-    """Predicts the peak of an analysis and the export after it, which takes less, for both engines.
+    """Predicts the peak of an analysis with both engines; the export after it takes less.
 
     Args:
         config: The resolved configuration of a family with an adapter.
-        dtype: What is computed in.
-        work: What is done.
-        on_device: Whether a CUDA device computes; the host then holds what does not need to be there.
+        dtype: The dtype of the computation.
+        work: What the analysis does.
+        on_device: Whether a CUDA device computes; the host then holds what need not be on the device.
 
     Raises:
         UserError: transformers cannot run such a configuration.
@@ -91,7 +91,7 @@ def plan_memory(config: PretrainedConfig, dtype: torch.dtype, work: Work, on_dev
 
 
 def fits(memory: EngineMemory, free: FreeMemory) -> bool:
-    """Whether the predicted peaks are within `USABLE` of what is free; what the system does not tell is enough."""
+    """Whether the predicted peaks are within `USABLE` of what is free; unknown free memory counts as enough."""
     pairs = [(memory.host_peak, free.host), (memory.device_peak or 0, free.device), (memory.disk, free.disk)]
     return all(there is None or needed <= USABLE * there for needed, there in pairs)
 
@@ -115,7 +115,7 @@ class _Model:
 
 
 def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool) -> EngineMemory:
-    """The whole model; one sequence's activations of all layers, or a batch's of one; sums of gradients of all layers."""
+    """The whole model; activations of one sequence in all layers, or of a batch in one; sums of gradients of all layers."""
     weights = model.counts.total * model.itemsize
     phases = [{"weights": weights}]
     if _differentiates(work):
@@ -147,19 +147,19 @@ def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
         )
     if work.compensation is not None:
         phase = _compensation(dry, model, work, 2)
-        # What waits is on the host: on a device's host there is room, where the model has been before.
+        # Stored hidden states are on the host; with a device, they fit where the model was before it was moved.
         streams = {} if on_device else {"hidden states": _streams(model, work)}
         phases.append({"weights": weights, **phase, **streams})
         if work.refined_sequences:
             kept = work.refined_sequences * dry.kept_for_backward(model.layers, work.seq_len)
             phases.append({"weights": weights, **_refinement(model, kept), **streams})
     parts = max(phases, key=lambda phase: sum(phase.values()))
-    # A model that goes to one device is read into the host's memory first.
+    # A model that is moved to one device is loaded into the host's memory first.
     return _placed("resident", parts, {"weights": weights} if on_device else {}, on_device, work, model, 0)
 
 
 def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool) -> EngineMemory:
-    """Two layers and what stands behind the last one; activations of one; hidden states of all sequences between layers."""
+    """Two layers, final norm and head; activations in one layer; hidden states of all sequences between layers."""
     counts = model.counts
     weights = (PREFETCHED * counts.layer + counts.outside - counts.embedding) * model.itemsize
     phases, stored = [{"weights": weights}], [0]
@@ -178,7 +178,7 @@ def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
                 "observed": _observed(model, work),
             }
         )
-        stored.append((model.layers + 2) * every)  # L + 1 boundaries, and the gradient that travels back
+        stored.append((model.layers + 2) * every)  # hidden states at L + 1 boundaries, and their gradient
     elif Need.HIDDEN_STATES in work.needs:
         activations = dry.forward_peak(1, work.batch_size, work.seq_len)
         phases.append(
@@ -193,12 +193,12 @@ def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
                 "loss": _trial_logits(model, work.seq_len),
             }
         )
-        # One set of hidden states a trial, that of the current model and that of the whole one.
+        # One set of hidden states per trial, that of the current model and that of the whole one.
         stored.append((model.layers + 2) * model.states(work.trial_samples, work.seq_len))
     if work.compensation is not None:
         phases.append({"weights": weights, **_compensation(dry, model, work, 1)})
         if work.refined_sequences:
-            # One layer at a time is computed again for its gradients, from what entered it.
+            # One layer at a time is recomputed for its gradients, from the hidden states that entered it.
             kept = work.refined_sequences * dry.kept_for_backward(1, work.seq_len)
             kept += model.layers * model.states(work.refined_sequences, work.seq_len)
             phases.append({"weights": weights, **_refinement(model, kept)})
@@ -211,7 +211,7 @@ def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
 def _placed(
     engine: str, parts: dict[str, int], staged: dict[str, int], on_device: bool, work: Work, model: _Model, stored: int
 ) -> EngineMemory:
-    """What computes goes to the device where there is one; what is stored goes to the host or to disk."""
+    """Assigns the parts of the computation to the device where there is one, and stored states to the host or to disk."""
     kept = {} if work.scratch or not stored else {"hidden states": stored}
     disk = stored if work.scratch else 0
     if not on_device:
@@ -225,7 +225,7 @@ def _placed(
 
 
 def _compensation(dry: DryRun, model: _Model, work: Work, layers: int) -> dict[str, int]:
-    """What makes up for removed layers takes beside the weights: a batch in a layer, and the normal equations of one cut."""
+    """Memory of a compensation beside the weights: activations of a batch in a layer, and the normal equations of one cut."""
     assert work.compensation is not None
     return {
         "activations": _with_fragments(dry.forward_peak(layers, work.batch_size, work.seq_len)),
@@ -234,9 +234,9 @@ def _compensation(dry: DryRun, model: _Model, work: Work, layers: int) -> dict[s
 
 
 def _refinement(model: _Model, kept: int) -> dict[str, int]:
-    """What refining by gradient takes: the activations it keeps, a chunk of the divergence, and the weights that move.
+    """Memory of the refinement by gradient: the kept activations, a chunk of the divergence, and the refined weights.
 
-    Of these there are, in float32, the value, the gradient, Adam's two means and the best value so far.
+    Each refined weight has five float32 numbers: value, gradient, Adam's two moments and the best value so far.
     """
     return {
         "activations": _with_fragments(kept),
@@ -246,7 +246,7 @@ def _refinement(model: _Model, kept: int) -> dict[str, int]:
 
 
 def _streams(model: _Model, work: Work) -> int:
-    """Hidden states of the whole model, and of the shortened one without and with a repair, before and behind what follows."""
+    """Five streams of hidden states: the whole model, and the shortened one with and without a repair, both at two depths."""
     return 5 * model.states(work.samples, work.seq_len)
 
 
@@ -255,12 +255,12 @@ def _differentiates(work: Work) -> bool:
 
 
 def _sums(matrices: int, work: Work) -> int:
-    """One float32 number a weight, where whole gradients are wanted."""
+    """Sums of gradients: one float32 number per weight, where an observer needs whole gradients."""
     return 4 * matrices if Need.GRADIENTS in work.needs else 0
 
 
 def _observed(model: _Model, work: Work) -> int:
-    """CKA's minibatch: the tokens of each layer, in float64 too for those that compare them there, and its kernel matrices."""
+    """CKA's minibatch: the hidden states of each layer, in the model's dtype and in float64, and the kernel matrices."""
     if Need.HIDDEN_STATES not in work.needs:
         return 0
     tokens = min(work.minibatch, work.samples * work.seq_len)
@@ -268,7 +268,7 @@ def _observed(model: _Model, work: Work) -> int:
 
 
 def _trial_logits(model: _Model, tokens: int) -> int:
-    """Logits, and five float32 copies as the divergence from the whole model (kl) takes; a loss alone takes fewer."""
+    """Logits, and the five float32 copies that the divergence from the whole model (kl) needs; a loss alone needs fewer."""
     return tokens * model.vocabulary * (model.itemsize + 5 * 4)
 
 

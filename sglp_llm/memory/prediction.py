@@ -1,4 +1,4 @@
-"""From a model and a recipe to a prediction of memory, and to the engine that `auto` means."""
+"""Predicts the memory of a recipe on a model, and chooses the engine for ``auto``."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def predict_memory(config: PretrainedConfig, recipe: Recipe, gguf: bool = False)
 
 
 def computed_in(config: PretrainedConfig, recipe: Recipe, gguf: bool) -> torch.dtype:
-    """What ``auto`` means as far as the configuration tells: the checkpoint's own dtype, float32 for GGUF or without a word."""
+    """The dtype of the computation; for ``auto`` the configuration's, or float32 for GGUF and where it names none."""
     stored = torch.float32 if gguf else getattr(config, "dtype", None)
     return DTYPES.get(recipe.dtype) or stored or torch.float32
 
 
 def work_of(recipe: Recipe) -> Work:
-    """What the recipe's criteria and its compensation do, as far as memory is concerned.
+    """The `Work` of the recipe's criteria and its compensation.
 
     Raises:
         UserError: A criterion or the compensation does not exist.
@@ -63,22 +63,22 @@ def work_of(recipe: Recipe) -> Work:
 
 
 def free_for(recipe: Recipe) -> FreeMemory:
-    """What is free now where the recipe would have it: accelerate's placements may use every device."""
+    """The free memory in the places that the recipe uses: accelerate's placements may use every device."""
     return free_memory(recipe.device_map is not None, recipe.scratch)
 
 
 def predict_for(opened: OpenedModel, recipe: Recipe) -> MemoryPlan:
-    """See `predict_memory`; a GGUF file is computed in float32, and a live model in what it is."""
+    """See `predict_memory`; a GGUF file is computed in float32 by default, a live model in its own dtype."""
     if opened.source is None:
         return plan_memory(opened.config, opened.load().model.dtype, work_of(recipe), torch.cuda.is_available())
     return predict_memory(opened.config, recipe, opened.source.format == "gguf")
 
 
 def chosen_engine(opened: OpenedModel, recipe: Recipe) -> str:
-    """``resident`` or ``streamed``: what the recipe says; for ``auto`` the first where it is predicted to fit.
+    """``resident`` or ``streamed``: what the recipe says; for ``auto``, ``resident`` where it is predicted to fit.
 
-    A live model, one that accelerate places, and one that is not in safetensors files is resident unless told otherwise: the
-    streamed engine reads layers from safetensors files to one device. So is a model whose memory cannot be predicted.
+    ``auto`` is also ``resident`` for a live model, for one that accelerate places, and for one not stored as safetensors: the
+    streamed engine loads layers from safetensors files to one device. So it is where the memory cannot be predicted.
     """
     if recipe.engine != "auto":
         return recipe.engine
@@ -89,10 +89,10 @@ def chosen_engine(opened: OpenedModel, recipe: Recipe) -> str:
 
 
 def forecast(opened: OpenedModel, recipe: Recipe) -> tuple[EngineMemory, FreeMemory] | None:
-    """What the chosen engine is predicted to take, and what is free now; ``None`` where it cannot be predicted."""
+    """The memory that the chosen engine is predicted to take, and what is free; ``None`` where it cannot be predicted."""
     try:
         plan = predict_for(opened, recipe)
-    except UserError:  # no reason to stop: a model that does not run says so better itself
+    except UserError:  # no reason to stop: running such a model gives the better message
         return None
     free = free_for(recipe)
     engine: str = recipe.engine

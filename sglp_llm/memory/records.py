@@ -1,4 +1,4 @@
-"""What a prediction of memory says, in bytes."""
+"""Records of a memory prediction, in bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """What a run is predicted to hold with one engine: named parts in bytes, whose sum is the peak.
+    """Predicted memory of a run with one engine: named parts in bytes, whose sum is the peak.
 
     Attributes:
         engine: ``resident`` or ``streamed``.
@@ -43,7 +43,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """What is free now, in bytes.
+    """Free memory, in bytes.
 
     Attributes:
         host: ``None`` where the system does not say.

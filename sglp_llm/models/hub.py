@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: bringing a checkpoint here, sending a finished folder there."""
+"""The Hugging Face Hub: downloads checkpoints, uploads finished folders."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*
 
 
 class UploadError(RuntimeError):
-    """An upload failed; the local folder is whole. The message says how to send it again."""
+    """An upload failed; the local folder is complete. The message says how to retry."""
 
 
 def download(repo: str, revision: str | None, weights: bool = True) -> tuple[Path, str]:
-    """Brings a checkpoint's files into the Hub's cache: safetensors where there are any, otherwise PyTorch ``.bin`` files.
+    """Downloads a checkpoint into the Hub's cache: safetensors files where there are any, otherwise PyTorch ``.bin`` files.
 
     Args:
         repo: ``OWNER/NAME``.
         revision: Branch, tag or commit.
-        weights: False brings the configuration alone.
+        weights: False downloads the configuration alone.
 
     Returns:
         The local folder, and the commit it holds.
@@ -58,7 +58,7 @@ def download(repo: str, revision: str | None, weights: bool = True) -> tuple[Pat
         raise UserError(f"{repo}: the Hub has the model but no revision {revision!r}") from None
     except RepositoryNotFoundError:
         raise UserError(f"{repo}: the Hub has no such model (or it is private: log in with `hf auth login`)") from None
-    except Exception as error:  # no connection, a broken one, a full disk: each layer below has errors of its own
+    except Exception as error:  # no connection, a broken one, a full disk: each library has errors of its own
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f"{repo}{at}: no such folder or file here, and it cannot be had from the Hub ({reason}); "
@@ -69,9 +69,9 @@ def download(repo: str, revision: str | None, weights: bool = True) -> tuple[Pat
 
 @contextmanager
 def offline_when_unreachable() -> Iterator[None]:
-    """Asks once, briefly, whether the Hub is there; where it is not, the libraries inside look into their caches only.
+    """Checks once whether the Hub can be reached; if not, the libraries used inside the block read their caches only.
 
-    Otherwise each file costs six attempts and 23 seconds, with two lines of complaint for each.
+    Otherwise each file costs six attempts and 23 seconds, with two warnings for each.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
@@ -80,7 +80,7 @@ def offline_when_unreachable() -> Iterator[None]:
     try:
         if not before:
             get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # no name, no route, no answer, a proxy that refuses: one class each, in every version another
+    except Exception:  # no DNS, no route, no answer, a proxy that refuses: the classes differ between versions
         constants.HF_HUB_OFFLINE = True
     try:
         yield
@@ -95,7 +95,7 @@ def upload(folder: Path, repo: str, private: bool) -> str:
         The address of the repository.
 
     Raises:
-        UploadError: It did not work out, for whatever reason.
+        UploadError: The upload failed, for whatever reason.
     """
     from huggingface_hub import HfApi
 
@@ -103,7 +103,7 @@ def upload(folder: Path, repo: str, private: bool) -> str:
     try:
         address = api.create_repo(repo, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model pruned with sglp-llm")
-    except Exception as error:  # whatever went wrong out there, the result here is whole and the way on is the same
+    except Exception as error:  # whatever the cause, the local result is complete and the remedy is the same
         reason = " ".join(str(error).split())
         retry = ["hf", "upload", repo, str(folder), ".", *(["--private"] if private else [])]
         raise UploadError(
@@ -113,7 +113,7 @@ def upload(folder: Path, repo: str, private: bool) -> str:
 
 
 def check_repo_name(repo: str) -> None:
-    """Refuses, before any work is done, a name that the Hub would refuse.
+    """Refuses, before any work is done, a repository name that the Hub would refuse.
 
     Raises:
         UserError: It is not of the form NAME or OWNER/NAME.

@@ -26,23 +26,23 @@ from sglp_llm.tensor_files.mapped import forget_pages, mapped_tensor
 
 
 class LayerWeights:
-    """Brings the weights of one decoder layer after the other into a model that was built without any.
+    """Loads the weights of one decoder layer at a time into a model that was built without weights.
 
-    Weights that need no conversion and stay on the CPU are views of the mapped files. Names and layouts that differ from
-    the modules' (experts in one matrix, missing prefixes) are converted by transformers' own loader, layer by layer.
+    Weights that need no conversion and stay on the CPU are views of the memory-mapped files. Names and layouts that differ
+    from the modules' (stacked experts, missing prefixes) are converted by transformers' own loader, layer by layer.
 
-    Any forward pass of the model works at any time: a layer that is not in memory is fetched when it is called, and let go
-    of afterwards. `layer` is for those who use one layer more than once, and need gradients.
+    A forward pass of the model works at any time: a layer that is not in memory is loaded when it is called, and released
+    afterwards. `layer` is for callers that use a layer more than once, or need gradients.
 
     Args:
         source: A safetensors checkpoint.
         model: The model, every parameter on the meta device.
-        device: Where the weights go.
-        scratch: Folder for what is too much for host memory; ``None`` keeps everything in memory.
+        device: Where the weights are loaded to.
+        scratch: Folder in which engines store hidden states; ``None`` keeps them in host memory.
 
     Attributes:
         scratch: See above.
-        unused_tensors: Names of tensors that transformers did not know what to do with, of the layers fetched so far too.
+        unused_tensors: Names of tensors that transformers does not use, including those of the layers loaded so far.
 
     Raises:
         UserError: A tensor is missing or has the wrong shape.
@@ -65,7 +65,7 @@ class LayerWeights:
         for entry in source.index.tensors.values():
             match = source.adapter.layer_key_pattern.match(entry.name)
             self._entries[int(match[2]) if match else None].append(entry)
-        self._outside: list[mmap] = []  # mappings of what belongs to no layer
+        self._outside: list[mmap] = []  # memory maps of the tensors outside the decoder layers
         self._bring(None)
         model.tie_weights()
         inside = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
@@ -75,14 +75,14 @@ class LayerWeights:
         for index, layer in enumerate(self._layers):
             layer.register_forward_pre_hook(self._fetch_for(index))
             layer.register_forward_hook(self._drop_for(index), always_call=True)
-        self._borrowed: set[int] = set()  # those that a call has fetched for itself
+        self._borrowed: set[int] = set()  # layers that the forward hooks have loaded for one call
 
     @contextmanager
     def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
-        """Inside the block a layer's weights are in memory, and those of the one that follows are on their way.
+        """Inside the block a layer's weights are in memory, and those of ``following`` are prefetched in the background.
 
         Raises:
-            UserError: A tensor of either is missing or has the wrong shape.
+            UserError: A tensor of the layer is missing or has the wrong shape.
         """
         self._fetch(index)
         if following is not None and following not in self._coming:
@@ -93,9 +93,9 @@ class LayerWeights:
             self._drop(index)
 
     def replace(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """From now on these stand in for what the files hold, by parameter name; returns those that stood in before.
+        """Uses these values instead of the stored ones, by parameter name, until the next call; returns the previous ones.
 
-        Only parameters of decoder layers, and none of a layer that is in memory.
+        Only for parameters of decoder layers, and only while no layer is in memory.
         """
         assert not self._present
         self.close()
@@ -103,11 +103,11 @@ class LayerWeights:
         return before
 
     def rest(self) -> None:
-        """Lets go of the memory that embeddings and head take in the mapped files, until they are used again."""
+        """Releases the resident pages of the memory-mapped embeddings and head; they are read again on the next use."""
         forget_pages(self._outside)
 
     def close(self) -> None:
-        """Lets go of a layer that is on its way and that nobody will ask for."""
+        """Releases prefetched layers that will not be used."""
         for index, future in list(self._coming.items()):
             future.exception()
             del self._coming[index]
@@ -139,7 +139,7 @@ class LayerWeights:
             _set(self._layers[index], name, parameter)
 
     def _bring(self, index: int | None) -> None:
-        """Puts the tensors of one layer, or of everything outside the layers, where transformers puts them."""
+        """Loads the tensors of one layer into the model; ``None`` loads everything outside the decoder layers."""
         settings = LoadStateDictConfig(
             device_map={"": self._device},
             dtype=self._model.dtype,
@@ -168,7 +168,7 @@ class LayerWeights:
 
     def _fetch_for(self, index: int) -> Any:
         def hook(layer: nn.Module, *_: Any) -> None:
-            # Somebody who put a function in the layer's place wants to know what it is called with, not to run it.
+            # Where ``forward`` is replaced, to record the layer's arguments, its weights are not needed.
             if index not in self._present and "forward" not in vars(layer):
                 self._fetch(index)
                 self._borrowed.add(index)
@@ -185,7 +185,7 @@ class LayerWeights:
 
 
 class _NoProgressBar:
-    """transformers shows a bar of its own, one a layer; its switch is global, and layers are loaded in two threads."""
+    """Hides transformers' progress bar, one per layer. Its switch is global and two threads load layers, hence the lock."""
 
     def __init__(self) -> None:
         self._lock = Lock()

@@ -1,4 +1,4 @@
-"""Source -> a model in memory, placed on its devices, with its tokenizer."""
+"""Loads the model and the tokenizer of a `Source`, and places the model on its devices."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.jso
 
 @dataclass(frozen=True)
 class DecoderModel:
-    """A causal language model and where its decoder layers sit.
+    """A causal language model, with access to its decoder layers.
 
     Attributes:
         model: Any transformers ``...ForCausalLM`` of a known family.
         adapter: The family's adapter.
-        unused_tensors: Names of the checkpoint's tensors that transformers did not know what to do with, such as the causal
-            masks that old releases stored.
-        weights: Where the decoder layers' weights come from when they are in memory one at a time; ``None`` when all are.
+        unused_tensors: Names of the checkpoint's tensors that transformers does not use, such as the causal masks that old
+            releases stored.
+        weights: Loads the decoder layers' weights when they are in memory one at a time; ``None`` when all are in memory.
     """
 
     model: PreTrainedModel
@@ -65,7 +65,7 @@ class DecoderModel:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def parameters_without(self, removed: tuple[int, ...]) -> int:
-        """Number of parameters that are left without the given layers."""
+        """Number of parameters without those of the given layers."""
         return self.num_parameters - sum(p.numel() for layer in removed for p in self.layers[layer].parameters())
 
 
@@ -73,7 +73,7 @@ def wrap_model(model: PreTrainedModel) -> DecoderModel:
     """Wraps a live transformers model.
 
     Raises:
-        UserError: Its family has no adapter, or a setting of it cannot be pruned.
+        UserError: Its family has no adapter, or a model with one of its settings cannot be pruned.
     """
     adapter = get_adapter(model.config.model_type)
     for key, reason in adapter.refuse.items():
@@ -86,7 +86,7 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     """Loads the weights.
 
     Args:
-        source: What `find_source` found.
+        source: The result of `find_source`.
         dtype: ``auto`` keeps the checkpoint's own (float32 for GGUF), or one of `DTYPES`.
         device_map: accelerate's placement; ``None`` puts everything on the GPU where there is one, else on the CPU.
 
@@ -102,7 +102,7 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
         options |= {"gguf_file": source.path.name, "dtype": DTYPES.get(dtype, torch.float32)}
     name = source.identity.name
     try:
-        # Otherwise it only says that there are mismatched sizes, and the report that it points at goes elsewhere.
+        # Otherwise the exception only says that sizes do not match, and refers to a report that is logged elsewhere.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:  # torch, pickle, safetensors and transformers each have their own for a damaged file
@@ -125,7 +125,7 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
 
 
 def check_streamable(source: Source) -> None:
-    """Makes sure that single layers can be read.
+    """Checks that the layers can be loaded one at a time.
 
     Raises:
         UserError: The checkpoint is not safetensors.
@@ -138,14 +138,14 @@ def check_streamable(source: Source) -> None:
 
 
 def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = None) -> DecoderModel:
-    """A model whose decoder layers' weights stay in the files until they are needed.
+    """A model whose decoder layers are loaded from the files one at a time, when they are used.
 
-    Embeddings, final norm and head are there at once; on the CPU they too are views of the files.
+    Embeddings, final norm and head are loaded at once; on the CPU they too are views of the memory-mapped files.
 
     Args:
-        source: What `find_source` found.
+        source: The result of `find_source`.
         dtype: See `load_model`.
-        scratch: Folder for what engines keep between layers; ``None`` keeps it in memory.
+        scratch: Folder for the hidden states between layers; ``None`` keeps them in memory.
 
     Raises:
         UserError: The checkpoint is not safetensors, or a tensor is missing or has the wrong shape.
@@ -153,7 +153,7 @@ def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = No
     from accelerate import init_empty_weights
 
     check_streamable(source)
-    # Without buffers: rotary frequencies and embedding scales stand in no file.
+    # Buffers are real: rotary frequencies and embedding scales are in no file.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(source.config, dtype=DTYPES.get(dtype) or _stored_dtype(source))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -162,7 +162,7 @@ def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = No
 
 
 def _stored_dtype(source: Source) -> torch.dtype:
-    """What transformers' ``dtype="auto"`` is: the configuration's, otherwise that of the first floating point tensor."""
+    """The dtype that transformers' ``dtype="auto"`` means: the configuration's, otherwise the first floating point tensor's."""
     assert source.index is not None
     if isinstance(named := getattr(source.config, "dtype", None), torch.dtype):
         return named
@@ -172,12 +172,12 @@ def _stored_dtype(source: Source) -> torch.dtype:
 
 
 def stored_dtype(source: Source, name: str) -> torch.dtype:
-    """The dtype in which a safetensors checkpoint holds a parameter of a decoder layer.
+    """The dtype in which a safetensors checkpoint stores a parameter of a decoder layer.
 
     Args:
-        source: What `find_source` found.
-        name: The parameter's in the model. Where the files have other names, such as one matrix an expert, the layer's first
-            tensor stands for all.
+        source: The result of `find_source`.
+        name: The parameter's name in the model. Where the files use other names, such as one matrix per expert, the dtype of
+            the layer's first tensor is taken.
     """
     assert source.index is not None
     pattern = source.adapter.layer_key_pattern
@@ -211,7 +211,7 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that does not think it is quantised, which transformers would refuse to save."""
+    """The same weights in a model without a quantisation configuration, with which transformers would refuse to save it."""
     from accelerate import init_empty_weights
 
     config = model.config

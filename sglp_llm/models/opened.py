@@ -1,4 +1,4 @@
-"""What is being pruned: a checkpoint that is loaded when it is needed, or a live model that the caller holds."""
+"""A model to prune: a checkpoint that is loaded on first use, or the caller's live model."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ class OpenedModel:
         revision: Of a model on the Hub.
         dtype: See `load_model`.
         device_map: See `load_model`.
-        tokenizer: Instead of the checkpoint's own; needed with a live model, where text must be read.
+        tokenizer: Used instead of the checkpoint's own; needed with a live model if text is read.
 
     Attributes:
         source: The checkpoint; ``None`` for a live model.
         identity: Name, family and fingerprint.
         num_layers: Number of decoder layers.
-        streamed: Whether one decoder layer is in memory at a time.
+        config: transformers' configuration.
+        streamed: Whether the decoder layers are loaded one at a time.
 
     Raises:
         UserError: See `find_source` and `wrap_model`.
@@ -73,14 +74,14 @@ class OpenedModel:
 
     @property
     def setting(self) -> dict[str, str | None]:
-        """What a journal of work on this model depends on: its name too, as two fine-tuned copies have one fingerprint."""
+        """Identifies the model in a journal; includes the name, because fine-tuned copies share a fingerprint."""
         return {"model": self.identity.name, "fingerprint": self.identity.fingerprint, "revision": self.revision}
 
     def check_tokens(self, input_ids: torch.Tensor) -> None:
-        """Makes sure that the model can read these token ids, ``[sequences, tokens]``.
+        """Checks that token ids, ``[sequences, tokens]``, are in the model's vocabulary.
 
         Raises:
-            UserError: One is beyond its vocabulary: the tokenizer is not the model's.
+            UserError: One is not: the tokenizer is not the model's.
         """
         vocabulary = int(self.config.vocab_size)
         if (highest := int(input_ids.max())) >= vocabulary:
@@ -90,14 +91,14 @@ class OpenedModel:
             )
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a parameter of a decoder layer, by its name in the model, is exported: safetensors as they are."""
+        """The dtype in which a decoder layer's parameter, by its name in the model, is exported; as stored for safetensors."""
         if self.source is None or self.source.index is None:
             dtype: torch.dtype = self.load().model.dtype
             return dtype
         return stored_dtype(self.source, name)
 
     def stream(self, scratch: str | Path | None = None) -> None:
-        """From now on the weights are loaded one decoder layer at a time.
+        """Makes `load` return a model whose decoder layers are loaded one at a time; to be called before it.
 
         Args:
             scratch: Folder for the hidden states between layers; ``None`` means host memory.
@@ -126,7 +127,7 @@ class OpenedModel:
         return self._loaded
 
     def release(self) -> None:
-        """Lets go of weights that were loaded here; a live model stays with its owner."""
+        """Releases weights that `load` has loaded; a live model is kept, because it is the caller's."""
         if self.source is not None:
             self._loaded = None
 
@@ -135,7 +136,7 @@ class OpenedModel:
         """The tokenizer; loaded on the first use.
 
         Raises:
-            UserError: A live model came without one, or the checkpoint's cannot be read.
+            UserError: A live model was given without one, or the checkpoint's cannot be read.
         """
         if self._tokenizer is None:
             if self.source is None:

@@ -18,10 +18,10 @@ from sglp_llm.tensor_files import CheckpointIndex, read_index
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# What a configuration says about the software and the moment, not about the model.
+# Configuration keys that describe the software or the run, not the model.
 _VOLATILE_KEYS = {"transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "auto_map"}
 _VOLATILE_KEYS |= {"quantization_config"}
-# transformers', compressed-tensors' and MLX's word for it.
+# The keys under which transformers, compressed-tensors and MLX store it.
 _QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
 
 
@@ -33,11 +33,11 @@ class Source:
         identity: Name, family and fingerprint.
         revision: The Hub commit; ``None`` for local files.
         path: The local folder, or the GGUF file.
-        format: What the weights are stored as.
-        raw_config: ``config.json`` as it stands in the folder; empty for GGUF.
+        format: File format of the weights.
+        raw_config: ``config.json`` as it is in the folder; empty for GGUF.
         config: transformers' resolved configuration.
         adapter: The family's adapter.
-        index: Where every tensor lies; ``None`` unless the weights are safetensors.
+        index: Location of every tensor; ``None`` unless the weights are safetensors.
     """
 
     identity: ModelIdentity
@@ -55,10 +55,10 @@ class Source:
         return int(getattr(self.config, self.adapter.depth_key))
 
     def check_apart(self, output: Path) -> None:
-        """Makes sure that writing to ``output`` leaves the source alone.
+        """Checks that writing to ``output`` cannot change the source.
 
         Raises:
-            UserError: One of the two lies inside the other, or they are the same.
+            UserError: One of the two is inside the other, or they are the same.
         """
         source, target = self.path.resolve(), output.resolve()
         if target.is_relative_to(source) or source.is_relative_to(target):
@@ -66,15 +66,15 @@ class Source:
 
 
 def find_source(name: str | Path, revision: str | None = None) -> Source:
-    """Finds a checkpoint, downloads it where it is on the Hub, and makes sure that it can be pruned.
+    """Finds a checkpoint, downloads it where it is on the Hub, and checks that it can be pruned.
 
     Args:
         name: A local folder, a ``.gguf`` file, or the id of a model on the Hub.
         revision: Hub branch, tag or commit.
 
     Raises:
-        UserError: It does not exist; its files are damaged; or it is of a kind that cannot be pruned: quantised, a PEFT adapter,
-            in need of remote code, multimodal, or of a family without an adapter.
+        UserError: It does not exist; its files are damaged; or it cannot be pruned: quantised, a PEFT adapter, in need of remote
+            code, multimodal, or of a family without an adapter.
     """
     path, revision = _locate(name, revision, weights=True)
     return _gguf_source(path, str(name)) if path.is_file() else _folder_source(path, str(name), revision)
@@ -91,7 +91,7 @@ def find_config(name: str | Path, revision: str | None = None) -> tuple[Pretrain
         transformers' resolved configuration, and whether the weights are GGUF.
 
     Raises:
-        UserError: See `find_source`, but for weights.
+        UserError: See `find_source`, except for errors in the weights.
     """
     path, _ = _locate(name, revision, weights=False)
     if path.is_file():
@@ -112,20 +112,20 @@ def _locate(name: str | Path, revision: str | None, weights: bool) -> tuple[Path
 
 
 def fingerprint(config: PretrainedConfig, tensors: Iterable[tuple[str, str, Iterable[int]]]) -> str:
-    """What tells models apart, independent of where they lie and how they are sharded.
+    """A hash that tells models apart, independent of their location and sharding.
 
-    Of the configuration the settings count that are not the family's defaults: when transformers saves a checkpoint again,
-    with other shards for instance, it writes out defaults that the JSON lacked before.
+    Of the configuration, only settings that differ from the family's defaults count: when transformers saves a checkpoint
+    again, with other shards for instance, it writes out defaults that the JSON lacked before.
 
     Args:
         config: The resolved configuration.
         tensors: Name, dtype and shape of every tensor, in any order.
     """
     defaults = type(config)().to_dict()
-    telling = {key: value for key, value in config.to_dict().items() if key not in defaults or value != defaults[key]}
-    lasting = {key: value for key, value in telling.items() if key not in _VOLATILE_KEYS and not key.startswith("_")}
+    changed = {key: value for key, value in config.to_dict().items() if key not in defaults or value != defaults[key]}
+    stable = {key: value for key, value in changed.items() if key not in _VOLATILE_KEYS and not key.startswith("_")}
     headers = sorted([name, dtype, list(shape)] for name, dtype, shape in tensors)
-    text = json.dumps([config.model_type, lasting, headers], sort_keys=True, default=str)
+    text = json.dumps([config.model_type, stable, headers], sort_keys=True, default=str)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -139,7 +139,7 @@ def _folder_source(folder: Path, name: str, revision: str | None) -> Source:
         _check_layers(index, adapter, int(getattr(config, adapter.depth_key)), name)
         headers = [(entry.name, entry.dtype, entry.shape) for entry in index.tensors.values()]
     elif files := sorted(folder.glob("pytorch_model*.bin")):
-        # Opening a pickle to read its headers is transformers' business; names and sizes are known without.
+        # Tensor names and shapes would need unpickling; file names and sizes are known without.
         headers = [(file.name, "bin", (file.stat().st_size,)) for file in files]
     else:
         raise UserError(
@@ -219,7 +219,7 @@ def _checked_adapter(raw: Mapping[str, Any], name: str) -> DecoderAdapter:
 
 
 def _refuse_architecture(raw: Mapping[str, Any], name: str) -> None:
-    """A classifier or a bare decoder has no language model head: transformers would make up a random one."""
+    """Refuses a classifier or a bare decoder: without a language model head, transformers would initialise a random one."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     causal = _as_list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[raw["model_type"]])
@@ -242,9 +242,7 @@ def _resolved_config(folder: Path, name: str, **options: str) -> PretrainedConfi
 
     try:
         return AutoConfig.from_pretrained(folder, **options)
-    except (
-        Exception
-    ) as error:  # transformers validates with exceptions of many libraries; all mean: this configuration is off
+    except Exception as error:  # transformers validates with exceptions of many libraries; all mean that it is invalid
         raise UserError(
             f"{name}: transformers cannot read the configuration ({' '.join(str(error).split())[:300]})"
         ) from None
