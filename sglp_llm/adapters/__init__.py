@@ -1,6 +1,6 @@
-"""Returns what is special about a model family. Start with `base.py`, then `llama.py`.
+"""Returns a model family's adapter, which describes the family. Start with `base.py`, then `llama.py`.
 
-One file a family, named after transformers' ``config.model_type``. A new family is one new file with an
+One file per family, named after transformers' ``config.model_type``. A new family is one new file with an
 `ADAPTER`; the contract tests pick it up by themselves.
 """
 

@@ -10,12 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Branch:
-    """Where what a block adds to the residual stream can be multiplied from the right by changing existing parameters.
+    """A block's contribution to the residual stream, and the parameters into which a linear map of it can be folded.
 
     Attributes:
-        output: Module of a decoder layer whose output is that.
-        last: What computes it from its own input: a linear, a stack of matrices ``[experts, hidden, ...]``, or a norm.
-        is_norm: Whether ``last`` is a norm, which takes one factor a channel and no other matrix.
+        output: Module of a decoder layer whose output is the contribution.
+        last: What computes it last: a linear layer, a stack of matrices ``[experts, hidden, ...]``, or a norm.
+        is_norm: Whether ``last`` is a norm, into which only a diagonal map (one factor per channel) can be folded.
         offset: What a norm adds to its weight before it multiplies by it.
     """
 
@@ -27,7 +27,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class DecoderAdapter:
-    """Where the parts of a family's ``...ForCausalLM`` sit, and which settings follow its depth.
+    """Paths of the modules of a family's ``...ForCausalLM``, and the configuration keys that depend on its depth.
 
     Attributes:
         display_name: The family's name for people.
@@ -39,18 +39,18 @@ class DecoderAdapter:
         obsolete_keys: Keys from which a per-layer list is derived when the list is absent; they describe a regular pattern
             that pruning breaks.
         refuse: Configuration key -> why a model that sets it (to something truthy) cannot be pruned.
-        native_remote_classes: Classes that a checkpoint's ``auto_map`` may name although transformers brings the very same
-            ones, left over from before the family was merged there.
+        native_remote_classes: Classes that a checkpoint's ``auto_map`` may name because transformers has them built in: old
+            checkpoints still name the code from before the family was merged there.
         active_experts_key: In a mixture of experts, whose matrices transformers stacks as ``[experts, ...]``: the configuration
-            key of how many of them a token meets.
-        mlp: Module of a decoder layer whose output joins the residual stream, after `mlp_norm` where there is one.
-        mlp_out: The last linear of the MLP, or in a mixture of experts the parameter that stacks them.
-        attention_out: The last linear of the attention.
+            key of the number of active experts per token.
+        mlp: Module of a decoder layer whose output is added to the residual stream, after `mlp_norm` where there is one.
+        mlp_out: The last linear layer of the MLP, or in a mixture of experts the parameter that stacks them.
+        attention_out: The last linear layer of the attention.
         mlp_norm: A norm between the MLP and the residual stream.
         norm_offset: What the family's norms add to their weight before they multiply by it.
         sum_norm: A norm of the sum of residual stream and MLP, in models that set ``sum_norm_unless`` to false.
         sum_norm_unless: That configuration key; none = no model of the family has such a norm.
-        tiny_configs: Configurations of a few thousand parameters for the contract tests, each one a quirk of the family.
+        tiny_configs: Configurations of a few thousand parameters for the contract tests, one for each variant of the family.
     """
 
     display_name: str
@@ -72,7 +72,7 @@ class DecoderAdapter:
     tiny_configs: tuple[Mapping[str, Any], ...] = ()
 
     def mlp_branch(self, config: object) -> Branch:
-        """Where the MLP's share of what leaves a decoder layer can be changed; all that leaves it, where the sum is normed.
+        """The `Branch` of the MLP's contribution to a decoder layer's output, or of the whole output where the sum is normed.
 
         Args:
             config: The model's configuration.
@@ -105,4 +105,4 @@ TINY_LLAMA: Mapping[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-"""The shape most families share; a family's file adds what is its own."""
+"""The configuration that most families share; a family's file adds its own keys."""

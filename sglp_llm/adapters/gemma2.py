@@ -1,4 +1,4 @@
-"""Gemma 2. Every second layer slides; transformers picks eager attention for its soft-capped scores."""
+"""Gemma 2. Every second layer has sliding-window attention; transformers picks eager attention for its soft-capped scores."""
 
 from sglp_llm.adapters.base import TINY_LLAMA, DecoderAdapter
 

@@ -1,4 +1,4 @@
-"""Gemma 3, text only. Five sliding layers to one global one, each kind with its own rotary base."""
+"""Gemma 3, text only. Five sliding-window layers to one global one, each kind with its own rotary base."""
 
 from sglp_llm.adapters.base import TINY_LLAMA, DecoderAdapter
 

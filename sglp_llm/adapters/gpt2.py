@@ -1,4 +1,4 @@
-"""GPT-2 and DistilGPT-2. Convolution-style linears, learned positions."""
+"""GPT-2 and DistilGPT-2. Linear layers are ``Conv1D`` (transposed weights); learned position embeddings."""
 
 from sglp_llm.adapters.base import DecoderAdapter
 

@@ -1,4 +1,4 @@
-"""Mixtral, a mixture of experts; files keep one matrix an expert, transformers fuses them on loading."""
+"""Mixtral, a mixture of experts; files store one matrix per expert, transformers stacks them on loading."""
 
 from sglp_llm.adapters.base import TINY_LLAMA, DecoderAdapter
 

@@ -1,4 +1,4 @@
-"""Returns a shortened checkpoint on disk, whole or not at all, and checks it by reloading. Start with `export.py`."""
+"""Returns a shortened checkpoint on disk, complete or not at all, and checks it by reloading. Start with `export.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a shortened checkpoint: the one place where old layer indices become new ones."""
+"""Writes a shortened checkpoint: the only module that maps original layer indices to new ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Everything beside weights and configuration that belongs to a checkpoint: tokenizer, chat template, generation, terms.
+# The other files of a checkpoint: tokenizer, chat template, generation configuration, licence.
 _CARRIED_OVER = (
     "generation_config.json",
     "tokenizer*",
@@ -46,21 +46,20 @@ _CARRIED_OVER = (
 def export_from_files(
     source: Source, plan: PrunePlan, folder: Path, max_shard_size: int | None = None, progress: Progress = silent
 ) -> None:
-    """Copies the tensors that stay from the source's safetensors, bit for bit, under their new names.
+    """Copies the kept tensors from the source's safetensors files, bit for bit, under their new names.
 
-    Where the plan replaces a parameter, what is written instead has the name, shape and dtype of what is in the source. The model
-    is not loaded; memory does not grow with its size. ``config.json`` is written last, so that the folder cannot be
-    loaded before it is whole.
+    A parameter that the plan replaces is written with the name, shape and dtype of the source's tensor. The model is not
+    loaded; memory does not grow with its size. ``config.json`` is written last, so that an incomplete folder cannot be loaded.
 
     Args:
         source: A safetensors source.
         plan: A plan that fits the source, see `check_plan`.
         folder: An existing, empty folder.
         max_shard_size: Largest shard in bytes; ``None`` keeps the source's sharding.
-        progress: Told the bytes.
+        progress: Reports written bytes.
 
     Raises:
-        UserError: A replaced tensor has no place in the source.
+        UserError: A replaced tensor matches no tensor of the source.
     """
     assert source.index is not None
     new = _new_tensors(source, plan)
@@ -79,7 +78,7 @@ def export_from_files(
 
 
 def _new_tensors(source: Source, plan: PrunePlan) -> dict[str, NewTensor]:
-    """What is written instead of the source's tensors, by their names there."""
+    """The tensors that are written instead of the source's, by the source's names."""
     if not plan.replaced:
         return {}
     from sglp_llm.checkpoint.replaced import in_files  # imports transformers, which a plain export does without
@@ -119,14 +118,14 @@ def carry_over(source: Path, folder: Path) -> None:
 
 
 def check_plan(plan: PrunePlan, model: ModelIdentity, num_layers: int, stored: bool = True) -> None:
-    """Makes sure that a plan is for this model.
+    """Checks that a plan is for this model.
 
     Args:
         plan: The plan.
         model: The model it is to be used on.
         num_layers: Its number of decoder layers.
-        stored: Whether it is a checkpoint. A live model may be the one that the plan was made for although its fingerprint
-            differs, since tensors have other names and dtypes in memory than in files; there only the family must agree.
+        stored: Whether it is a checkpoint. Of a live model only the family is compared: its fingerprint may differ from the
+            plan's, since tensors have other names and dtypes in memory than in files.
 
     Raises:
         UserError: The depth differs, or the plan names a model whose fingerprint (or family) differs.
@@ -142,7 +141,7 @@ def check_plan(plan: PrunePlan, model: ModelIdentity, num_layers: int, stored: b
 
 
 def check_depth(plan: PrunePlan, num_layers: int, name: str) -> None:
-    """Makes sure that a plan fits a model of this depth, and replaces nothing that it removes.
+    """Checks that a plan fits a model of this depth, and replaces nothing that it removes.
 
     Raises:
         UserError: It does not.
@@ -162,12 +161,12 @@ def renamed(tensor: str, adapter: DecoderAdapter, kept: Sequence[int]) -> str | 
 
 
 def shorten_config(config: PretrainedConfig, adapter: DecoderAdapter, kept: Sequence[int]) -> None:
-    """Edits a resolved configuration in place: its depth and everything that has one entry a layer.
+    """Edits a resolved configuration in place: its depth, and every setting that depends on it.
 
     Args:
         config: transformers' configuration object, where lists that the JSON may lack are filled in.
         adapter: The family's adapter.
-        kept: Original indices of the layers that stay.
+        kept: Original indices of the kept layers.
     """
     for key, value in _shortened_values(config, adapter, kept).items():
         setattr(config, key, value)
@@ -176,8 +175,8 @@ def shorten_config(config: PretrainedConfig, adapter: DecoderAdapter, kept: Sequ
 def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[int]) -> PreTrainedModel:
     """Shortens a live transformers model in place.
 
-    Afterwards the model runs, generates with its KV cache, trains and saves (``save_pretrained``) like one that was always
-    this deep. Modules of the layers that stay keep their identity and weights, but for those that the plan replaces.
+    Afterwards the model runs, generates with its KV cache, trains and saves (``save_pretrained``) like any model of that
+    depth. The modules of kept layers stay the same objects with the same weights, except for weights that the plan replaces.
 
     Args:
         model: A causal language model of a known family.
@@ -187,8 +186,8 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
         The same model.
 
     Raises:
-        UserError: The family is unknown, the plan or the indices do not fit the model's depth, or the plan replaces what the
-            model does not have in memory.
+        UserError: The family is unknown, the plan or the indices do not fit the model's depth, or the plan replaces a parameter
+            that is not in memory.
     """
     from torch import nn
 
@@ -201,8 +200,10 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
         plan = plan_from_indices(wrapped.num_layers, plan)
     check_depth(plan, wrapped.num_layers, "the model")
     parameters = checked_parameters(model, plan.replaced)
-    if away := [name for name, parameter in parameters.items() if parameter.is_meta]:
-        raise UserError(f"accelerate keeps {away[0]!r} out of memory, and the plan replaces it: load the whole model")
+    if offloaded := [name for name, parameter in parameters.items() if parameter.is_meta]:
+        raise UserError(
+            f"accelerate keeps {offloaded[0]!r} out of memory, and the plan replaces it: load the whole model"
+        )
     for name, parameter in parameters.items():
         parameter.data = plan.replaced[name].to(parameter.device, parameter.dtype, copy=True)
     layers = nn.ModuleList(wrapped.layers[layer] for layer in plan.kept)
@@ -216,18 +217,18 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
 def shortened(
     model: PreTrainedModel, removed: Iterable[int], replaced: Mapping[str, torch.Tensor] | None = None
 ) -> Iterator[PreTrainedModel]:
-    """Inside the block the live model is as `drop_layers` leaves it; afterwards it is what it was.
+    """Inside the block the live model is shortened as by `drop_layers`; afterwards it is restored.
 
     Args:
         model: A causal language model of a known family.
-        removed: 0-based indices of the layers to remove; none leaves the model alone.
-        replaced: New values of parameters of layers that stay, as in a plan.
+        removed: 0-based indices of the layers to remove; when empty, the model is not changed.
+        replaced: New values of parameters of kept layers, as in a plan.
     """
     from sglp_llm.engine.modes import replaced_weights
     from sglp_llm.models.loading import wrap_model
 
-    gone = list(removed)
-    if not gone:
+    indices = list(removed)
+    if not indices:
         assert not replaced
         yield model
         return
@@ -236,7 +237,7 @@ def shortened(
     changed = _shortened_values(model.config, wrapped.adapter, range(wrapped.num_layers))
     before = {key: getattr(model.config, key) for key in changed}
     with replaced_weights(wrapped, replaced or {}):
-        drop_layers(model, gone)
+        drop_layers(model, indices)
         try:
             yield model
         finally:
@@ -265,7 +266,7 @@ def _shortened_values(config: PretrainedConfig, adapter: DecoderAdapter, kept: S
 
 
 def _write_config(source: Source, kept: Sequence[int], folder: Path) -> None:
-    # The source's own JSON with as little changed as can be: what older releases and other programs read in it stays there.
+    # Changes as little as possible of the source's JSON: older releases and other programs may read its other keys.
     # Lists come from the resolved configuration, because the JSON may lack them and transformers would derive them anew,
     # wrongly, from the new depth.
     obsolete = {*source.adapter.obsolete_keys, "auto_map"}

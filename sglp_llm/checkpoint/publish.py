@@ -58,12 +58,12 @@ def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
             yield partial
             _publish(partial, target, overwrite)
         finally:
-            # What is there now is a failed export, the old folder that was swapped out, or nothing.
+            # It now holds a failed export, or the old folder that was swapped out, or does not exist.
             shutil.rmtree(partial, ignore_errors=True)
             os.close(lock)
     except BaseException:
         for folder in made:
-            with suppress(OSError):  # somebody else may have put something into it meanwhile
+            with suppress(OSError):  # another process may have written to it meanwhile
                 folder.rmdir()
         raise
 
@@ -105,8 +105,8 @@ def _make_parents(parent: Path, made: list[Path]) -> None:
 def _make_locked_sibling(target: Path) -> tuple[Path, int]:
     """Makes a folder with the permissions the umask gives, unlike ``mkdtemp``, and locks it until the process ends.
 
-    The lock is on the folder itself: it needs no file that would have to go before publication, and it tells a live
-    export from a leftover, since the kernel releases it when the process dies.
+    The lock is on the folder itself: it needs no lock file, which would have to be removed before publication, and it tells
+    a running export from a leftover, since the kernel releases it when the process dies.
     """
     while True:
         partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
@@ -118,7 +118,7 @@ def _make_locked_sibling(target: Path) -> tuple[Path, int]:
             lock = os.open(partial, os.O_RDONLY)
         except FileNotFoundError:  # another export took it for a leftover before it could be locked
             continue
-        with suppress(OSError):  # a file system without locks: then nobody can lock, and leftovers just stay
+        with suppress(OSError):  # a file system without locks: leftovers are not removed then
             fcntl.flock(lock, fcntl.LOCK_EX)
         if _is_at(partial, lock):
             return partial, lock
@@ -137,7 +137,7 @@ def _remove_leftovers(target: Path) -> None:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
             continue
-        with suppress(OSError):  # locked by a live export, or a file system without locks
+        with suppress(OSError):  # locked by a running export, or a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, lock):
                 shutil.rmtree(path, ignore_errors=True)
@@ -145,7 +145,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the path still leads to the open folder: it may be gone by the time the lock comes."""
+    """Whether the path still leads to the open folder: it may have been removed before the lock was acquired."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -153,7 +153,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _publish(partial: Path, target: Path, overwrite: bool) -> None:
-    """Renames ``partial`` to ``target``; a folder that was there is at ``partial`` or gone afterwards."""
+    """Renames ``partial`` to ``target``; an old folder there is moved to ``partial`` or deleted."""
     check_output(target, overwrite)
     replace = target.exists()
     try:

@@ -1,4 +1,4 @@
-"""A plan's replaced tensors: what they are called in the source's files, and what is left of them in the files' dtype."""
+"""A plan's replaced tensors in the names, layouts and dtypes of the source's files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def in_files(source: Source, replaced: Mapping[str, torch.Tensor]) -> dict[str, 
     """The tensors as the source stores them: by its names, in its layout and dtypes.
 
     Raises:
-        UserError: One has no place in the model, or in the files.
+        UserError: One matches no parameter of the model, or no tensor of the files.
     """
     return {stored: piece for pieces in _pieces(source, replaced).values() for stored, piece in pieces.items()}
 
@@ -46,16 +46,16 @@ def in_files(source: Source, replaced: Mapping[str, torch.Tensor]) -> dict[str, 
 def as_stored(
     config: PretrainedConfig, source: Source | None, replaced: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The tensors rounded to what an export keeps of them, by the same names.
+    """The tensors rounded to the dtypes in which an export stores them, by the same names.
 
     Args:
         config: The model's configuration.
-        source: The checkpoint; where it is not safetensors, or there is none, an export keeps what the loaded model has, and
-            nothing is rounded here.
+        source: The checkpoint; where it is not safetensors, or there is none, an export saves the loaded model, and nothing is
+            rounded here.
         replaced: New values by parameter name.
 
     Raises:
-        UserError: One has no place in the model, or in the files; or it is not finite, perhaps because it was rounded.
+        UserError: One matches no parameter of the model, or no tensor of the files; or it is not finite, perhaps after rounding.
     """
     if not replaced:
         return {}
@@ -72,13 +72,13 @@ def as_stored(
 
 
 def _pieces(source: Source, replaced: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """By parameter name: the stored tensors it is kept in, several for a matrix that stacks those of experts."""
+    """The stored tensors of each parameter, by the parameter's name; several for a stack of experts' matrices."""
     assert source.index is not None
     model = _empty_model(source.config)
     checked_parameters(model, replaced)
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in replaced.items():
-        # Some files keep a tensor as the model has it although others of the family are converted: they were saved so.
+        # Some checkpoints store a tensor in the model's own layout, although transformers converts those of others.
         for pieces in (revert_weight_conversion(model, {name: tensor}), {name: tensor}):
             stored = {each: _stored_name(each, source) for each in pieces}
             if all(stored.values()):

@@ -1,4 +1,4 @@
-"""The reload check: the exported folder is what the source is with some layers skipped, and some weights replaced."""
+"""The reload check: the exported model computes what the source does with the layers skipped and the weights replaced."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Expected:
 
 @dataclass(frozen=True)
 class Verification:
-    """What the reload check found.
+    """The result of the reload check.
 
     Attributes:
-        dtype: What both models computed in.
+        dtype: The dtype in which both models computed.
         max_difference: Largest absolute difference of two logits.
-        tolerance: The largest that was allowed; 0 in float32.
+        tolerance: The largest allowed difference; 0 in float32.
         tokens: Number of positions that were compared.
         generation: Whether generation with the KV cache was compared with generation without (float32 only).
     """
@@ -82,7 +82,7 @@ def expected_logits(
         model: The whole model.
         removed: Original indices of the layers to skip.
         input_ids: ``[sequences, tokens]`` int64, for instance the calibration set's.
-        replaced: A plan's replaced tensors, rounded to what the export keeps of them (`as_stored`).
+        replaced: A plan's replaced tensors, rounded as the export stores them (`as_stored`).
     """
     ids = input_ids[:CHECK_SEQUENCES, :CHECK_TOKENS].to(model.input_device)
     kept = [layer for layer in range(model.num_layers) if layer not in removed]
@@ -100,19 +100,19 @@ def expected_logits(
 def verify_checkpoint(
     folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str, streamed: bool = False
 ) -> Verification:
-    """Loads the folder with plain transformers and compares.
+    """Loads the folder with plain transformers and compares it with what is expected.
 
     Args:
         folder: The exported checkpoint.
-        expected: What `expected_logits` gave.
-        dtype: What the source computed in.
+        expected: What `expected_logits` returned.
+        dtype: The dtype in which the source computed.
         device: Where the source computed, or accelerate's ``device_map``.
-        streamed: One decoder layer in memory at a time, put there by transformers' loader. Generation is not compared then: it
+        streamed: Keep one decoder layer in memory at a time, loaded by transformers' loader. Generation is then not compared: it
             would read the whole checkpoint for every token.
 
     Raises:
-        VerificationError: The folder does not load without complaint, logits differ, or in float32 greedy generation with the
-            KV cache gives other tokens than without.
+        VerificationError: The folder does not load, tensors are missing or unexpected, logits differ, or in float32 greedy
+            generation with the KV cache gives other tokens than without.
     """
     model = _streamed(folder, dtype) if streamed else _resident(folder, expected, dtype, device)
     ids = expected.input_ids.to(model.input_device)
@@ -160,7 +160,7 @@ def _does_not_load(folder: Path, error: Exception) -> VerificationError:
 
 @contextmanager
 def _buffers_as_loaded(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the buffers that no checkpoint stores are those that a reloaded model will have.
+    """Inside the block the non-persistent buffers have the values that a reloaded model will have.
 
     ``model.to(torch.bfloat16)`` rounds the rotary frequencies too, which transformers keeps in float32 on loading; the
     logits then differ by several percent although the weights are the same.

@@ -1,11 +1,11 @@
 """Returns the processes of one run, which share the calibration sequences. Start with `base.py`.
 
-`distributed.py` is several processes on torch.distributed, `launch.py` says whether a launcher started more than one.
+`distributed.py` implements them on torch.distributed, `launch.py` tells whether a launcher started more than one.
 """
 
 from __future__ import annotations
 
-# Not what imports torch: the command line asks for the number of processes, and ``--help`` must stay fast.
+# Nothing here imports torch: the command line reads the number of processes, and ``--help`` must stay fast.
 from sglp_llm.processes.base import ALONE, Processes
 from sglp_llm.processes.launch import process_count, process_index
 

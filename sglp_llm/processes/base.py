@@ -1,4 +1,4 @@
-"""What the processes of one run share: which sequences are whose, and sums over all of them."""
+"""The processes of one run: how they divide the calibration sequences, and sums over all processes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Processes:
-    """One process that does everything: the base of the real thing, and what every function takes by default.
+    """A single process: the base class of several ones, and the default of every function.
 
     Attributes:
-        index: This process's number.
-        count: How many there are.
+        index: The rank of this process.
+        count: The number of processes.
     """
 
     index: int = 0
@@ -30,7 +30,7 @@ class Processes:
         return self.index == 0
 
     def share(self, sequences: int, together: int = 1) -> range:
-        """The calibration sequences of this process: contiguous, and without a minibatch cut in two.
+        """The calibration sequences of this process: contiguous, and in whole minibatches.
 
         Args:
             sequences: How many there are.
@@ -40,7 +40,7 @@ class Processes:
             Sequence numbers; empty where there are fewer groups than processes.
         """
         groups = -(-sequences // together)
-        # Rounded up, so that among too many processes the main one, whose progress is seen, has work.
+        # Rounded up, so that with more processes than groups the main one, whose progress is displayed, has work.
         first, last = (-(-groups * index // self.count) * together for index in (self.index, self.index + 1))
         return range(first, min(last, sequences))
 
@@ -53,11 +53,11 @@ class Processes:
         return tensor
 
     def check_same(self, what: str, value: str) -> None:
-        """Makes sure that all processes speak of the same thing, which may lie on another disk in each; a collective call.
+        """Checks that an input, which each process may read from another disk, is the same in all; a collective call.
 
         Args:
-            what: What the value stands for.
-            value: Anything that is only equal where the things are.
+            what: Name of the input, for the message.
+            value: A text that identifies it, such as a hash.
 
         Raises:
             UserError: A process has another value than the main one, or failed.
@@ -73,12 +73,12 @@ class Processes:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """All processes get to the end of the block, or none does; a collective call, at its end. Not to be nested.
+        """All processes complete the block, or all raise; a collective call at its end. Must not be nested.
 
-        Whoever raises inside raises its own error, and all others that of the first who did.
+        A process that fails raises its own error; the others raise that of the failed process of the lowest rank.
 
         Raises:
-            UserError: Another process failed, with whatever error; the message is its own: ``process 2: ...``.
+            UserError: Another process failed, with any error; the message is that error's: ``process 2: ...``.
         """
         yield
 

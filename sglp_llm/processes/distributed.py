@@ -1,4 +1,4 @@
-"""The processes that a launcher started, on any number of hosts, and how they end together."""
+"""The processes that a launcher started, on any number of hosts; a failure of one ends all of them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from sglp_llm.processes.base import ALONE, Processes
 from sglp_llm.processes.launch import process_count
 
 PATIENCE = timedelta(days=7)
-"""How long a process waits for the slowest one, which may be hours behind. Nobody waits for a failed one: it says so."""
+"""Timeout of a collective call. The slowest process may be hours behind; a failed one reports its failure at once."""
 
 
 class Distributed(Processes):
     """One of several processes, in process groups of their own: gloo for tensors on the CPU, NCCL for those on a GPU.
 
-    Every collective call begins with the question whether somebody has failed, so that nobody waits for a process that
-    will not come.
+    Every collective call first exchanges failures, so that no process waits for one that has failed.
     """
 
     def __init__(self) -> None:
@@ -40,7 +39,7 @@ class Distributed(Processes):
         atexit.register(self._leave)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        # What may fail in one process alone, for want of memory, comes before the others count on it.
+        # The copy may run out of memory in one process alone, so it is made before the others wait for this one.
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._agree(None)
         distributed.all_reduce(total, group=self._groups[total.device.type])
@@ -58,7 +57,7 @@ class Distributed(Processes):
         self._agree(None)
 
     def _agree(self, failure: str | None) -> None:
-        """Tells all processes the failure of this one, if any, and ends this one with that of another."""
+        """Sends this process's failure, if any, to all processes; otherwise raises that of another one."""
         failures: list[str | None] = [None] * self.count
         try:
             distributed.all_gather_object(failures, failure, group=self._group)
@@ -72,7 +71,7 @@ class Distributed(Processes):
             raise _Ended(f"process {failed[0]}: {failures[failed[0]]}")
 
     def _leave(self) -> None:
-        # The launcher kills the others as soon as one has ended with an error: first the main process may say what it was.
+        # The launcher kills the others as soon as one exits with an error: wait until the main process has printed it.
         if self._has_failed:
             self._agree("over")
         if self._is_ours:
@@ -80,7 +79,7 @@ class Distributed(Processes):
 
 
 class _Ended(UserError):
-    """Another process has failed, and all know it."""
+    """Another process has failed, and all processes have been informed."""
 
 
 _current: list[Distributed] = []
@@ -89,7 +88,7 @@ _current: list[Distributed] = []
 def current_processes() -> Processes:
     """The processes that torchrun or accelerate launch started, or `ALONE`; the first call waits for all of them.
 
-    Each process computes on the GPU of its number on the host, where there are GPUs, and on the CPU otherwise.
+    Each process computes on the GPU of its local rank, where there are GPUs, and on the CPU otherwise.
     """
     if process_count() < 2:
         return ALONE

@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, accelerate launch) says in the environment. Without torch, so that ``--help`` stays fast."""
+"""What a launcher (torchrun, accelerate launch) sets in the environment. Without torch, so that ``--help`` stays fast."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import os
 def process_count() -> int:
     """How many processes the launcher started; 1 without one.
 
-    A cluster may set ``WORLD_SIZE`` for a job that nobody launches: a process without a rank is alone.
+    A cluster may set ``WORLD_SIZE`` for a job without a launcher, so a process without ``RANK`` counts as a single one.
     """
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def process_index() -> int:
-    """The number of this process among all of them, on all hosts."""
+    """The rank of this process among all processes on all hosts."""
     return int(os.environ["RANK"]) if process_count() > 1 else 0

@@ -1,11 +1,11 @@
-"""Returns where the tensors of safetensors files lie, and reads and writes them. Start with `reader.py`.
+"""Returns the locations of tensors in safetensors files, and reads and writes them. Start with `reader.py`.
 
 `reader.py` and `writer.py` need the standard library alone; `mapped.py` and `tensors.py` make torch tensors.
 """
 
 from __future__ import annotations
 
-# Not what imports torch: an export copies bytes.
+# Nothing here imports torch: an export copies bytes.
 from sglp_llm.tensor_files.reader import CheckpointIndex, TensorEntry, read_index
 
 __all__ = ["CheckpointIndex", "TensorEntry", "read_index"]

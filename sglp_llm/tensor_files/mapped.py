@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file as views of the mapped file: nothing is read before it is used, nothing is copied."""
+"""Tensors as views of a memory-mapped safetensors file: nothing is read before it is used, nothing is copied."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ DTYPES = {
 
 
 def mapped_tensor(entry: TensorEntry, mappings: list[mmap.mmap] | None = None) -> torch.Tensor:
-    """The tensor on the CPU, in the file's dtype. Its memory is given back when the last view of it is gone.
+    """The tensor on the CPU, in the file's dtype. Its memory is released with the last view of it.
 
-    Each tensor has a mapping of its own: pages that were read count as resident memory for as long as their mapping lives, so
-    one mapping a file would add up to the file. The kernel is told to read ahead. Writing to the tensor leaves the file alone.
+    Each tensor has a mapping of its own: pages that were read count as resident memory as long as their mapping exists, so one
+    mapping per file would grow to the file's size. The kernel is advised to read ahead. Writes do not change the file.
 
     Args:
-        entry: Where it lies.
-        mappings: Its mapping is added here; see `forget_pages`.
+        entry: Location of the tensor.
+        mappings: Its mapping is appended here; see `forget_pages`.
     """
     dtype = DTYPES[entry.dtype]
     if entry.nbytes == 0:
@@ -50,7 +50,7 @@ def mapped_tensor(entry: TensorEntry, mappings: list[mmap.mmap] | None = None) -
 
 
 def forget_pages(mappings: list[mmap.mmap]) -> None:
-    """Lets go of the memory of tensors that nobody has written to; they are read again when they are used again."""
+    """Releases the resident pages of tensors that were not written to; they are read again on the next use."""
     if hasattr(mmap, "MADV_DONTNEED"):
         for mapping in mappings:
             mapping.madvise(mmap.MADV_DONTNEED)

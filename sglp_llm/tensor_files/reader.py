@@ -1,4 +1,4 @@
-"""A folder of safetensors files -> where every tensor lies. Reads headers only, with the standard library only.
+"""A folder of safetensors files -> the location of every tensor. Reads headers only, with the standard library only.
 
 Neither torch nor safetensors is imported: an export needs names, shapes and byte ranges, and importing a tensor library
 would cost it more memory than all of its own work.
@@ -31,7 +31,7 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies.
+    """The location of one tensor.
 
     Attributes:
         name: Its key in the checkpoint.
@@ -75,17 +75,17 @@ class CheckpointIndex:
 def read_index(folder: Path) -> CheckpointIndex:
     """Reads the headers of a checkpoint and checks that every byte of its files is accounted for.
 
-    What is read is what transformers would load: ``model.safetensors`` rather than an index where both are there, and
-    of the shards every tensor, named by the index or not: transformers takes only the file names from the index. (A
-    tensor that was dropped because the index forgets it would be initialised at random when the export is loaded.)
+    Reads what transformers would load: ``model.safetensors`` rather than an index where both exist, and every tensor of
+    the shards, named by the index or not, because transformers takes only the file names from the index. (A tensor that
+    was dropped because the index lacks it would be initialised at random when the export is loaded.)
 
     Args:
         folder: A folder with ``model.safetensors``, or ``model.safetensors.index.json`` and the shards that it names.
             The files may be symbolic links, as they are in the Hub's cache.
 
     Raises:
-        UserError: There is no safetensors checkpoint, a file of it is missing, damaged or lies outside the folder, the
-            index and the shards contradict each other, or a tensor stands in two shards.
+        UserError: There is no safetensors checkpoint, a file of it is missing, damaged or outside the folder, the index and
+            the shards contradict each other, or a tensor is in two shards.
     """
     single, index_file = folder / SINGLE_FILE_NAME, folder / INDEX_FILE_NAME
     if _is_file(single):
@@ -126,7 +126,7 @@ def _read_weight_map(index_file: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index_file}: there is no weight_map, the object that names the file of every tensor")
     for name, file_name in weight_map.items():
-        # transformers joins whatever stands here to the folder; only a plain name is sure to stay inside.
+        # transformers joins this to the folder's path; only a plain file name is certain to be inside.
         if not isinstance(file_name, str) or file_name in ("", ".", "..") or any(c in file_name for c in "/\\\0"):
             raise UserError(f"{index_file}: the file of tensor {name!r} must be a plain file name, not {file_name!r}")
     return weight_map
@@ -204,10 +204,10 @@ def _is_file(path: Path) -> bool:
 
 
 def _decoded(data: bytes) -> Any:
-    """What the JSON text means, as strictly as the safetensors library reads it.
+    """Decodes JSON as strictly as the safetensors library does.
 
     Raises:
-        ValueError: It is not JSON in UTF-8, or a key stands twice in an object (Python would silently take the last).
+        ValueError: It is not JSON in UTF-8, or a key occurs twice in an object (Python would silently take the last).
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def _decoded(data: bytes) -> Any:
         decoded = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if b"\\ud" in data.lower():  # half a surrogate pair is a str that nothing can write out again
+    if b"\\ud" in data.lower():  # half a surrogate pair is a str that cannot be encoded again
         json.dumps(decoded, ensure_ascii=False).encode()
     return decoded
 

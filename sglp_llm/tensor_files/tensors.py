@@ -19,7 +19,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the file, on the CPU; views of the mapped file.
 
     Raises:
-        UserError: There is no such file, it is damaged, or holds a dtype that nothing is computed in.
+        UserError: There is no such file, it is damaged, or holds an unsupported dtype.
     """
     entries, _ = read_file(file)
     for entry in entries:
@@ -29,13 +29,13 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes the tensors in place of what the file held; views of the old file stay what they are."""
+    """Writes the tensors to a new file of this name; views of an old file stay valid."""
     file.unlink(missing_ok=True)
     entries = [(name, new_tensor(tensor)) for name, tensor in tensors.items()]
     write_safetensors(file, entries, {"format": "pt"}, lambda _: None)
 
 
 def new_tensor(tensor: torch.Tensor) -> NewTensor:
-    """The tensor's bytes, without a copy where it lies in one piece on the CPU."""
+    """The tensor's bytes, without a copy where it is contiguous and on the CPU."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return NewTensor(_NAMES[tensor.dtype], tuple(tensor.shape), data)

@@ -23,7 +23,7 @@ from sglp_llm.tensor_files.reader import DTYPE_BYTES, INDEX_FILE_NAME, SINGLE_FI
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor that no file holds yet: what `TensorEntry` is for one that does.
+    """A tensor in memory that is to be written: the counterpart of `TensorEntry`.
 
     Attributes:
         dtype: safetensors' name of the dtype.
@@ -61,7 +61,7 @@ UNSUPPORTED = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINV
 def group_by_size(tensors: Iterable[NamedEntry], max_shard_size: int) -> list[list[NamedEntry]]:
     """Splits tensors into shards greedily and in order, exactly as transformers' ``save_pretrained`` does.
 
-    A tensor larger than a shard gets a shard of its own; the shard that was being filled goes on being filled.
+    A tensor larger than a shard gets a shard of its own, and the current shard continues to be filled.
 
     Args:
         tensors: The tensors in the order in which they are to be written.
@@ -95,7 +95,7 @@ def write_shards(
     Args:
         folder: An existing folder, usually that of `atomic_folder`.
         shards: The tensors of every file, as from `group_by_size`; empty shards get no file.
-        metadata: ``__metadata__`` of every file; transformers wants ``{"format": "pt"}``.
+        metadata: ``__metadata__`` of every file; transformers expects ``{"format": "pt"}``.
         advance: Called with the number of bytes of tensors that were just copied.
 
     Raises:
@@ -131,10 +131,10 @@ def write_safetensors(path: Path, tensors: Sequence[NamedEntry], metadata: Mappi
     """Writes one safetensors file with tensors copied from others, or from memory, bit for bit.
 
     Tensors of larger elements come first so that every tensor is aligned, as in files that safetensors writes itself;
-    among equals the given order stays.
+    tensors of equal element size keep the given order.
 
     Args:
-        path: The file to write; it must not be there yet.
+        path: The file to write; it must not exist yet.
         tensors: The tensors' new names and where their bytes are.
         metadata: ``__metadata__``; left out when empty.
         advance: Called with the number of bytes of tensors that were just written, `CHUNK_BYTES` at most.
@@ -144,7 +144,7 @@ def write_safetensors(path: Path, tensors: Sequence[NamedEntry], metadata: Mappi
         UserError: A source file is shorter than its header says.
     """
     tensors = sorted(tensors, key=lambda pair: -DTYPE_BYTES[pair[1].dtype])
-    # "x": a file that is there already might be the very one that is copied from.
+    # "x": an existing file might be the one that is copied from.
     with path.open("xb", buffering=0) as target:
         _write_all(target.fileno(), _header(tensors, metadata))
         copy = _Copier(target.fileno(), advance)
@@ -178,7 +178,7 @@ def _header(tensors: Sequence[NamedEntry], metadata: Mapping[str, str]) -> bytes
 
 
 def _runs(entries: Iterable[TensorEntry]) -> list[tuple[int, int]]:
-    """(offset, nbytes) of the entries of one file, those that follow each other joined: fewer and larger copies."""
+    """(offset, nbytes) of the entries of one file, adjacent ones joined: fewer and larger copies."""
     runs: list[tuple[int, int]] = []
     for entry in entries:
         if runs and sum(runs[-1]) == entry.offset:
@@ -215,7 +215,7 @@ class _Copier:
                 if error.errno not in UNSUPPORTED:
                     raise
                 copied = 0
-            # Some kernels say 0 instead of failing where they cannot copy, so only reading by hand proves an end.
+            # Some kernels return 0 instead of failing where they cannot copy, so only a plain read proves an end.
             if copied:
                 return copied
             del self._methods[0]
