@@ -1,4 +1,4 @@
-"""Calibration sequences by what they are for: some are fitted on, the others judge."""
+"""Splits calibration sequences into those to fit on and those held out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Parts:
-    """Calibration sequences, by what they are for: numbers of sequences, half open and disjoint."""
+    """A split of the calibration sequences: half-open, disjoint ranges of sequence numbers."""
 
     fit: range
     held_out: range
@@ -18,7 +18,7 @@ class Parts:
 
 
 def split(samples: int, held_out: float) -> Parts:
-    """The last share of the sequences is held out, at least one; at least one is not.
+    """Holds out the last share of the sequences; each part gets at least one.
 
     Args:
         samples: Number of sequences, at least 2.

@@ -39,13 +39,13 @@ CHARACTERS_PER_TOKEN = 6
 """A first guess, on the high side, of the text that some tokens need; where it was too low, the text is doubled."""
 
 PIECE_CHARACTERS = 4_000_000
-"""Longest text tokenised in one call: a fast tokenizer keeps a few hundred bytes a token while it works."""
+"""Longest text tokenised in one call: a fast tokenizer holds a few hundred bytes per token during the call."""
 
 UNSETTLED_TOKENS = 16
 """The last tokens of a text that was not read to its end, which might merge with what follows: never used."""
 
 POOL_DOCUMENTS, POOL_CHARACTERS = 4096, 64_000_000
-"""How much of a source is held at once to put its documents in random order."""
+"""Limits of the shuffle buffer, in which a source's documents are put in random order."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,15 @@ def calibration_set(
 ) -> CalibrationSet:
     """Sequences from documents in seeded random order; reading stops as soon as there is enough text.
 
-    Where that text gives more windows than samples, as one long document does, the windows are a seeded sample. Random
-    order means: drawn from a pool of at most `POOL_DOCUMENTS` documents that is refilled in the order of the source.
+    Where that text gives more windows than samples, as one long document does, the windows are a seeded sample. Documents
+    are drawn from a shuffle buffer of at most `POOL_DOCUMENTS` documents that is refilled in the order of the source.
 
     Args:
         tokenizer: The model's own.
         spec: See `load_documents`; ``train`` is the default split.
         samples: Number of sequences.
         seq_len: Tokens in one, the BOS token included where there is one.
-        seed: Of the only random generator that is used.
+        seed: Seed of the only random generator that is used.
 
     Raises:
         UserError: A number is too small, the text cannot be read, or there is too little of it.
@@ -143,7 +143,7 @@ def evaluation_windows(
         spec: See `load_documents`; ``test`` is the default split.
         window: Tokens in one, the BOS token included where there is one.
         max_windows: Keep only the first ones.
-        bos: Whether a BOS token stands in front of every window; None means what the tokenizer does by itself.
+        bos: Whether every window begins with a BOS token; None means what the tokenizer does by itself.
 
     Raises:
         UserError: A number is too small, the tokenizer has no BOS token to add, the text cannot be read, or it is
@@ -194,7 +194,7 @@ def _shuffled(documents: Iterable[str], rng: random.Random) -> Iterator[str]:
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, documents: Iterator[str], needed: int | None) -> list[int]:
-    """The token ids of the joined documents: all of them, or (given ``needed``) at least that many where there are."""
+    """The token ids of the joined documents: all of them, or (given ``needed``) at least that many if there are enough."""
     text: list[str] = []
     size, wanted = 0, math.inf if needed is None else (needed + UNSETTLED_TOKENS) * CHARACTERS_PER_TOKEN
     document = next(documents, None)

@@ -1,4 +1,4 @@
-"""A specification such as ``wikitext2`` or ``text:FILE`` -> documents. The only room for the library `datasets`."""
+"""A specification such as ``wikitext2`` or ``text:FILE`` -> documents. The only module that imports `datasets`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ALPACA_WITHOUT_INPUT = (
 
 
 def load_documents(spec: str, split: Split) -> Iterator[str]:
-    """The documents of a source in the source's order, read as they are asked for; blank ones are left out.
+    """The documents of a source in the source's order, read lazily; blank ones are left out.
 
     ==================  ===========================================  ==========================  ======================
     specification       one document                                 train                       test
@@ -58,7 +58,7 @@ def load_documents(spec: str, split: Split) -> Iterator[str]:
     text that published perplexities are measured on.
 
     Args:
-        spec: One of the above; ``:train`` or ``:test`` behind a name without FILE overrules ``split``.
+        spec: One of the above; ``:train`` or ``:test`` after a name without FILE overrides ``split``.
         split: Which part of a source that has two.
 
     Raises:
@@ -75,7 +75,7 @@ def load_documents(spec: str, split: Split) -> Iterator[str]:
 
 
 def check_spec(spec: str) -> None:
-    """The mistakes that can be found without reading everything or reaching the Hub.
+    """Finds the mistakes in a specification that can be found without reading everything or contacting the Hub.
 
     Raises:
         UserError: The form is wrong, or the file is missing, unreadable, empty, or wrong in its first line.
@@ -90,7 +90,7 @@ def check_spec(spec: str) -> None:
 
 
 def source_label(spec: str, split: Split) -> str:
-    """The specification as results name it: with the split that was read, where there are splits."""
+    """The specification as shown in results: with the split that was read, where there are splits."""
     source = _parse(spec)
     return spec if source.path is not None else f"{source.name}:{source.split or split}"
 
@@ -126,7 +126,7 @@ def _parse(spec: str) -> _Source:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedIOBase]:
-    """The file's bytes, decompressed; whatever goes wrong while the block reads them is the user's to mend."""
+    """The file's bytes, decompressed; an error while the block reads them becomes a `UserError`."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             yield stream
@@ -149,7 +149,7 @@ def _text_file(path: Path) -> Iterator[str]:
         raise UserError(f"{path}: not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}") from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
-    # The same text gives the same sequences whichever system wrote its line ends.
+    # The same text gives the same sequences whatever its line endings.
     yield text.replace("\r\n", "\n")
 
 
@@ -247,7 +247,7 @@ def _hub_rows(source: str, path: str, columns: list[str], **arguments: Any) -> I
             rows = datasets.load_dataset(path, **arguments)
         for row in rows:
             yield {column: row[column] for column in columns}
-    except Exception as error:  # offline, gone, renamed, a broken download: each layer below has errors of its own
+    except Exception as error:  # offline, gone, renamed, a broken download: each library has errors of its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
             f"{source}: cannot read the data set {path} from the Hugging Face Hub ({reason[:300]});"

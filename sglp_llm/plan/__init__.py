@@ -1,4 +1,4 @@
-"""Returns plans and recipes: which layers stay, and the settings of a run, as records and as files. Start with `plans.py`."""
+"""Returns plans and recipes: which layers are kept, and a run's settings, as records and as files. Start with `plans.py`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""PrunePlan <-> JSON. A plan that a person wrote needs only ``num_layers`` and one of ``kept`` and ``removed``.
+"""PrunePlan <-> JSON. A hand-written plan needs only ``num_layers`` and one of ``kept`` and ``removed``.
 
-The replaced tensors of a compensated plan lie beside the JSON in a safetensors file, which the JSON names.
+The replaced tensors of a compensated plan are in a file in safetensors format beside the JSON, which names it.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ def plan_from_indices(num_layers: int, removed: Iterable[int]) -> PrunePlan:
     """The plan that removes the given layers of a model of ``num_layers`` layers.
 
     Raises:
-        UserError: An index is out of range or stands twice, no layer is removed, or none is left.
+        UserError: An index is out of range or occurs twice, no layer is removed, or none is kept.
     """
     gone = _checked_indices(list(removed), num_layers, "removed layers")
     return _checked(PrunePlan(num_layers, tuple(layer for layer in range(num_layers) if layer not in gone)), "the plan")
 
 
 def plan_to_dict(plan: PrunePlan) -> dict[str, Any]:
-    """The plan as a JSON object; its keys are `KEYS`, and what it has of `COMPENSATION_KEYS`.
+    """The plan as a JSON object; its keys are `KEYS`, and `COMPENSATION_KEYS` where they apply.
 
-    Of replaced tensors it holds the names and shapes.
+    Of the replaced tensors it holds only names and shapes.
     """
     compensated: dict[str, Any] = {}
     if plan.compensation:
@@ -80,7 +80,7 @@ def plan_to_dict(plan: PrunePlan) -> dict[str, Any]:
 
 
 def save_plan(plan: PrunePlan, path: Path) -> None:
-    """Writes the plan as JSON, one top-level key a line so that a person can read and edit it.
+    """Writes the plan as JSON, one top-level key per line so that a person can read and edit it.
 
     Replaced tensors go into a file of the same name that ends in `TENSORS_SUFFIX`.
     """
@@ -96,10 +96,10 @@ def save_plan(plan: PrunePlan, path: Path) -> None:
 
 
 def load_plan(path: str | Path) -> PrunePlan:
-    """Reads a plan from a JSON file, or from ``sglp_plan.json`` in a folder, and the replaced tensors that lie beside it.
+    """Reads a plan from a JSON file, or from ``sglp_plan.json`` in a folder, and its replaced tensors from the file beside it.
 
     Raises:
-        UserError: There is no such file, it is not JSON, or it is not a plan; or its tensors are missing or others.
+        UserError: There is no such file, it is not JSON, or it is not a plan; or its tensors are missing or differ.
     """
     file = Path(path)
     if file.is_dir():
@@ -121,13 +121,13 @@ def plan_from_dict(data: object, where: str = "plan", folder: Path | None = None
     """Checks a decoded JSON object and makes a plan of it.
 
     Args:
-        data: What JSON gave.
+        data: The decoded JSON.
         where: File name for messages.
-        folder: Where the file with the replaced tensors lies; without one there may be none.
+        folder: Folder of the file with the replaced tensors; without it the plan may not replace any.
 
     Raises:
         UserError: A key is unknown, missing or of the wrong type, the indices do not fit ``num_layers``, or the replaced tensors
-            are missing, others than those that were saved, or not of layers that stay.
+            are missing, differ from those that were saved, or do not belong to kept layers.
     """
     fields: dict[str, Any] = _typed(data, dict, where, "the plan", "a JSON object")
     for key in fields:
@@ -190,10 +190,10 @@ def _checked(plan: PrunePlan, where: str) -> PrunePlan:
 
 
 def check_replaced(plan: PrunePlan, where: str) -> None:
-    """Makes sure that the replaced tensors are those of layers that stay.
+    """Checks that the replaced tensors belong to kept layers.
 
     Raises:
-        UserError: One is not; the message begins with ``where``.
+        UserError: One does not; the message begins with ``where``.
     """
     for name in plan.replaced:
         found = re.search(r"\.(\d+)\.", name)  # in every family the first number on the path is the layer's

@@ -1,4 +1,4 @@
-"""Recipe <-> YAML: every setting of a run in one record. An unknown key is an error that names its nearest neighbour."""
+"""Recipe <-> YAML: every setting of a run in one record. An unknown key is an error that names the nearest known key."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class Recipe:
     Attributes:
         model: Hub id, folder or ``.gguf`` file.
         revision: Hub branch, tag or commit.
-        dtype: What the analysis computes in. A GGUF or ``.bin`` source is exported in it too; safetensors are copied as they are.
+        dtype: The dtype of the analysis. A GGUF or ``.bin`` source is exported in it too; safetensors are copied as they are.
         device_map: accelerate's placement, ``auto`` for instance; none = one device, the GPU where there is one.
-        calibration: What `sglp_llm.calibration.sequences` can read: ``wikitext2``, ``text:FILE``, ...
+        calibration: A text source that `sglp_llm.calibration` can read: ``wikitext2``, ``text:FILE``, ...
         samples: Number of calibration sequences.
-        seq_len: Tokens a sequence.
-        seed: Of everything that is drawn.
-        trial_samples: How many of the sequences the criteria use that try removals (ppl, sleb, kl, cka_output), the first ones;
-            none = all of them.
-        journal: Folder in which the criterion ``search`` keeps the outcomes of its trials, so that an interrupted run of the same
-            model, sequences and versions goes on where it was.
-        engine: ``resident`` holds the whole model in memory, ``streamed`` one decoder layer at a time; ``auto`` takes the first
-            where it is predicted to fit. Both give the same plan.
+        seq_len: Tokens per sequence.
+        seed: Seed of everything that is random.
+        trial_samples: Number of sequences, from the first on, used by criteria that try removals (ppl, sleb, kl, cka_output,
+            search); none = all of them.
+        journal: Folder in which the criterion ``search`` keeps the results of its trials, so that an interrupted run with the
+            same model, sequences and versions resumes.
+        engine: ``resident`` holds the whole model in memory, ``streamed`` one decoder layer at a time; ``auto`` is resident
+            where that is predicted to fit. Both give the same plan.
         scratch: Folder for the hidden states that the streamed engine stores between layers; none = the host's memory.
         batch_size: Sequences a forward-only pass computes at once; gradients are taken one sequence at a time. No result
             depends on it.
@@ -53,20 +53,20 @@ class Recipe:
         also: More criteria to score in the same pass, for the record.
         options: Settings of single criteria, such as ``{angular: {tokens: all}}``.
         kernel: CKA kernel, ``cosine`` (our default) or ``linear`` (the paper's).
-        minibatch_sequences: Calibration sequences a CKA minibatch.
+        minibatch_sequences: Calibration sequences per CKA minibatch.
         minibatch_positions: Evenly spaced positions of each of them.
         segments: Whether the criterion's scores are compared inside CKA segments; none = as the criterion is defined (``sglp``:
             yes, all others: no). A criterion that gives a set cannot.
         num_segments: Number of segments, or ``auto``.
-        features: What the segmentation looks at, ``column_sum`` or ``rows``.
+        features: What the segmentation is computed from, ``column_sum`` or ``rows``.
         min_drop: When ``auto`` stops adding segments.
         protect: Layers that are never removed.
         ratio: Share of the layers to remove, or
         drop: their number, or
-        target_params: the number of parameters that may be left.
-        compensate: How the layers that stay make up for those that went: ``none``, or a name from ``compensation/``.
-        held_out: Share of the calibration sequences, the last ones, that a compensation is not fitted on but judged by.
-        candidates: How many of the sets that a search ends with are repaired in closed form before one is taken.
+        target_params: the number of parameters that may remain.
+        compensate: How the kept layers compensate for the removed ones: ``none``, or a name from ``compensation/``.
+        held_out: Share of the calibration sequences, the last ones, that a compensation is evaluated on and not fitted on.
+        candidates: How many candidate sets of a search are compensated in closed form before the best one is taken.
         max_shard_size: Largest file of the output, such as ``2GB``; none = shards like the source's.
     """
 
@@ -104,7 +104,7 @@ class Recipe:
 
     @property
     def deciding_criterion(self) -> str:
-        """The criterion whose verdict decides: ``sglp`` is CKA segments with GradNorm inside them."""
+        """The criterion that chooses the layers: ``gradnorm`` for ``sglp``, which is GradNorm inside CKA segments."""
         return "gradnorm" if self.criterion == SGLP else self.criterion
 
     @property
@@ -114,11 +114,11 @@ class Recipe:
 
     @property
     def budget(self) -> Budget:
-        """The three ways to say how much goes, as one record; `selection.check_budget` wants exactly one of them."""
+        """The three budget settings as one record; `check_budget` requires that exactly one of them is set."""
         return Budget(self.ratio, self.drop, self.target_params)
 
     def with_changes(self, **changes: Any) -> Recipe:
-        """A copy with every change that is not None; a new budget replaces the old one whole, options join those there are.
+        """A copy with every change that is not None; a new budget replaces the old one, options are added to the old ones.
 
         Raises:
             UserError: A key is unknown or a value has the wrong type.

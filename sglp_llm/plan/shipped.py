@@ -1,4 +1,4 @@
-"""What comes with the package as YAML: recipes, presets and suites, each by its file's name."""
+"""YAML files that come with the package: recipes, presets and suites, each by its file's name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shipped_suites() -> dict[str, Path]:
 
 
 def preset_settings(name: str | None) -> dict[str, Any]:
-    """The settings of a preset, for `Recipe.with_changes`: how layers are chosen and repaired, not of which model.
+    """The settings of a preset, for `Recipe.with_changes`: how layers are chosen and compensated for; it names no model.
 
     Args:
         name: One of `preset_names`; ``None`` means none, which sets nothing.
@@ -42,7 +42,7 @@ def preset_settings(name: str | None) -> dict[str, Any]:
 
 
 def preset_description(name: str) -> str:
-    """The comment that a preset begins with."""
+    """The comment in the first line of a preset's file."""
     return str(_yaml_files(_PRESETS)[name].read_text(encoding="utf-8").split("\n")[0].removeprefix("# "))
 
 
@@ -56,6 +56,6 @@ def _yaml_files(folder: Path) -> dict[str, Path]:
 
 
 def _shipped_folder(name: str) -> Path:
-    """A folder that stands at the top of the repository; a wheel has it inside the package."""
+    """A folder that is at the top of the repository, but inside the package in a wheel."""
     installed = _PACKAGE / name
     return installed if installed.is_dir() else _PACKAGE.parent / name

@@ -15,7 +15,7 @@ from sglp_llm.errors import UserError, unknown
 
 
 def read_yaml(path: Path, kind: str) -> object:
-    """The plain data of a YAML file; None when there is nothing in it.
+    """The plain data of a YAML file; None when it is empty.
 
     Args:
         path: The file.
@@ -36,7 +36,7 @@ def parse_yaml(text: str, name: str) -> object:
 
     Args:
         text: The text.
-        name: Where it stands, for the message.
+        name: Its source, for the message.
 
     Raises:
         UserError: It is not YAML.
