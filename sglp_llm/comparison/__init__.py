@@ -1,4 +1,4 @@
 """Returns a `Comparison`: many methods at many depths on one model. Start with `compare.py`.
 
-`methods.py` knows the methods by name, `choices.py` their layers, `measurements.py` what is measured, `measured.py` measures it.
+`methods.py` resolves names of methods, `choices.py` selects layers, `measurements.py` defines what `measured.py` measures.
 """

@@ -1,4 +1,4 @@
-"""Which layers many criteria remove at many depths: what they can share is computed once, what is finished is kept."""
+"""Selects the layers that many criteria remove at many depths; shared work is done once, finished work is kept in a journal."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def choices(
     journal: Journal,
     progress: Progress,
 ) -> tuple[dict[str, list[list[list[int]]]], dict[str, float]]:
-    """For each chooser the sets of layers that it ends with at each depth, and the seconds that took.
+    """The candidate sets of each layer selection at each depth, and the wall times.
 
     Args:
         opened: The model.
         calibration: The sequences.
-        recipe: What all have in common, with the options of all criteria.
-        choosers: Their settings at each depth, by criterion, or by preset where it has settings of its own.
-        journal: For the finished pieces.
-        progress: Told how far it is.
+        recipe: The settings that all share, with the options of all criteria.
+        choosers: The settings of each selection at each depth, by criterion, or by preset where it has settings of its own.
+        journal: Keeps finished work.
+        progress: Reports progress.
 
     Returns:
-        The sets, the best first and most often alone, in each one's own order; and the seconds, those of a pass that is shared
-        under ``shared pass``.
+        For each selection and depth the candidate sets, best first and often only one, each in the order of removal; and the
+        seconds of each selection, those of the shared pass under ``shared pass``.
     """
     deciding = {name: each[0].deciding_criterion for name, each in choosers.items()}
     chosen: dict[str, list[list[list[int]]]] = {}
@@ -54,18 +54,18 @@ def choices(
         return {"sets": sets, "seconds": time.perf_counter() - start}
 
     depths = [each.budget.to_dict() for each in next(iter(choosers.values()))]
-    # A preset's own settings may be of the pass itself.
-    watching = [
+    # A preset's own settings may change the pass itself, so only plain criteria share one.
+    sharing = [
         name
         for name, each in choosers.items()
         if name == each[0].criterion and Need.TRIALS not in get_criterion(deciding[name]).needs
     ]
-    if watching:
-        kept = journal.once(f"sets from the pass of {watching} at {depths}", lambda: together(watching, recipe))
+    if sharing:
+        kept = journal.once(f"sets from the pass of {sharing} at {depths}", lambda: together(sharing, recipe))
         chosen |= kept["sets"]
         seconds["shared pass"] = kept["seconds"]
     for name, recipes in choosers.items():
-        if name in watching:
+        if name in sharing:
             continue
         known = name if name == recipes[0].criterion else f"{name} {preset_settings(name)}"
         if issubclass(get_criterion(deciding[name]), GreedyCriterion):
@@ -91,7 +91,7 @@ def _greedy(
     journal: Journal,
     progress: Progress,
 ) -> tuple[list[list[int]], float]:
-    """Each round is a piece of work of its own: the rounds of a shallower plan are the first of a deeper one's."""
+    """Keeps each round in the journal by itself: the rounds for a smaller budget are the first ones for a larger budget."""
     recipe = recipes[0]
     name = recipe.deciding_criterion
     protect = (recipe.protect.first, recipe.protect.last)

@@ -1,4 +1,4 @@
-"""Many methods at many depths on one model, one calibration set and one set of measurements."""
+"""Compares many methods at many depths on one model, one calibration set and one set of measurements."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sglp_llm.trials import Journal
 from sglp_llm.version import __version__
 
 MEASURED = "measured"
-"""The folder of what was measured, inside a comparison's own."""
+"""The folder of the measured numbers, inside a comparison's folder."""
 
 _PLANS = "plans"
 # Settings that belong to single methods, or without influence on the numbers.
@@ -53,11 +53,11 @@ def compare(
     progress: Progress = silent,
     kept: Path | None = None,
 ) -> Comparison:
-    """Lets every method choose layers, and repair the cuts, at every depth, and measures what is left, in memory.
+    """Runs every method at every depth, and measures the shortened models in memory.
 
-    All criteria that watch hidden states or gradients share one pass; methods that choose alike choose once, equal choices
-    are compensated and measured once. Choices that are made are kept in ``folder/journal`` and numbers in ``kept``, and a run
-    that was interrupted goes on from there; every row's plan lies in ``folder/plans``.
+    All criteria that use hidden states or gradients share one pass. Methods that select alike select once; equal selections
+    are compensated and measured once. Selections are kept in ``folder/journal`` and numbers in ``kept``, from where an
+    interrupted run resumes; every row's plan is in ``folder/plans``.
 
     Args:
         opened: The model.
@@ -67,9 +67,9 @@ def compare(
         budgets: Ratios or numbers of layers.
         measurements: What is measured.
         folder: For the journal and the plans.
-        progress: Told how far everything is.
-        kept: A journal of what was measured, which comparisons of one model share however they calibrate; in ``folder`` by
-            default.
+        progress: Reports the progress of every step.
+        kept: Journal of the measured numbers, which all comparisons of a model can share, whatever their calibration; in
+            ``folder`` by default.
 
     Raises:
         UserError: A method or budget does not fit.
@@ -82,7 +82,7 @@ def compare(
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash}
     for key in _IDLE.split():
         settings.pop(key, None)
-    # Another version may keep its pieces in another form.
+    # Another version may store results in another form.
     model = {**opened.setting, "sglp-llm": __version__}
     numbers = Journal(kept or folder / MEASURED, {"dtype": recipe.dtype, **model})
     run = _Run(opened, calibration, Journal(folder / "journal", {**settings, **model}), folder, progress)
@@ -130,10 +130,10 @@ def compare(
 
 
 def checked_recipes(recipe: Recipe, methods: Sequence[str], budgets: Sequence[Budget]) -> dict[str, list[Recipe]]:
-    """The settings of every method at every depth; whatever can be wrong without knowing the model is found here.
+    """The settings of every method at every depth, after all checks that need no model.
 
     Raises:
-        UserError: There is no method, one stands twice, is unknown, or its settings do not fit; or an option is no method's.
+        UserError: There is no method, one is given twice, unknown, or its settings do not fit; or an option is no method's.
     """
     if not methods:
         raise UserError("criteria: name at least one")
@@ -149,7 +149,7 @@ def checked_recipes(recipe: Recipe, methods: Sequence[str], budgets: Sequence[Bu
 
 
 def check_compensations(recipes: Mapping[str, list[Recipe]], opened: OpenedModel, samples: int) -> None:
-    """Refuses, before any text is read, a method whose compensation the model cannot take.
+    """Refuses, before any text is read, a method whose compensation does not fit the model.
 
     Args:
         recipes: See `checked_recipes`.
@@ -157,7 +157,7 @@ def check_compensations(recipes: Mapping[str, list[Recipe]], opened: OpenedModel
         samples: Number of calibration sequences.
 
     Raises:
-        UserError: There is one.
+        UserError: A compensation does not fit.
     """
     adapter = get_adapter(opened.identity.model_type)
     for each in recipes.values():
@@ -183,13 +183,13 @@ class _Decided:
 
 
 def _decided(run: _Run, method: str, recipe: Recipe, sets: Sequence[Sequence[int]]) -> _Decided:
-    """What a method makes of one depth: the layers that go, and what makes up for them.
+    """Takes a method's best set of layers at one depth, with its compensation if it has one, and saves the plan.
 
     Args:
-        run: What all have in common.
-        method: Its name.
+        run: What all methods share.
+        method: Name of the method.
         recipe: Its settings at this depth.
-        sets: The sets of layers that its criterion ends with, see `sglp_llm.analysis.decisions.finalists`.
+        sets: The candidate sets of its criterion, see `sglp_llm.analysis.decisions.finalists`.
     """
     sets = [list(each) for each in sets[: 1 if recipe.compensate == NONE else recipe.candidates]]
     how = "" if recipe.compensate == NONE else f" repaired by {recipe.compensate}, {recipe.held_out} held out"
@@ -232,7 +232,7 @@ def _decided(run: _Run, method: str, recipe: Recipe, sets: Sequence[Sequence[int
 
 
 def _digest(replaced: Mapping[str, torch.Tensor]) -> str:
-    """Of the tensors and their names; empty when there are none."""
+    """A digest of the tensors and their names; empty when there are none."""
     digest = hashlib.sha256()
     for name, tensor in sorted(replaced.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

@@ -28,12 +28,12 @@ _WINDOWS_A_PIECE = 16
 
 @dataclass(frozen=True)
 class Measured:
-    """What one measurement found on one model.
+    """The result of one measurement on one model.
 
     Attributes:
         numbers: By name.
-        losses: Mean negative log-likelihood of every window in nats a token, where the measurement is a perplexity: windows
-            are the same for all models, so that differences can be taken pair by pair.
+        losses: Mean negative log-likelihood of every window in nats per token, where the measurement is a perplexity: windows
+            are the same for all models, so that differences are paired.
     """
 
     numbers: dict[str, float]
@@ -53,10 +53,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Scored(Measurement):
-    """What any function finds on a live model.
+    """A measurement by a function of the live model.
 
     Attributes:
-        key: Everything that its numbers depend on beside the model.
+        key: Everything that its numbers depend on beside the model; the key in the journal.
         measure: The function.
     """
 
@@ -66,11 +66,11 @@ class Scored(Measurement):
 
 @dataclass(frozen=True)
 class Losses(Measurement):
-    """The loss of windows of text.
+    """A measurement from the losses of windows of text.
 
     Attributes:
         windows: ``[windows, window]``.
-        summarise: What becomes of their losses; ``perplexity`` among the numbers is what is plotted.
+        summarise: Turns the windows' losses into numbers; the one called ``perplexity`` is plotted.
     """
 
     windows: torch.Tensor
@@ -82,9 +82,9 @@ class Shortened:
     """A model with layers removed; equal ones compute the same.
 
     Attributes:
-        removed: Original indices of the layers that are gone, ascending; none: the whole model.
-        tensors: The digest of the tensors that were replaced; empty when none were.
-        folder: Where the plan lies, with those tensors.
+        removed: Original indices of the removed layers, ascending; empty for the whole model.
+        tensors: Digest of the replaced tensors; empty when there are none.
+        folder: Folder of the plan with those tensors.
     """
 
     removed: tuple[int, ...]
@@ -96,7 +96,7 @@ class Shortened:
 
     @contextmanager
     def of(self, opened: OpenedModel) -> Iterator[PreTrainedModel]:
-        """The opened's own model, changed inside the block."""
+        """The opened model, shortened inside the block."""
         replaced = {}
         if self.tensors:
             assert self.folder is not None
@@ -112,7 +112,7 @@ def measured(
     journal: Journal,
     progress: Progress,
 ) -> dict[Shortened, dict[str, Measured]]:
-    """What is found on each different model, by measurement."""
+    """The results of all measurements on each different model, by measurement."""
     different = list(dict.fromkeys(models))
     results: dict[Shortened, dict[str, Measured]] = {each: {} for each in different}
     for measurement in measurements:
@@ -142,9 +142,9 @@ def _window_losses(
     journal: Journal,
     progress: Progress,
 ) -> dict[Shortened, list[float]]:
-    """The loss of every window for every model, some windows at a time: all models that only lack layers together."""
+    """The loss of every window for every model, some windows at a time; models without replaced tensors share computation."""
     parts = dict(zip(range(0, len(windows), _WINDOWS_A_PIECE), windows.split(_WINDOWS_A_PIECE), strict=True))
-    # By what is in them: whoever asks for more windows of the same text computes the new ones only.
+    # Keyed by content: a later run with more windows of the same text computes only the new ones.
     keys = {first: hashlib.sha256(part.contiguous().numpy().tobytes()).hexdigest() for first, part in parts.items()}
 
     def piece(model: Shortened, first: int) -> str:

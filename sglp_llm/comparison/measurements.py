@@ -1,4 +1,4 @@
-"""What a comparison can measure on a model in memory."""
+"""The measurements that a comparison can make on a model in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TASK_BATCH = 8
 
 
 def perplexity_measurement(opened: OpenedModel, spec: str, window: int, max_windows: int | None) -> Measurement:
-    """Perplexity on a text, whose windows are cut once.
+    """Perplexity on a text, on the same windows for all models.
 
     Args:
         opened: The model, for its tokenizer.
@@ -56,7 +56,7 @@ def suite_measurement(opened: OpenedModel, suite: str | Path, limit: int | None,
         data_dir: Where tasks that read local files find them.
 
     Raises:
-        UserError: The suite, a task or its data cannot be had.
+        UserError: The suite, a task or its data cannot be loaded.
     """
     from sglp_llm.evaluation.harness import evaluate_tasks, open_suite, scores
     from sglp_llm.evaluation.suites import check_counts, load_suite

@@ -1,4 +1,4 @@
-"""What a comparison compares: a criterion or a preset by its name, with or without a compensation (``angular+linear``)."""
+"""The methods of a comparison, by name: a criterion or a preset, with or without a compensation (``angular+linear``)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def method_recipe(recipe: Recipe, method: str, budget: Budget) -> Recipe:
 
     Args:
         recipe: The settings that all methods share; its criterion, budget and compensation are not used. Its options of a
-            criterion overrule a preset's.
-        method: A criterion, ``sglp``, or a preset; with ``+NAME``, compensated by that. A name that is both is the preset's.
+            criterion override a preset's.
+        method: A criterion, ``sglp``, or a preset; ``+NAME`` adds a compensation. A name that is both means the preset.
         budget: How much to remove.
 
     Raises:
@@ -40,18 +40,18 @@ def method_recipe(recipe: Recipe, method: str, budget: Budget) -> Recipe:
 
 
 def is_single(recipe: Recipe) -> bool:
-    """Whether a method is one criterion alone: neither a search over sets that others propose, nor compensated."""
+    """Whether a method is one criterion alone: neither a search over sets that others propose, nor with a compensation."""
     return recipe.compensate == NONE and recipe.criterion != _SEARCH
 
 
 def chooser(recipe: Recipe, method: str, budget: Budget) -> str:
-    """The name under which a method chooses layers: methods of one chooser choose alike.
+    """The name of a method's layer selection: methods with the same name select alike.
 
-    It is the criterion's, and the preset's own only where a preset sets more than the criterion and the compensation.
+    It is the criterion's name, or the preset's where the preset sets more than the criterion and the compensation.
     """
     own = method_recipe(recipe, method, budget)
     plain = _with_settings(recipe, {"criterion": own.criterion}, budget)
-    # These decide what becomes of the layers that stay.
+    # These matter after the candidate sets are selected.
     alike = replace(own, compensate=plain.compensate, held_out=plain.held_out, candidates=plain.candidates)
     return own.criterion if alike == plain else method.partition("+")[0]
 

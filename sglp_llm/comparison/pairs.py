@@ -1,4 +1,4 @@
-"""Each method of a comparison against the best single criterion, on the same windows: pure."""
+"""Compares each method with the best single criterion, on the same windows. Pure."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def paired_difference(own: Sequence[float], other: Sequence[float]) -> tuple[flo
 
 
 def gap_ratio(own: Sequence[float], best: Sequence[float], dense: Sequence[float]) -> tuple[float | None, float | None]:
-    """How much of the best criterion's loss over the dense model's is left: ``r = mean(own - dense) / mean(best - dense)``.
+    """The method's gap to the dense model over the best criterion's: ``r = mean(own - dense) / mean(best - dense)``.
 
     The standard error is the delta method's: that of the mean of ``(own - dense) - r (best - dense)``, over
     ``mean(best - dense)``; windows are paired in both gaps.
 
     Args:
-        own: Losses, one a window.
-        best: Of the best criterion.
-        dense: Of the whole model.
+        own: The method's losses, one per window.
+        best: The best criterion's losses.
+        dense: The dense model's losses.
 
     Returns:
-        The ratio and its standard error; nothing where the best criterion loses nothing, and there is no gap to share.
+        The ratio and its standard error; ``None`` for both where the best criterion loses nothing.
     """
     gaps = [one - whole for one, whole in zip(own, dense, strict=True)]
     best_gaps = [one - whole for one, whole in zip(best, dense, strict=True)]
@@ -43,18 +43,18 @@ def gap_ratio(own: Sequence[float], best: Sequence[float], dense: Sequence[float
 def pairs(
     rows: Sequence[ComparisonRow], dense_losses: dict[str, tuple[float, ...]], single: Collection[str]
 ) -> tuple[Pair, ...]:
-    """Every method against the best single criterion of the same depth, by measurement.
+    """Compares every method with the best single criterion of the same depth, on each measurement.
 
-    The best is the one with the lowest perplexity on the very windows of the measurement (the highest average over a
-    suite's tasks), as nobody knows beforehand: that flatters it, and nobody else.
+    The best is the one with the lowest perplexity on the measurement's own windows (the highest average over a suite's
+    tasks). It could not be known beforehand, so the choice favours the best criterion, and no other method.
 
     Args:
-        rows: Of the comparison.
-        dense_losses: Of the whole model, by measurement.
+        rows: Rows of the comparison.
+        dense_losses: Losses of the dense model, by measurement.
         single: The methods that are one criterion alone.
 
     Returns:
-        By depth, measurement and method; nothing where there is no single criterion. The best one itself is left out.
+        Pairs by depth, measurement and method, without the best criterion itself; none where there is no single criterion.
     """
     found: list[Pair] = []
     for depth in dict.fromkeys(len(row.removed) for row in sorted(rows, key=lambda row: len(row.removed))):
@@ -80,7 +80,7 @@ def _pair(row: ComparisonRow, best: ComparisonRow, name: str, dense: Sequence[fl
         return Pair(row.method, best.method, len(row.removed), name, difference, error, ratio, ratio_error)
     averages = [each.results[name][AVERAGE] for each in (row, best)]
     errors = [each.results[name].get(f"{AVERAGE}_standard_error") for each in (row, best)]
-    # Examples are the same and not paired here, so that this is rather too large.
+    # The examples are the same for both but not paired here, so this overestimates the error.
     known = [each for each in errors if each is not None]
     both = math.hypot(*known) if len(known) == len(errors) else None
     return Pair(row.method, best.method, len(row.removed), name, averages[0] - averages[1], both)

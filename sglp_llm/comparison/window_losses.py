@@ -1,4 +1,4 @@
-"""Losses of many shortened models on the same windows: what they have in common is computed once."""
+"""Losses of many shortened models on the same windows; shared prefixes of layers are computed once."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class _WindowLosses(TrialObserver):
 def window_losses_without(
     model: DecoderModel, input_ids: torch.Tensor, sets: Iterable[Removed], progress: Progress = silent
 ) -> dict[Removed, list[float]]:
-    """What `sglp_llm.evaluation.perplexity.window_losses` gives for the model without each set of layers.
+    """The result of `sglp_llm.evaluation.perplexity.window_losses` for the model without each set of layers.
 
     Args:
         model: The whole model.
         input_ids: ``[windows, window]``, without padding.
-        sets: Layers to do without; the empty set is the whole model.
-        progress: Told the windows that are done, of all models.
+        sets: Sets of layers to remove; the empty set is the whole model.
+        progress: Reports finished windows, of all models.
     """
     windows = CalibrationSet(input_ids, torch.ones_like(input_ids, dtype=torch.bool), "", 0, "", False)
     observer = _WindowLosses()

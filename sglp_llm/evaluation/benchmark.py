@@ -20,15 +20,15 @@ from sglp_llm.progress import Advance, Progress, silent
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What is measured. Token ids are random: speed does not depend on what they say.
+    """The settings of a benchmark. Token ids are random: speed does not depend on them.
 
     Attributes:
         prompt_len: Tokens of a prompt.
-        new_tokens: Tokens that are generated after it, end-of-text tokens ignored; the first one comes out of the prompt.
-        batch: Sequences of the second measurement; the first one is of a single sequence.
-        warmup: Rounds that are not timed; the peak memory is that of these.
-        repeats: Rounds that are.
-        seed: Of the token ids.
+        new_tokens: Tokens that are generated after it, end-of-text tokens ignored; the first one is timed with the prompt.
+        batch: Batch size of the second measurement; the first one has a single sequence.
+        warmup: Rounds that are not timed; peak memory is measured in them.
+        repeats: Timed rounds.
+        seed: Seed of the token ids.
     """
 
     prompt_len: int = 128
@@ -60,10 +60,10 @@ class Measured:
     """A quantity over the repeats.
 
     Attributes:
-        median: Of the values.
-        lowest: Of the values.
-        highest: Of the values.
-        values: One a repeat, in order.
+        median: Median of the values.
+        lowest: The lowest value.
+        highest: The highest value.
+        values: One per repeat, in order.
     """
 
     median: float
@@ -91,14 +91,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class ModelBenchmark:
-    """What was measured of one model.
+    """The results for one model.
 
     Attributes:
         model: Its name.
-        dtype: What it was computed in.
-        device: Where its parameters lie, e.g. ``"cpu"``, ``"cuda:0 cuda:1"`` or ``"cuda:0 offloaded"``.
+        dtype: The dtype of the computation.
+        device: Where its parameters are, e.g. ``"cpu"``, ``"cuda:0 cuda:1"`` or ``"cuda:0 offloaded"``.
         costs: The counts, at a context of prompt and new tokens.
-        speeds: One a batch size.
+        speeds: One per batch size.
         peak_host_bytes: See ``host_method``; ``None`` where the system does not say.
         host_method: What ``peak_host_bytes`` is.
         peak_device_bytes: Bytes on CUDA devices beyond what was there before loading, weights included; ``None`` without any.
@@ -131,7 +131,7 @@ class Greedy:
 
 @dataclass
 class _Runner:
-    """A model at work, with the seconds of its runs: batch size -> (to the first token, from there to the last)."""
+    """A model being measured, with its times: batch size -> (seconds to the first token, seconds from there to the last)."""
 
     name: str
     decoder: DecoderModel
@@ -144,16 +144,16 @@ class _Runner:
 def benchmark(
     models: Sequence[OpenedModel], settings: BenchmarkSettings, progress: Progress = silent
 ) -> list[ModelBenchmark]:
-    """Measures models in one run, repeat by repeat in turns, so that whatever else the machine does meets all of them.
+    """Measures models in one run, alternating at every repeat, so that other load on the machine affects all of them.
 
     Args:
-        models: Each is loaded, and stays in memory to the end. Of a live model, which was in memory before, the peaks are those
-            beyond its weights.
+        models: Each is loaded, and stays in memory to the end. The peaks of a live model, which was in memory before, exclude
+            its weights.
         settings: What is measured.
-        progress: Told about every generation of a batch.
+        progress: Reports every generation of a batch.
 
     Returns:
-        One record a model, in order.
+        One record per model, in order.
 
     Raises:
         UserError: Prompt and new tokens are more than the positions of a model.
@@ -165,9 +165,7 @@ def benchmark(
     with torch.inference_mode(), progress("Measuring", total) as advance:
         runners = [_warmed_up(opened, settings, advance) for opened in models]
         for repeat in range(settings.repeats):
-            for runner in (
-                runners if repeat % 2 == 0 else reversed(runners)
-            ):  # neither is always the one that comes second
+            for runner in runners if repeat % 2 == 0 else reversed(runners):  # so that no model always comes second
                 for batch, times in runner.seconds.items():
                     times.append(_timed(runner, batch, settings.new_tokens))
                     advance(1)
@@ -175,12 +173,12 @@ def benchmark(
 
 
 def ratios(over: Measured, under: Measured) -> Measured:
-    """How one quantity of a model compares with that of another that was measured in turns with it, repeat by repeat."""
+    """The ratio of one quantity of two models that were measured in turns, repeat by repeat."""
     return _measured([value / base for value, base in zip(over.values, under.values, strict=True)])
 
 
 def greedy(model: DecoderModel, prompt: torch.Tensor, new_tokens: int, devices: Sequence[torch.device] = ()) -> Greedy:
-    """Exactly ``new_tokens`` tokens with the KV cache, the likeliest each time, end-of-text tokens like any other.
+    """Generates exactly ``new_tokens`` tokens greedily with the KV cache; end-of-text tokens do not stop it.
 
     Args:
         model: The model, in evaluation mode.
@@ -214,14 +212,14 @@ def _check_positions(opened: OpenedModel, settings: BenchmarkSettings) -> None:
 
 
 def _warmed_up(opened: OpenedModel, settings: BenchmarkSettings, advance: Advance) -> _Runner:
-    """Loads a model and lets it do what is timed later, watching its memory."""
+    """Loads a model and runs the warm-up rounds, in which its peak memory is measured."""
     before = held()
     decoder = opened.load()
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (settings.batch, settings.prompt_len)
     ids = torch.randint(int(opened.config.vocab_size), shape, generator=generator)
     device = decoder.input_device
-    if device.type == "meta":  # offloaded: accelerate brings the embeddings to the ids
+    if device.type == "meta":  # offloaded: accelerate moves the embeddings to the ids' device
         device = torch.device("cpu")
     devices = devices_of(decoder.model)
     prompts = {batch: ids[:batch].to(device) for batch in settings.batches}

@@ -1,4 +1,4 @@
-"""What a model costs by count alone: parameters, bytes, operations, cache. Nothing is run."""
+"""Costs of a model by counting: parameters, bytes, floating-point operations, KV cache. Nothing is run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Costs:
         flops_per_token: Floating-point operations of computing one token, head included, when it sees ``context`` tokens: 2
             for each multiplication with a weight, and 2 for each of attention's two products. A mixture of experts counts
             the active experts. Norms, activations and rotary embeddings are left out, as is usual.
-        kv_cache_bytes_per_token: Bytes by which the KV cache of a sequence grows with a token, before any sliding window is
+        kv_cache_bytes_per_token: Bytes by which the KV cache of a sequence grows per token, before any sliding window is
             full.
         kv_cache_bytes: Bytes of the KV cache of one sequence after ``context`` tokens, sliding windows considered.
     """
@@ -52,7 +52,7 @@ def count_costs(decoder: DecoderModel, context: int) -> Costs:
     entry = 2 * key_heads * head_size * decoder.model.dtype.itemsize  # a key and a value
     windows = _windows(decoder)
     seen = sum(context if window is None else min(context, window) for window in windows)
-    # A sliding layer keeps what the next token will see beside itself.
+    # A sliding-window layer caches what the next token will attend to beside itself.
     kept = sum(context if window is None else min(context, window - 1) for window in windows)
     parameters = list(decoder.model.parameters())
     return Costs(
@@ -70,7 +70,7 @@ def count_costs(decoder: DecoderModel, context: int) -> Costs:
 def _windows(decoder: DecoderModel) -> list[int | None]:
     """How many tokens each decoder layer's attention sees, the current one included; None where there is no limit.
 
-    The cache that transformers makes for the configuration knows: families say it in many ways.
+    Read from the cache that transformers makes for the configuration, because families configure it differently.
     """
     cache = DynamicCache(config=decoder.model.config)
     assert len(cache.layers) == decoder.num_layers
@@ -95,7 +95,7 @@ def _multiplied(module: nn.Module, decoder: DecoderModel) -> int:
 
 
 def _active_experts(stacked: torch.Tensor, decoder: DecoderModel) -> int:
-    """How many weights of matrices ``[experts, ...]`` one token meets."""
+    """How many weights of matrices ``[experts, ...]`` are active for one token."""
     key = decoder.adapter.active_experts_key
     assert key is not None, "a family with stacked matrices must say how many of them a token meets"
     return stacked[0].numel() * int(getattr(decoder.model.config, key))

@@ -1,4 +1,4 @@
-"""lm-eval on a model in memory. The only room for the library `lm_eval`, which takes its time to import."""
+"""Runs lm-eval on a model in memory. The only module that imports `lm_eval`, which is slow to import."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ LOCAL = "--suite offline --data-dir DIR"
 
 @dataclass(frozen=True)
 class OpenSuite:
-    """A suite whose tasks are found, with their data.
+    """A suite with its tasks and their data loaded.
 
     Attributes:
-        suite: What was asked for.
+        suite: The requested suite.
         manager: lm-eval's index of the tasks.
-        tasks: lm-eval's own tasks and groups, by name; a tag has become its tasks.
+        tasks: lm-eval's own tasks and groups, by name; a tag is replaced by its tasks.
         metrics: The metric of each, as in `Suite.tasks`.
     """
 
@@ -57,7 +57,7 @@ def open_suite(suite: Suite, data_dir: Path | None = None) -> OpenSuite:
         data_dir: Where tasks that read local files find them; see `suites.data_folder`.
 
     Raises:
-        UserError: A task or metric is unknown, or its data cannot be had.
+        UserError: A task or metric is unknown, or its data cannot be loaded.
     """
     data = data_folder(suite, data_dir)
     with _quiet():
@@ -90,21 +90,21 @@ def evaluate_tasks(
     """Runs tasks of lm-eval on a live model; the numbers are those of the plain ``lm_eval`` command.
 
     Args:
-        model: Any causal language model of transformers, wherever its parameters lie; left in the mode it was in.
+        model: Any causal language model of transformers, on any device; its training mode is restored.
         tokenizer: The model's.
-        tasks: ``"piqa,arc_easy"``, a list of names, a suite, or one that is open already.
+        tasks: ``"piqa,arc_easy"``, a list of names, a suite, or an opened one.
         limit: Only the first examples of each task; none = as the suite says.
         num_fewshot: Examples in the prompt; none = as the suite, then each task says.
         batch_size: Sequences computed at once; ``auto`` (on a GPU) tries how many fit.
         data_dir: See `open_suite`.
-        name: What the results call the model.
+        name: Name of the model in the results.
         output: Folder for ``MODEL/results_TIME.json``, where lm-eval's other tools look for it.
 
     Returns:
         The results as plain data, in lm-eval's own form.
 
     Raises:
-        UserError: See `open_suite`; also a batch size that cannot be, or a model whose losses are not finite.
+        UserError: See `open_suite`; also an invalid batch size, or a model whose losses are not finite.
         OSError: The results cannot be written.
     """
     check_counts(limit, num_fewshot)
@@ -129,7 +129,7 @@ def evaluate_tasks(
             task_manager=tasks.manager,
         )
         assert results is not None  # it is None on the other ranks of a distributed run
-        results["config"]["model"] = "hf"  # as the command says; for a live model it would be the path once more
+        results["config"]["model"] = "hf"  # as the lm_eval command does; for a live model it would be the path again
         if output is not None:
             _save(tracker, results, output)
     plain: dict[str, Any] = json.loads(json.dumps(results, default=handle_non_serializable))
@@ -178,7 +178,7 @@ class _FiniteHFLM(HFLM):
 
 
 def _manager(suite: Suite) -> Any:
-    """The index of the suite's own tasks where they suffice: that of all of lm-eval's takes 8 seconds."""
+    """lm-eval's task index, of the suite's own tasks where they suffice: indexing all of lm-eval's takes 8 seconds."""
     folder = suite.include_path
     if folder is not None:
         own = TaskManager(include_path=folder, include_defaults=False)
@@ -199,16 +199,14 @@ def _load(manager: Any, name: str, data: Path | None) -> dict[str, Any]:
     files = local_files(name, config, data)
     spec: Any = name
     if files:
-        # lm-eval gives overrides to the members of a group only.
+        # lm-eval applies overrides to the members of a group only.
         own = {**config["dataset_kwargs"], "data_dir": str(data)} if data else config["dataset_kwargs"]
         spec = {"group": f"{name}_files", "task": [{"task": name, "dataset_kwargs": own}]}
     try:
         loaded = manager.load([spec])
     except ImportError as error:
         raise UserError(f"task {name!r} needs a package that is not installed ({error})") from None
-    except (
-        Exception
-    ) as error:  # offline, gone, gated, not JSON, lacking a field: each layer below has errors of its own
+    except Exception as error:  # offline, gone, gated, not JSON, lacking a field: each library has errors of its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if files:
             raise UserError(f"{name}: cannot use {', '.join(map(str, files))} ({reason})") from None
@@ -238,7 +236,7 @@ def _dataset(index: Mapping[str, Any], name: str) -> str | None:
 
 
 def _checked_metric(name: str, task: Any, metric: str) -> str:
-    """The metric that was asked for, or the task's own; a wrong one is found before anything is computed."""
+    """The requested metric, or the task's default; an unknown one is found before anything is computed."""
     known = [_metrics(leaf) for leaf in _leaves(task)]
     if not metric:
         first = known[0] or ["acc"]
@@ -256,7 +254,7 @@ def _leaves(task: Any) -> list[Any]:
 
 @contextmanager
 def _shots_kept(opened: OpenSuite) -> Iterator[None]:
-    """Takes back what lm-eval writes into a task: a 0 left there by one model would overrule the next one's num_fewshot."""
+    """Restores ``num_fewshot`` of the tasks, which lm-eval overwrites: a 0 from one model would override the next one's."""
     leaves = [leaf for task in opened.tasks.values() for leaf in _leaves(task)]
     before = [leaf.get_config("num_fewshot") for leaf in leaves]
     try:
@@ -267,14 +265,14 @@ def _shots_kept(opened: OpenSuite) -> Iterator[None]:
 
 
 def _metrics(task: Any) -> list[str]:
-    """What a task measures; nothing for one that is written in Python and does not say."""
+    """The metrics of a task; empty for one that is written in Python and lists none."""
     config = getattr(task, "config", None)
     listed = [entry.get("metric") for entry in getattr(config, "metric_list", None) or []]
     return [metric if isinstance(metric, str) else getattr(metric, "__name__", "") for metric in listed]
 
 
 def _save(tracker: Any, results: dict[str, Any], output: Path) -> None:
-    """Writes the results as the command does, which logs what went wrong and goes on."""
+    """Writes the results as the lm_eval command does, but raises an error where that only logs one."""
     before = set(output.rglob("results_*.json"))
     output.mkdir(parents=True, exist_ok=True)
     tracker.save_results_aggregated(results=results, samples=None)
@@ -284,7 +282,7 @@ def _save(tracker: Any, results: dict[str, Any], output: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps lm-eval's notices back, which are about its own defaults, and what it prints where results belong."""
+    """Silences lm-eval's warnings, which are about its own defaults, and what it prints to stdout, where results belong."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The most memory that a phase of work held, on the host and on CUDA devices."""
+"""Peak memory of a phase of a run, on the host and on CUDA devices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 def devices_of(model: PreTrainedModel) -> list[torch.device]:
     """The CUDA devices that a model computes on."""
     devices = {parameter.device for parameter in model.parameters()}
-    # What accelerate offloads is on "meta" between calls, and comes to a device of its map.
+    # Parameters that accelerate offloads are on "meta" between calls, and are moved to a device of its map.
     places = [place for place in getattr(model, "hf_device_map", {}).values() if place != "disk"]
     devices |= {torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in places}
     indexed = {torch.device("cuda", device.index or 0) for device in devices if device.type == "cuda"}
@@ -31,13 +31,13 @@ def devices_of(model: PreTrainedModel) -> list[torch.device]:
 
 
 def synchronize(devices: Iterable[torch.device]) -> None:
-    """Waits until the CUDA devices have done what they were given: their work is asynchronous."""
+    """Waits until the CUDA devices have finished: kernels run asynchronously."""
     for device in devices:
         torch.cuda.synchronize(device)
 
 
 def wake() -> None:
-    """Makes torch set up its libraries, whose memory would otherwise count as that of the model that needs them first."""
+    """Makes torch initialise its libraries, whose memory would otherwise be counted as the first model's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     square = torch.ones(256, 256, device=device)
     (square @ square).sum().item()
@@ -45,7 +45,7 @@ def wake() -> None:
 
 @dataclass(frozen=True)
 class Held:
-    """What the process held at some moment.
+    """The memory of the process at some moment.
 
     Attributes:
         host: Resident bytes; ``None`` where the system does not say.
@@ -57,7 +57,7 @@ class Held:
 
 
 def held() -> Held:
-    """What the process holds now, without what was freed."""
+    """The memory of the process now, after returning freed memory to the system."""
     _give_back_freed()
     cuda = {}
     if torch.cuda.is_available():
@@ -67,7 +67,7 @@ def held() -> Held:
 
 @dataclass
 class Peak:
-    """The peak of a phase; complete when the phase is over.
+    """The peak memory of a phase; set when the phase ends.
 
     Attributes:
         host: Bytes; ``None`` where the system does not say.
@@ -82,7 +82,7 @@ class Peak:
 
 @contextmanager
 def watch_peak(devices: list[torch.device], before: Held) -> Iterator[Peak]:
-    """Measures the peak of what happens inside the block.
+    """Measures the peak memory inside the block.
 
     Args:
         devices: The CUDA devices to watch.
@@ -107,7 +107,7 @@ def watch_peak(devices: list[torch.device], before: Held) -> Iterator[Peak]:
 
 def peak_so_far() -> Peak:
     """The peak of the whole process until now, loading and libraries included."""
-    host = _status_bytes("VmHWM")  # ru_maxrss begins with what the process was that started this one
+    host = _status_bytes("VmHWM")  # ru_maxrss starts from the peak of the process that started this one
     device = None
     if torch.cuda.is_available():
         device = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
@@ -115,13 +115,13 @@ def peak_so_far() -> Peak:
 
 
 def _give_back_freed() -> None:
-    """Otherwise what loading left behind would hide what the next model takes."""
+    """Returns freed memory to the system; otherwise what loading has freed would hide what the next model allocates."""
     gc.collect()
     trim()
 
 
 def _reset_host_peak() -> bool:
-    """Makes the kernel count the process's peak from now on; false where it does not let us."""
+    """Resets the peak that the kernel counts for this process; false where that is not allowed."""
     try:
         _CLEAR_REFS.write_text("5")
     except OSError:
@@ -130,7 +130,7 @@ def _reset_host_peak() -> bool:
 
 
 def _status_bytes(key: str) -> int | None:
-    """A line of Linux's own account of the process, such as ``VmHWM:  12 kB``."""
+    """A line of ``/proc/self/status``, such as ``VmHWM:  12 kB``, in bytes."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:

@@ -29,15 +29,15 @@ def perplexity(
 ) -> EvalResult:
     """exp of the mean token negative log-likelihood over all predicted tokens.
 
-    The standard error is that of the mean over windows, which are far less dependent on each other than tokens are. A
-    single window tells nothing about it: it is then 0.0, because JSON has no NaN.
+    The standard error is that of the mean over windows, which are far less dependent on each other than tokens are. It is
+    0.0 for a single window, because JSON has no NaN.
 
     Args:
-        model: Any causal language model of transformers, wherever its parameters lie, or one whose layers are streamed; left
-            in the mode it was in.
-        windows: What to measure on.
+        model: Any causal language model of transformers, on any device, or one with streamed layers; its training mode is
+            restored.
+        windows: The windows to measure on.
         batch_size: Windows in one forward pass; changes memory and speed only.
-        progress: Told about every batch, in windows; of a streamed model, about every layer.
+        progress: Reports finished windows; for a streamed model, finished layers.
 
     Raises:
         UserError: A window is longer than the model's context, the loss of one is not finite, or ``batch_size`` is
@@ -77,7 +77,7 @@ def window_losses(
 
 
 def summary(window_means: torch.Tensor, windows: EvaluationWindows) -> EvalResult:
-    """The record of the mean losses ``[windows]``, float64: of equally long windows, so their mean is the tokens'.
+    """The perplexity from the windows' mean losses, ``[windows]`` float64; windows have equal length, so each counts the same.
 
     Raises:
         UserError: A loss is not finite.
@@ -112,13 +112,13 @@ def summary(window_means: torch.Tensor, windows: EvaluationWindows) -> EvalResul
 
 
 def _check_context(model: PreTrainedModel, length: int) -> None:
-    """Refuses windows beyond the context: learned positions would fail deep inside, rotary ones read as a bad model."""
+    """Refuses windows beyond the context: learned positions would fail inside the model, rotary ones look like a bad model."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise UserError(f"a window of {length} tokens is longer than the model's context of {limit}; lower window")
 
 
 def _input_device(model: PreTrainedModel) -> torch.device:
-    """Where the token ids go; offloaded embeddings (on "meta") are brought to the ids by accelerate's hooks."""
+    """Where token ids must be; accelerate's hooks move offloaded embeddings (on "meta") to the ids' device."""
     device: torch.device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device

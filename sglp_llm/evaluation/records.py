@@ -1,4 +1,4 @@
-"""What an evaluation finds."""
+"""Results of an evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class EvalResult:
         windows: How many windows were scored.
         bos: Whether every window began with a BOS token.
         tokens: Number of tokens that were predicted.
-        mean_nll: Mean negative log-likelihood in nats a token.
+        mean_nll: Mean negative log-likelihood in nats per token.
         nll_standard_error: Standard error of ``mean_nll``, over windows.
         perplexity: ``exp(mean_nll)``.
         perplexity_standard_error: ``perplexity * nll_standard_error`` (delta method).
@@ -34,14 +34,14 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One number that a model got.
+    """One score of a model.
 
     Attributes:
         task: The task, group of tasks or data set.
-        metric: What was measured, such as ``acc_norm``.
+        metric: Name of the metric, such as ``acc_norm``.
         value: The number.
         stderr: Its standard error; ``None`` where there is none.
-        higher_is_better: Whether more of it is better, as of accuracy and not of perplexity.
+        higher_is_better: Whether a higher value is better: true of accuracy, not of perplexity.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""Scores of a model beside those of its baseline: pure."""
+"""Scores of a model beside those of its baseline. Pure."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Row:
     """One line of the table.
 
     Attributes:
-        score: What the model got.
-        baseline: What the baseline got; ``None`` where there is no baseline.
+        score: The model's score.
+        baseline: The baseline's score; ``None`` where there is no baseline.
     """
 
     score: TaskScore
@@ -32,11 +32,11 @@ class Row:
 
 
 def compare(scores: Sequence[TaskScore], baseline: Sequence[TaskScore] | None) -> list[Row]:
-    """One row a score, and the average at the bottom where it means something.
+    """One row per score, and their average at the bottom where there is one.
 
     Args:
-        scores: Of the model.
-        baseline: Of the same tasks in the same order, by another model.
+        scores: The model's scores.
+        baseline: Another model's scores, of the same tasks in the same order.
     """
     others = [None] * len(scores) if baseline is None else list(baseline)
     rows = [Row(score, other) for score, other in zip(scores, others, strict=True)]
@@ -47,10 +47,9 @@ def compare(scores: Sequence[TaskScore], baseline: Sequence[TaskScore] | None) -
 
 
 def average(scores: Sequence[TaskScore]) -> TaskScore | None:
-    """The plain mean over those scores of which more is better; ``None`` when there are fewer than two.
+    """The unweighted mean of the scores for which higher is better; ``None`` when there are fewer than two.
 
-    A perplexity has no place in a mean of accuracies. The tasks' examples are independent of each other, so the variances of
-    their means add up.
+    Perplexities are left out. The tasks' examples are independent of each other, so the variances of their means add up.
     """
     counted = [score for score in scores if score.higher_is_better]
     if len(counted) < 2:

@@ -1,4 +1,4 @@
-"""The losses of sequences under a model with streamed layers: every layer is brought once for all of them."""
+"""The losses of sequences under a model with streamed layers: each layer is loaded once for all of them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def streamed_losses(
     Args:
         model: With streamed layers.
         input_ids: ``[sequences, tokens]``, without padding.
-        batch_size: Sequences that go through a layer together.
-        progress: Told the layers that are done.
+        batch_size: Sequences computed at once.
+        progress: Reports finished layers.
     """
     assert model.weights is not None
     replays = Replays(model)

@@ -1,4 +1,4 @@
-"""Suites: which tasks of lm-eval make a table, as YAML; and where the tasks that read local files find them."""
+"""Suites of lm-eval tasks, as YAML, and the local files that some tasks read."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Suite:
     """Tasks that are run together.
 
     Attributes:
-        name: What the table is called.
+        name: Name of the suite, for tables and messages.
         tasks: The metric of each task, by the task's name in lm-eval: ``acc``, or ``exact_match,strict-match`` where one
             metric is taken after several filters. An empty one means: acc_norm where the task has it, otherwise its first.
         num_fewshot: Examples in the prompt; none = as each task says.
         limit: Only the first examples of each task.
         include_path: Folder of lm-eval task files; in a suite's file relative to it.
-        generate: Script that writes the tasks' data into the folder it is given, which is run; relative in the same way.
+        generate: Script that is run to write the tasks' data into the folder given as its argument; relative in the same way.
     """
 
     name: str
@@ -77,7 +77,7 @@ def suite_of(names: str) -> Suite:
 
 
 def check_counts(limit: int | None, num_fewshot: int | None, where: str = "") -> None:
-    """The numbers that a suite and the command line have in common.
+    """Checks the numbers that a suite and the command line can both set.
 
     Raises:
         UserError: One is too small.
@@ -89,7 +89,7 @@ def check_counts(limit: int | None, num_fewshot: int | None, where: str = "") ->
 
 
 def check_batch_size(batch_size: int | str, device: str | None = None) -> None:
-    """A number, or ``auto`` where running out of memory can be survived.
+    """Checks that it is a positive number, or ``auto`` on a device that can recover from running out of memory.
 
     Raises:
         UserError: It is neither.
@@ -102,7 +102,7 @@ def check_batch_size(batch_size: int | str, device: str | None = None) -> None:
 
 
 def data_folder(suite: Suite, given: Path | None) -> Path | None:
-    """Where the suite's tasks find their local files: what was given, what the suite generates, or ``SGLP_EVAL_DATA``.
+    """The folder of the suite's local files: the given one, the one that the suite generates, or ``SGLP_EVAL_DATA``.
 
     Raises:
         UserError: That is not a folder, or the suite's script failed.
@@ -128,7 +128,7 @@ def local_files(task: str, config: Mapping[str, Any], data: Path | None) -> list
         data: See `data_folder`.
 
     Raises:
-        UserError: One is missing, or nobody said where they are.
+        UserError: One is missing, or no folder is given.
     """
     named = (config.get("dataset_kwargs") or {}).get("data_files")
     if config.get("dataset_path") != "json" or named is None:
@@ -160,6 +160,6 @@ def _generated(script: Path) -> Path:
         try:
             output.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another run was faster, with the same bytes
+            if not folder.is_dir():  # otherwise another run has just written the same bytes
                 raise
     return folder

@@ -15,8 +15,8 @@ from sglp_llm.records import Comparison, Pair
 def write_tables(comparison: Comparison, folder: Path) -> None:
     """Writes ``compare.json``, ``compare.csv``, ``pairs.csv`` and ``compare.md``.
 
-    Wall times stand in the JSON and in the Markdown file's last tables only: everything else is the same however often the run
-    was interrupted.
+    Wall times are in the JSON and in the last tables of the Markdown file only: everything else is the same however often the
+    run was interrupted.
     """
     (folder / "compare.json").write_text(json.dumps(asdict(comparison), indent=2) + "\n", encoding="utf-8")
     (folder / "compare.csv").write_text(to_csv(comparison), encoding="utf-8")
@@ -25,7 +25,7 @@ def write_tables(comparison: Comparison, folder: Path) -> None:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """One line a method and depth, all numbers in full."""
+    """One line per method and depth, numbers in full precision."""
     columns = _columns(comparison)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -40,7 +40,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def pairs_to_csv(comparison: Comparison) -> str:
-    """One line a pair, all numbers in full."""
+    """One line per pair, numbers in full precision."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, [field.name for field in fields(Pair)], lineterminator="\n")
     writer.writeheader()
@@ -49,7 +49,7 @@ def pairs_to_csv(comparison: Comparison) -> str:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """The tables people read: the numbers, sorted by depth and then as asked for; the pairs; and the time it took."""
+    """The tables in Markdown: numbers, sorted by depth and then in the requested order; pairs; wall times."""
     columns = [(name, key) for name, key in _columns(comparison) if not key.endswith("standard_error")]
     lines = [
         f"# {Path(comparison.model).name}: {comparison.num_layers} decoder layers",

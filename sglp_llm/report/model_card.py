@@ -20,7 +20,7 @@ def write_model_card(path: Path, plan: PrunePlan) -> None:
     """
     assert plan.source is not None
     on_hub = plan.revision is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", plan.source.name)
-    # A local path would be a broken link on the Hub, and is nobody else's business.
+    # A local path would be a broken link on the Hub, and may be private.
     name = plan.source.name if on_hub else Path(plan.source.name).name
     base = f"base_model: {name}\n" if on_hub else ""
     link = f"[{name}](https://huggingface.co/{name})" if on_hub else f"`{name}`"
@@ -61,7 +61,7 @@ def _compensation(plan: PrunePlan) -> str:
     """One line of the list, or nothing."""
     if not plan.replaced:
         return ""
-    # Plain data that came with the plan, perhaps from another program: only what is understood is said.
+    # Plain data that may come from another program's plan: only what has the expected form is shown.
     method = plan.compensation.get("method")
     how = f"by `{method}`" if isinstance(method, str) else "by tensors that came with the plan"
     cuts = plan.compensation.get("cuts")

@@ -1,4 +1,4 @@
-"""Plots, the only room that imports matplotlib (the extra ``report``)."""
+"""Plots; the only module that imports matplotlib (the extra ``report``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MARKERS = "osD^vP*Xd<>h"
 
 
 def check_plotting() -> None:
-    """Refuses, before any work is done, to plot without matplotlib.
+    """Checks, before any work is done, that matplotlib is installed.
 
     Raises:
         UserError: It is not installed.
@@ -23,7 +23,7 @@ def check_plotting() -> None:
 
 
 def plot_perplexity(comparison: Comparison, folder: Path) -> None:
-    """Writes ``compare.png`` and ``compare.svg``: perplexity against the share of removed layers, one line a method.
+    """Writes ``compare.png`` and ``compare.svg``: perplexity against the share of removed layers, one line per method.
 
     One panel for every measurement that gives a ``perplexity``; nothing is written when there is none.
     """

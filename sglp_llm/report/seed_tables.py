@@ -20,9 +20,9 @@ class SeedSpread:
         layers_removed: The depth.
         measurement: Name of the measurement.
         number: Name of the number.
-        mean: Over seeds.
-        standard_deviation: Of the numbers of single seeds, not of their mean.
-        different_choices: How many different sets of layers the seeds led to.
+        mean: Mean over seeds.
+        standard_deviation: Standard deviation over seeds, not the standard error of the mean.
+        different_choices: How many different sets of layers were chosen.
     """
 
     method: str
@@ -60,7 +60,7 @@ def write_seed_tables(found: Sequence[SeedSpread], seeds: Sequence[int], folder:
 
 
 def seeds_to_markdown(found: Sequence[SeedSpread], seeds: Sequence[int]) -> str:
-    """The table people read: one line a method and depth."""
+    """The table in Markdown: one line per method and depth."""
     columns = list(dict.fromkeys((each.measurement, each.number) for each in found))
     cells: dict[tuple[int, str], dict[tuple[str, str], str]] = {}
     choices = {(each.layers_removed, each.method): each.different_choices for each in found}
