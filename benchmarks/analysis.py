@@ -29,7 +29,7 @@ from sglp_llm.models.opened import OpenedModel
 
 
 def plain_seconds(model: DecoderModel, calibration: CalibrationSet) -> float:
-    """One sequence a step, every weight requiring its gradient, as a user of transformers would write it."""
+    """One sequence per step, every weight requiring its gradient, as a user of transformers would write it."""
     start = time.perf_counter()
     for ids in calibration.input_ids:
         model.model(input_ids=ids[None], labels=ids[None], use_cache=False).loss.backward()
@@ -38,7 +38,7 @@ def plain_seconds(model: DecoderModel, calibration: CalibrationSet) -> float:
 
 
 def analysis_seconds(model: DecoderModel, calibration: CalibrationSet) -> float:
-    """The pass that the default criterion needs, and the reduction of what it saw."""
+    """The pass that the default criterion needs, and the computation of scores and CKA from it."""
     start = time.perf_counter()
     gradnorm, cka = get_criterion("gradnorm")(model.num_layers), CKAObserver(model.num_layers)
     run_pass(model, calibration, [gradnorm, cka])

@@ -18,7 +18,7 @@ GHOST_PENALTY = 1.15  # as the automatic choice weighs it
 
 
 def flops(config: dict[str, Any], sequences: int, tokens: int) -> tuple[float, float, float, float]:
-    """Of the resident engine, the streamed one, and plain transformers; and the bytes that the streamed one reads."""
+    """FLOPs of the resident engine, the streamed one and plain transformers; and the bytes that the streamed one reads."""
     layers, hidden, wide = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * wide

@@ -40,7 +40,7 @@ def tensors() -> list[tuple[str, tuple[int, ...]]]:
 
 
 def write_checkpoint(folder: Path, shards: int = 4) -> int:
-    """Writes random bytes under those names; returns their number."""
+    """Writes a checkpoint of random bytes with those tensors; returns their number of bytes."""
     noise = os.urandom(1 << 24)
     everything, weight_map, total = tensors(), {}, 0
     for number in range(shards):

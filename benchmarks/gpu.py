@@ -31,7 +31,7 @@ GB = 1e9
 
 
 def synchronized() -> float:
-    """The time, once everything that was started is done."""
+    """The time, after all kernels that were launched have finished."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -60,15 +60,15 @@ def products_a_second(size: int) -> float:
 def analysis_seconds(model: DecoderModel, calibration: CalibrationSet, criterion: str) -> float:
     """CKA and one gradient criterion."""
     start = synchronized()
-    watching, cka = make_criterion(criterion, model.num_layers), CKAObserver(model.num_layers)
-    run_pass(model, calibration, [watching, cka])
-    watching.scores()
+    observer, cka = make_criterion(criterion, model.num_layers), CKAObserver(model.num_layers)
+    run_pass(model, calibration, [observer, cka])
+    observer.scores()
     cka.result()
     return synchronized() - start
 
 
 def plain_seconds(model: DecoderModel, calibration: CalibrationSet) -> float:
-    """One sequence a step, every weight requiring its gradient, buffers kept."""
+    """One sequence per step, every weight requiring its gradient, gradient buffers kept."""
     start = synchronized()
     for ids in calibration.input_ids.to(DEVICE):
         model.model.zero_grad(set_to_none=False)
@@ -126,7 +126,7 @@ def main() -> None:
             print(f"{what}: median {median(values):.3f}, {min(values):.3f}..{max(values):.3f}")
         if DEVICE.type != "cuda":
             return
-        # The resident model lies on the device all the time; what the streamed engine needs is what it takes beyond that.
+        # The resident model is on the device all the time, so its weights are subtracted from the streamed engine's peak.
         weights = sum(parameter.nbytes for parameter in resident.model.parameters()) / GB
         for (engine, criterion), value in memory.items():
             own = value if engine == "resident" else value - weights

@@ -55,7 +55,7 @@ def load(name: str) -> DecoderModel:
 
 
 def random_tokens(model: DecoderModel, sequences: int, tokens: int) -> CalibrationSet:
-    """Time does not depend on which."""
+    """Random token ids: time does not depend on them."""
     ids = torch.randint(3, model.model.config.vocab_size, (sequences, tokens))
     return CalibrationSet(ids, torch.ones_like(ids, dtype=torch.bool), "random", 0, "random", False)
 

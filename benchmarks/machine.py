@@ -1,4 +1,4 @@
-"""One line about the machine a figure was measured on."""
+"""Describes the machine on which a figure was measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def describe() -> str:
-    """Processor, cores, torch, and the GPU where there is one."""
+    """One line: processor, cores, torch, and the GPU where there is one."""
     names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     processor = names[0] if names else platform.processor()

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama with untied embeddings."""
+    """The dimensions of a Llama with untied embeddings."""
 
     layers: int
     hidden: int
@@ -40,7 +40,7 @@ class Shape:
 
 
 def write_llama(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32) -> int:
-    """Writes the checkpoint, without a tokenizer; returns its bytes. The same numbers each time."""
+    """Writes the checkpoint, without a tokenizer; returns its bytes. The weights are the same at every call."""
     generator = torch.Generator().manual_seed(0)
     weight_map, total = {}, 0
     parts = list(_parts(shape))

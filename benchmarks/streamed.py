@@ -38,7 +38,7 @@ GB = 1e9
 
 
 def peak_of(arguments: list[str]) -> tuple[float, float]:
-    """Runs ``sglp-llm`` in a process of its own; its peak resident memory in GB, and its seconds."""
+    """Runs ``sglp-llm`` in a process of its own; returns its peak resident memory in GB, and its seconds."""
     start = time.perf_counter()
     child = os.posix_spawn(sys.executable, [sys.executable, "-m", "sglp_llm", *arguments], os.environ)
     _, status, usage = os.wait4(child, 0)
@@ -48,7 +48,7 @@ def peak_of(arguments: list[str]) -> tuple[float, float]:
 
 
 def compare_memory(source: Path, folder: Path, samples: int, seq_len: int) -> None:
-    """The whole command with either engine."""
+    """Runs the whole command with each engine, and prints peak memory and time."""
     removed = {}
     for engine, sequences in (("resident", samples), ("streamed", samples), ("streamed", 4 * samples)):
         output, scratch = folder / "pruned", folder / "scratch"
@@ -72,15 +72,15 @@ def compare_memory(source: Path, folder: Path, samples: int, seq_len: int) -> No
 def pass_seconds(model: DecoderModel, calibration: CalibrationSet, criterion: str) -> tuple[float, list[float]]:
     """CKA and one gradient criterion; seconds and scores."""
     start = time.perf_counter()
-    watching, cka = make_criterion(criterion, model.num_layers), CKAObserver(model.num_layers)
-    run_pass(model, calibration, [watching, cka])
-    scores = watching.scores()
+    observer, cka = make_criterion(criterion, model.num_layers), CKAObserver(model.num_layers)
+    run_pass(model, calibration, [observer, cka])
+    scores = observer.scores()
     cka.result()
     return time.perf_counter() - start, scores
 
 
 def plain_seconds(model: DecoderModel, calibration: CalibrationSet) -> float:
-    """One sequence a step, every weight requiring its gradient, as a user of transformers would write it."""
+    """One sequence per step, every weight requiring its gradient, as a user of transformers would write it."""
     start = time.perf_counter()
     for ids in calibration.input_ids:
         model.model(input_ids=ids[None], labels=ids[None], use_cache=False).loss.backward()

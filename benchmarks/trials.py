@@ -35,7 +35,7 @@ Timed = tuple[float, list[float]]
 
 @torch.inference_mode()
 def naive_loss(model: DecoderModel, calibration: CalibrationSet, removed: tuple[int, ...]) -> float:
-    """The layers taken out of the model, which then runs whole: what a straight-line script does."""
+    """Removes the layers and runs the whole shortened model, as a simple script would."""
     decoder = model.model.model
     layers = decoder.layers
     decoder.layers = nn.ModuleList(layer for index, layer in enumerate(layers) if index not in removed)
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def compare(name: str, model: DecoderModel, text: CalibrationSet, options: argparse.Namespace, target: str) -> None:
-    """The asked criteria on one model."""
+    """The requested criteria on one model."""
     one = text.first(1)
     naive_loss(model, one, ())  # warm-up
     if "ppl" in options.criteria:

@@ -28,7 +28,7 @@ WORDS = (
 
 
 def agreement(draw: random.Random) -> Iterator[dict[str, Any]]:
-    """Minimal pairs of subject and verb, with a noun of either number in between to mislead."""
+    """Minimal pairs of subject-verb agreement, with a distracting noun of either number in between."""
     forms = [(verbs, end) for verbs, ends in ENDS.items() for end in ends]
     drawn = list(product(NOUNS.split(), LINKS.split(), PLACES.split(), forms, (0, 1), (0, 1)))
     for noun, link, place, (verbs, end), subject, other in draw.sample(drawn, EXAMPLES):
@@ -54,7 +54,7 @@ def arithmetic(draw: random.Random) -> Iterator[dict[str, Any]]:
 
 
 def copying(draw: random.Random) -> Iterator[dict[str, Any]]:
-    """A row of words that is repeated; what is missing at the end can only be copied."""
+    """A row of words, repeated; the missing last word can only be copied."""
     for number in range(EXAMPLES):
         words = draw.sample(WORDS.split(), 4 + number % 5)
         row, last = " ".join(words), words[-1]
@@ -69,7 +69,7 @@ MAKERS: dict[str, Callable[[random.Random], Iterator[dict[str, Any]]]] = {
 
 
 def write_tasks(folder: Path) -> None:
-    """Writes one JSONL file a task."""
+    """Writes one JSONL file per task."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in MAKERS.items():
         rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in make(random.Random(f"sglp {name}")))

@@ -1,10 +1,10 @@
-"""Writes the texts that comparisons calibrate on or measure where a sample has to be divided or mixed.
+"""Writes the calibration and evaluation texts of comparisons that have to divide or mix samples of data sets.
 
     python tools/calibration_texts.py DATA FOLDER
 
-``c4.jsonl`` is C4 from document 1000 on: those before are what perplexity is measured on, and ``c4_head.jsonl`` the first 30 of
-them, for measurements of many models. ``mixed.jsonl`` is ``c4.jsonl`` and the articles of the WikiText-2 validation text.
-``alpaca.jsonl`` is the first 4000 instructions with their answers, ``alpaca_rest.jsonl`` the others, to measure on.
+``c4.jsonl`` is C4 from document 1000 on; perplexity is measured on the documents before. ``c4_head.jsonl`` has the first 30 of
+these, for measurements of many models. ``mixed.jsonl`` is ``c4.jsonl`` and the articles of the WikiText-2 validation text.
+``alpaca.jsonl`` has the first 4000 instructions with their answers, ``alpaca_rest.jsonl`` the others, for measurements.
 """
 
 from __future__ import annotations

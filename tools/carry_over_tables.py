@@ -1,4 +1,4 @@
-"""The tables of what `tools/carry_over.sh` has measured: ln(perplexity / dense perplexity), in Markdown."""
+"""Tables of the measurements of `tools/carry_over.sh`: ln(perplexity / dense perplexity), in Markdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 TEXTS = {"wikitext2_test": "WikiText-2", "c4_sample": "C4", "alpaca_rest": "Alpaca"}
 PLAIN = "readings"
-# What it is called; where its row is, alone and in segments: the comparison's folder and the method.
+# The label; then, alone and in segments, where the row is: the comparison's folder and the method.
 READINGS = [
     ("the layer's gradient norm (`gradnorm`)", (PLAIN, "gradnorm"), (PLAIN, "sglp")),
     ("mean of its tensors' gradient norms", ("reading-tensors", "gradnorm"), ("reading-tensors", "sglp")),
@@ -171,7 +171,7 @@ def _texts_of(found: dict[str, Any]) -> list[str]:
 
 
 def _mean_gap(row: dict[str, Any]) -> float:
-    """Of the two texts that all studies measure on."""
+    """The mean ``log_gap`` over the two texts that all studies measure on."""
     return sum(_numbers(row, text)["log_gap"] for text in list(TEXTS)[:2]) / 2
 
 

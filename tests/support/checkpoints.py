@@ -1,4 +1,4 @@
-"""Tiny checkpoints, ways to damage them, and the command line in this process."""
+"""Tiny checkpoints, functions that damage them, and the command line run in this process."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sglp_llm.adapters import get_adapter
 from sglp_llm.cli import main as cli
 
-torch.set_num_threads(1)  # more of them only wait for each other over models this small
+torch.set_num_threads(1)  # for models this small, more threads only add synchronisation
 
 QUICK = ("--calibration", "pydoc", "--samples", "4", "--seq-len", "16")
 """The smallest calibration that makes an analysis."""
 
 PLAN = {"num_layers": 6, "removed": [2, 4]}
-"""A plan as a person writes it."""
+"""A hand-written plan."""
 
 Damage = Callable[[Path], object]
-"""What happens to a copy of a whole checkpoint."""
+"""Changes the copy of a checkpoint in this folder."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Outcome:
     def error(self) -> str:
         """The message of a command that failed as it should: one line on stderr, nothing on stdout.
 
-        A run that got as far as loading the weights has said before how much memory that takes.
+        A run that fails after its memory prediction has printed that before; it is left out.
         """
         lines = [line for line in self.err.splitlines() if not line.startswith("Memory: about ")]
         assert (len(lines), self.out) == (1, ""), (self.err, self.out)
@@ -108,14 +108,14 @@ def in_turn(*damages: Damage) -> Damage:
 
 
 def logits(folder: Path, skip: tuple[int, ...] = (), **options: Any) -> torch.Tensor:
-    """What plain transformers computes from a folder on a fixed input, with some decoder layers taken out."""
+    """Logits of plain transformers for a checkpoint on a fixed input, with some decoder layers skipped."""
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     return logits_of(model, skip)
 
 
 def logits_of(model: PreTrainedModel, skip: tuple[int, ...] = ()) -> torch.Tensor:
-    """``[1, 12, vocabulary]``."""
+    """The model's logits on that input, ``[1, 12, vocabulary]``."""
     layers = model.get_submodule(get_adapter(model.config.model_type).layers)
     handles = [layers[index].register_forward_hook(lambda _, args, out: args[0]) for index in skip]
     with torch.inference_mode():

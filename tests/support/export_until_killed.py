@@ -1,4 +1,4 @@
-"""Run by the kill tests: exports a checkpoint over and over, as an export does it, ``config.json`` last.
+"""Run by the kill tests: writes a checkpoint over and over, in the order of an export, ``config.json`` last.
 
 Usage: export_until_killed.py SOURCE_A SOURCE_B OUTPUT MODE [STEP]. With the mode ``replace`` the two sources replace
 each other at OUTPUT; with ``anew`` OUTPUT is moved away before each export. With STEP the process kills itself there.

@@ -1,4 +1,4 @@
-"""What several test files build on."""
+"""Helpers shared by several test files."""
 
 from __future__ import annotations
 
@@ -43,5 +43,5 @@ def tiny_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def comparison_pieces(folder: Path) -> list[Path]:
-    """The finished pieces of work that a comparison keeps: what was chosen and what was measured."""
+    """The journal files of a comparison: its layer selections and its measured numbers."""
     return [*folder.glob("journal/*.json"), *folder.glob("measured/*.json")]

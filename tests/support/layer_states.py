@@ -1,4 +1,4 @@
-"""What leaves every decoder layer, seen by plain hooks, and METHOD's quantities of it in plain loops."""
+"""Hidden states around every decoder layer, recorded by plain hooks, and CKA of them in plain loops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglp_llm.models.loading import DecoderModel
 
 
 def states_around(model: DecoderModel, calibration: CalibrationSet) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """For each sequence, run alone, and each layer: what enters and what leaves, real tokens only, each ``[tokens, hidden]``."""
+    """Input and output of each layer for each sequence, run alone: real tokens only, each ``[tokens, hidden]``."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def hook(
@@ -46,7 +46,7 @@ def hsic(first: torch.Tensor, second: torch.Tensor) -> float:
 def cka_by_hand(
     states: list[list[tuple[torch.Tensor, torch.Tensor]]], kernel: str, sequences: int, positions: int
 ) -> torch.Tensor:
-    """METHOD: minibatches of consecutive sequences, position ``floor(i * T / m)`` of each; a smaller last minibatch."""
+    """Minibatches of consecutive sequences, position ``floor(i * T / m)`` of each; a smaller last minibatch."""
     depth = len(states[0])
     sums, minibatches = torch.zeros(depth, depth, dtype=torch.float64), 0
     for first in range(0, len(states), sequences):

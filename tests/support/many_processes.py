@@ -1,4 +1,4 @@
-"""Real processes that find each other as those of a launcher do, from one Python start."""
+"""Real processes that connect as those of a launcher do, forked from one server process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch.distributed", "transformers.models.llama.modeling_llama", "pytest"])
 
 PATIENCE = 120
-"""Seconds after which processes that wait for each other are ended."""
+"""Seconds after which processes that still run are killed."""
 
 
 def in_processes(count: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:

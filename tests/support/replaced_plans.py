@@ -21,7 +21,7 @@ CHANGED = (0, 2)
 COMPENSATION = {"method": "linear", "cuts": [{"start": 1, "stop": 2}, {"start": 3, "stop": 4}], "error": 0.25}
 LLAMA = Tiny("llama", 0)
 NORM = "model.layers.2.input_layernorm.weight"
-"""A parameter of it that such a plan replaces."""
+"""A parameter of that model that such a plan replaces."""
 
 
 def new_values(model: PreTrainedModel, path: str) -> dict[str, torch.Tensor]:
@@ -36,7 +36,7 @@ def new_values(model: PreTrainedModel, path: str) -> dict[str, torch.Tensor]:
 
 
 def overwritten(model: PreTrainedModel, values: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """A copy of the model with other values in it."""
+    """A copy of the model with these values in it."""
     other = deepcopy(model)
     with torch.no_grad():
         for name, parameter in other.named_parameters():

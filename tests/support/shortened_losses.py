@@ -12,7 +12,7 @@ from sglp_llm.models.loading import DecoderModel
 
 
 def mean_losses(model: DecoderModel, calibration: CalibrationSet, removed: tuple[int, ...]) -> dict[str, float]:
-    """Of each part's sequences, by plain transformers on the real tokens alone."""
+    """The mean loss of each part's sequences, by plain transformers on the real tokens alone."""
     losses = []
     with torch.no_grad(), skipped(model.layers, removed):
         for ids, mask in zip(calibration.input_ids, calibration.mask, strict=True):

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, written by plain transformers, and what they must compute when they are shorter."""
+"""Tiny random checkpoints of every family, written by plain transformers, and the expected logits of shortened ones."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def random_model(family: str, **settings: Any) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            # Matrices are replaced; the vectors of norms stay near what they begin with, biases near 0.
+            # Matrices are replaced; the vectors of norms stay near their initial values, biases near 0.
             parameter.copy_(0.2 * noise if parameter.ndim >= 2 else parameter + 0.1 * noise)
     return model.eval()
 
@@ -83,7 +83,7 @@ def save_tiny(model: PreTrainedModel, folder: Path, max_shard_size: str = "5GB")
 
 
 def load_plain(folder: Path, **options: Any) -> PreTrainedModel:
-    """What a user without this package does; anything missing or left over is an error."""
+    """Loads a checkpoint as a user without this package does; missing or unexpected tensors are an error."""
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(report.values()), report
     return model.eval()
@@ -97,7 +97,7 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor | None = None) -> torch.
 
 @contextmanager
 def passed_through(layers: nn.ModuleList, removed: tuple[int, ...], sample: PreTrainedModel) -> Iterator[None]:
-    """The oracle for a removed layer: its ``forward`` gives back the hidden states it was given, and does nothing else."""
+    """The oracle for a removed layer: its ``forward`` returns the hidden states that it is given, unchanged."""
     shapes: list[int | None] = []
     handle = layers[0].register_forward_hook(
         lambda module, args, output: shapes.append(len(output) if isinstance(output, tuple) else None)
@@ -119,7 +119,7 @@ def passed_through(layers: nn.ModuleList, removed: tuple[int, ...], sample: PreT
 
 
 def shortened_logits(model: PreTrainedModel, path: str, removed: tuple[int, ...]) -> torch.Tensor:
-    """Logits of the model with the layers at ``path`` that are removed passed through."""
+    """Logits of the model in which the removed layers at ``path`` return their input."""
     layers = model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     with passed_through(layers, removed, model):
@@ -161,6 +161,6 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def write_plan(file: Path, num_layers: int, **indices: list[int]) -> Path:
-    """A plan as a person would write it."""
+    """Writes a plan as a person would."""
     file.write_text(json.dumps({"num_layers": num_layers, **indices}), encoding="utf-8")
     return file

@@ -1,4 +1,4 @@
-"""What a model without some of its layers computes: these passed through, the whole model run again by plain transformers."""
+"""Losses and divergences of a model without some layers: plain transformers runs it with layers that return their input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def wrapped(family: str) -> DecoderModel:
 
 
 def mean_loss(model: DecoderModel, calibration: CalibrationSet, removed: tuple[int, ...]) -> float:
-    """transformers' own loss of each sequence alone, the removed layers passed through."""
+    """The mean of transformers' own loss of each sequence, run alone; the removed layers return their input."""
     losses = []
     with passed_through(model.layers, removed, model.model), torch.no_grad():
         for ids, mask in zip(calibration.input_ids, calibration.mask, strict=True):
