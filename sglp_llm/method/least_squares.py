@@ -1,12 +1,13 @@
-"""The linear map of one set of rows that brings another one closest to a third: weighted ridge regression, pure tensors.
+"""Weighted ridge regression for a linear map of one branch of the residual stream.
 
-Rows are tokens. With ``M`` what may be mapped, ``x`` what it is a part of and ``y`` where ``x`` should be, all ``[n, D]``:
+Rows are tokens. With ``M`` the branch's output, ``x`` the hidden states that ``M`` is one summand of, and ``y`` the target
+hidden states, all ``[n, D]``:
 
     T = argmin sum_t w_t ||M_t T + (x_t - M_t) - y_t||^2 + lambda ||T - I||_F^2,  w_t = 1 / ||y_t||^2
 
-The change ``T - I = (M'WM + lambda I)^-1 M'W (y - x)`` depends on sums over rows alone, and so does the error of any ``T`` on
-any rows: they are kept in float64, and the rows are not. The weights make the error a relative one: a row with massive
-activations does not own the fit (our choice; METHOD section 6).
+The solution ``T - I = (M'WM + lambda I)^-1 M'W (y - x)`` and the error of any ``T`` depend on the rows only through sums over
+rows. Only these sums are kept, in float64. The weights ``w_t`` make the error relative, so that a few tokens with massive
+activations do not dominate the fit (our choice).
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from torch import Tensor
 from sglp_llm.processes import Processes
 
 RIDGES = tuple(10.0**power for power in range(-5, 2))
-"""Values of lambda that are tried, in units of the mean diagonal element of ``M'WM``; and infinity, which means ``T = I``."""
+"""Values of lambda to try, in units of the mean diagonal element of ``M'WM``. Infinity (``T = I``) is always tried too."""
 
-_ROWS = 1024  # in float64 at a time
+_ROWS = 1024  # converted to float64 at a time
 
 
 class NormalEquations(ABC):
-    """Sums over rows. Subclasses say which maps are allowed.
+    """The sums over rows that a fit needs. Each subclass allows one kind of map.
 
     Attributes:
-        gram: ``M'WM``, or what is needed of it, float64.
-        cross: ``M'W (y - x)``, or what is needed of it, float64.
-        start: ``sum_t w_t ||x_t - y_t||^2``: the error of ``T = I``; a float64 scalar.
-        rows: How many rows were added; a float64 scalar.
+        gram: ``M'WM``, or its diagonal if the map is diagonal, float64.
+        cross: ``M'W (y - x)``, or its diagonal if the map is diagonal, float64.
+        start: ``sum_t w_t ||x_t - y_t||^2``, the error of ``T = I``; a float64 scalar.
+        rows: Number of rows added; a float64 scalar.
     """
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
@@ -43,7 +44,7 @@ class NormalEquations(ABC):
         self.rows = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, part: Tensor, whole: Tensor, target: Tensor) -> None:
-        """Adds rows; one whose target is 0 has no relative error and counts with weight 0.
+        """Adds rows. A row whose target is 0 has no relative error and gets weight 0.
 
         Args:
             part: M, ``[rows, D]``.
@@ -70,7 +71,7 @@ class NormalEquations(ABC):
 
     @property
     def is_finite(self) -> bool:
-        """Whether every row was."""
+        """Whether all sums are finite, that is, whether every row was."""
         return all(bool(total.isfinite().all()) for total in (self.gram, self.cross, self.start))
 
     @property
@@ -80,23 +81,23 @@ class NormalEquations(ABC):
 
     @abstractmethod
     def change(self, ridge: float) -> Tensor:
-        """The best ``T - I`` for ``lambda = ridge * unit``: ``[D, D]``, or ``[D]`` where only its diagonal is not 0."""
+        """The optimal ``T - I`` for ``lambda = ridge * unit``: ``[D, D]``, or its diagonal ``[D]`` if the map is diagonal."""
 
     @abstractmethod
     def error(self, change: Tensor) -> float:
-        """``sum_t w_t ||M_t T + (x_t - M_t) - y_t||^2`` of a map."""
+        """``sum_t w_t ||M_t T + (x_t - M_t) - y_t||^2`` for ``T - I = change``."""
 
     @abstractmethod
     def _products(self, part: Tensor, weighted: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
-        """What some rows add to ``gram`` and ``cross``: M, WM and W(y - x), each ``[rows, D]``."""
+        """The contribution of some rows to ``gram`` and ``cross``, from M, WM and W(y - x), each ``[rows, D]``."""
 
 
 class MatrixEquations(NormalEquations):
-    """Any matrix. Two float64 matrices ``[D, D]``.
+    """T is any matrix. Holds two float64 matrices ``[D, D]``.
 
     Args:
         width: D.
-        device: Where the sums are.
+        device: Device of the sums.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -119,11 +120,11 @@ class MatrixEquations(NormalEquations):
 
 
 class ChannelEquations(NormalEquations):
-    """A diagonal matrix: one factor a channel.
+    """T is diagonal: one factor per channel.
 
     Args:
         width: D.
-        device: Where the sums are.
+        device: Device of the sums.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -144,7 +145,7 @@ class ChannelEquations(NormalEquations):
 
 
 class FactorEquations(ChannelEquations):
-    """A multiple of the identity: one factor for all channels."""
+    """T is a multiple of the identity: one factor for all channels."""
 
     @property
     def unit(self) -> float:
@@ -156,12 +157,12 @@ class FactorEquations(ChannelEquations):
 
 @dataclass(frozen=True)
 class RidgeFit:
-    """A map that was fitted on some rows, with the ridge that suits others best.
+    """A fitted map, with the ridge that has the lowest held-out error.
 
     Attributes:
-        ridge: In units of the mean diagonal element; ``None`` means infinity.
-        change: ``T - I``; ``None`` where no ridge is better on the held-out rows than no change at all.
-        errors: Weighted error a row on the rows of the fit, and on the held-out rows, each without and with the map.
+        ridge: lambda in units of the mean diagonal element; ``None`` means infinity.
+        change: ``T - I``; ``None`` if no ridge gives a lower held-out error than ``T = I``.
+        errors: Weighted error per row: (without, with) the map on the fit rows, then on the held-out rows.
     """
 
     ridge: float | None
@@ -170,12 +171,12 @@ class RidgeFit:
 
 
 def best_ridge(fit: NormalEquations, held_out: NormalEquations, ridges: Sequence[float] = RIDGES) -> RidgeFit:
-    """Chooses the ridge by the error on held-out rows, which takes no second look at them.
+    """Chooses the ridge by the error on held-out rows, computed from their sums.
 
     Args:
-        fit: The rows that the map is fitted on.
-        held_out: Others, of the same kind of equations.
-        ridges: What is tried beside infinity.
+        fit: Equations of the rows that the map is fitted on.
+        held_out: Equations of the same class for other rows.
+        ridges: Values to try besides infinity.
     """
     best: tuple[float | None, Tensor | None] = (None, None)
     lowest = float(held_out.start)

@@ -1,4 +1,4 @@
-"""Which sets of layers are worth a trial: unions of few runs of consecutive layers that change the representation little."""
+"""Candidate sets of layers for the search: unions of a few runs of consecutive layers that change the hidden states little."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from itertools import islice
 from sglp_llm.records import Segment
 
 Run = tuple[int, int]
-"""Consecutive layers ``[start, stop)``."""
+"""A run of consecutive layers ``[start, stop)``."""
 
 
 def runs_of(layers: Collection[int]) -> tuple[Run, ...]:
-    """The maximal runs of a set of layers, front to back."""
+    """The maximal runs of consecutive layers in a set, front to back."""
     ordered = sorted(layers)
     starts = [layer for layer in ordered if layer - 1 not in layers]
     stops = [layer + 1 for layer in ordered if layer + 1 not in layers]
@@ -22,12 +22,12 @@ def runs_of(layers: Collection[int]) -> tuple[Run, ...]:
 
 
 def layers_in(runs: Iterable[Run]) -> frozenset[int]:
-    """The layers of some runs."""
+    """The set of all layers in some runs."""
     return frozenset(layer for start, stop in runs for layer in range(start, stop))
 
 
 def distance_of(layers: Collection[int], distances: Sequence[Sequence[float]]) -> float:
-    """How much a set's removal cuts out of the representation: the sum of ``distances[start][stop]`` over its runs."""
+    """The distance of a set of layers: the sum of ``distances[start][stop]`` over its runs."""
     return sum(distances[start][stop] for start, stop in runs_of(layers))
 
 
@@ -39,21 +39,21 @@ def propose(
     count: int,
     max_runs: int = 3,
 ) -> list[frozenset[int]]:
-    """The ``count`` sets of ``n`` layers with the least distance.
+    """The ``count`` sets of ``n`` layers with the least distance (`distance_of`).
 
-    A run lies inside one segment, whose layers are alike, and leaves it at least one layer; where no set of ``n`` layers can
-    do that, segments do not bind.
+    Each run is inside one segment, whose layers are similar, and a segment keeps at least one layer. If no set of ``n`` layers
+    satisfies this, segments are ignored.
 
     Args:
-        n: How many layers go; at most ``len(removable)``, and fewer than there are layers.
-        removable: Layers that may go.
+        n: Number of layers to remove; at most ``len(removable)``, and less than the number of layers.
+        removable: Layers that may be removed.
         segments: The partition of all layers.
-        distances: ``[L + 1][L + 1]``: between what enters layer ``i`` and what enters layer ``j``.
-        count: How many sets.
-        max_runs: Most runs in a set.
+        distances: ``[L + 1][L + 1]``, between the hidden states that enter layer ``i`` and those that enter layer ``j``.
+        count: Maximum number of sets.
+        max_runs: Maximum number of runs in a set.
 
     Returns:
-        At most ``count`` sets, the least distance first, ties by their layers.
+        At most ``count`` sets, by increasing distance; ties are broken by layer indices.
     """
     for partition in (segments, [Segment(0, segments[-1].stop)]):
         if found := list(islice(_unions(n, removable, partition, distances, max_runs), count)):
@@ -64,9 +64,9 @@ def propose(
 def _unions(
     n: int, removable: range, segments: Sequence[Segment], distances: Sequence[Sequence[float]], max_runs: int
 ) -> Iterator[frozenset[int]]:
-    """Every allowed set of ``n`` layers, the least distance first: best-first search, led by what the rest costs at least."""
+    """Every allowed set of ``n`` layers, by increasing distance: best-first (A*) search with an exact bound on the rest."""
     segment_of = {layer: segment for segment in segments for layer in segment.layers}
-    # No run takes a segment whole. Two in one segment leave the layer between them, so together they empty none either.
+    # No run covers a whole segment. Two runs in one segment have a kept layer between them, so they do not empty it either.
     runs = {
         start: [
             (stop, distances[start][stop])
@@ -76,8 +76,8 @@ def _unions(
         for start in removable
     }
     least = _least(n, removable, runs, max_runs)
-    # (distance at least, distance so far, layers so far, layers left, runs left, first layer that may begin a run); of equals
-    # the one with the lower layers comes first.
+    # (lower bound on the distance, layers so far, distance so far, layers left, runs left, first layer that may begin a run).
+    # Ties are broken by layer indices.
     start = removable.start
     waiting: list[tuple[float, tuple[int, ...], float, int, int, int]] = [
         (least[max_runs][n][start], (), 0.0, n, max_runs, start)
@@ -101,7 +101,7 @@ def _unions(
 def _least(
     n: int, removable: range, runs: dict[int, list[tuple[int, float]]], max_runs: int
 ) -> list[list[dict[int, float]]]:
-    """``[runs][left][first]``: the least distance of ``left`` layers from ``first`` on in at most so many runs."""
+    """``[runs][left][first]``: the least distance of ``left`` layers from ``first`` on, in at most ``runs`` runs."""
     least = [[dict.fromkeys(range(removable.start, removable.stop + 1), math.inf) for _ in range(n + 1)]]
     least[0][0] = dict.fromkeys(least[0][0], 0.0)
     for _ in range(max_runs):
@@ -121,15 +121,15 @@ def _least(
 
 
 def neighbours(layers: frozenset[int], removable: range, segments: Sequence[Segment]) -> list[frozenset[int]]:
-    """Every set that differs by one swap: an end of a run stays, and any layer that stayed goes instead.
+    """Every set that differs by one swap: a layer at the end of a run is kept, and any kept layer is removed instead.
 
     Args:
-        layers: The set.
-        removable: Layers that may go.
-        segments: None of them is emptied that was not empty before.
+        layers: The set of removed layers.
+        removable: Layers that may be removed.
+        segments: A swap must not remove the last kept layer of a segment.
 
     Returns:
-        Different sets of as many layers, sorted.
+        Distinct sets of the same size, sorted.
     """
     ends = {layer for start, stop in runs_of(layers) for layer in (start, stop - 1)}
     found = {layers - {end} | {layer} for end in ends for layer in removable if layer not in layers}

@@ -16,7 +16,7 @@ class FisherPartitions:
     """The best partitions of one sequence, for every number of segments.
 
     Attributes:
-        losses: ``losses[k - 1]`` is the least possible sum of diameters with k segments; non-increasing, the last one is 0.
+        losses: ``losses[k - 1]`` is the minimal sum of diameters with k segments; non-increasing, the last one is 0.
         starts: ``starts[k - 1][j]`` is where the last of k segments starts when the first j elements are partitioned.
     """
 
@@ -24,7 +24,7 @@ class FisherPartitions:
     starts: tuple[tuple[int, ...], ...]
 
     def segments(self, k: int) -> tuple[Segment, ...]:
-        """The best partition into k segments, front to back; among equals, the one whose last cuts lie furthest left."""
+        """The best partition into k segments, front to back; ties go to the partition whose last cuts are furthest left."""
         stop, segments = len(self.losses), []
         for count in range(k, 0, -1):
             start = self.starts[count - 1][stop]
@@ -33,9 +33,9 @@ class FisherPartitions:
         return tuple(reversed(segments))
 
     def auto_k(self, min_drop: float) -> int:
-        """The smallest k for which one more segment gains less than ``min_drop`` of the loss of no partition at all.
+        """The smallest k for which one more segment reduces the loss by less than ``min_drop`` times the loss of one segment.
 
-        Ours: the official code compares with loss(k) and takes the last k that passes, which never stops.
+        Our choice: the official code compares with loss(k) and takes the last k that passes, which never stops.
         """
         for k in range(1, len(self.losses)):
             if self.losses[k - 1] - self.losses[k] < min_drop * self.losses[0] or self.losses[0] == 0:
@@ -71,9 +71,9 @@ def segment_layers(
 
     Args:
         similarity: The CKA matrix.
-        k: Number of segments; ``None`` chooses it by `FisherPartitions.auto_k`.
-        features: ``"column_sum"``: one number a layer, as in the official code; ``"rows"``: a layer's whole row of CKA.
-        min_drop: For the automatic k.
+        k: Number of segments; ``None`` chooses it with `FisherPartitions.auto_k`.
+        features: ``"column_sum"``: one number per layer, as in the official code; ``"rows"``: a layer's whole row of CKA.
+        min_drop: See `FisherPartitions.auto_k`.
     """
     values = similarity.values
     partitions = fisher_partitions(values.sum(dim=0) if features == "column_sum" else values)
@@ -83,7 +83,7 @@ def segment_layers(
 def _diameters(points: torch.Tensor) -> torch.Tensor:
     """``[L + 1, L + 1]``: the diameter of every ``[i, j)`` with i < j, infinity elsewhere, from prefix sums."""
     length = points.shape[0]
-    points = points - points.mean(dim=0)  # otherwise the difference of two large prefix sums loses the small diameters
+    points = points - points.mean(dim=0)  # otherwise small diameters cancel between large prefix sums
     zero = points.new_zeros(1, points.shape[1])
     sums = torch.cat([zero, points.cumsum(dim=0)])
     squares = torch.cat([zero, points.square().cumsum(dim=0)]).sum(dim=1)

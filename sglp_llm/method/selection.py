@@ -1,4 +1,4 @@
-"""Scores + segments + budget -> the layers to remove. Pure."""
+"""Turns scores, segments and a budget into the layers to remove."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ def layers_to_remove(
     protect: tuple[int, int] = (0, 0),
     params_left: Callable[[tuple[int, ...]], int] | None = None,
 ) -> tuple[int, ...]:
-    """Spreads the budget over the segments and takes the lowest scores inside each.
+    """Spreads the budget over the segments and removes the layers with the lowest scores inside each.
 
     Args:
         budget: How much to remove.
-        segments: A partition of the layers; one segment of all of them when there is no segmentation.
-        scores: One a layer, larger = keep.
-        protect: How many layers at the front and at the end may not go.
+        segments: A partition of the layers; one segment of all layers when there is no segmentation.
+        scores: One score per layer, larger = keep.
+        protect: Number of protected layers at the front and at the end.
         params_left: Number of the model's parameters without the given layers; needed for ``target_params`` only.
 
     Returns:
         Indices of the removed layers, ascending.
 
     Raises:
-        UserError: The budget removes no layer, or more than can go.
+        UserError: The budget removes no layer, or more than can be removed.
     """
     capacities = segment_capacities(segments, protect)
     if budget.target_params is None:
@@ -49,20 +49,20 @@ def set_to_remove(
     protect: tuple[int, int] = (0, 0),
     params_left: Callable[[tuple[int, ...]], int] | None = None,
 ) -> tuple[int, ...]:
-    """The layers that a criterion removes which judges sets.
+    """The layers to remove for a criterion that chooses whole sets.
 
     Args:
         budget: How much to remove.
         num_layers: Number of decoder layers.
-        choose: Gives, for a number of layers and those that may go, the layers that go.
-        protect: How many layers at the front and at the end may not go.
+        choose: Takes a number of layers and the removable layers; returns the layers to remove.
+        protect: Number of protected layers at the front and at the end.
         params_left: As for `layers_to_remove`.
 
     Returns:
         Indices of the removed layers, in the criterion's own order.
 
     Raises:
-        UserError: The budget removes no layer, or more than can go.
+        UserError: The budget removes no layer, or more than can be removed.
     """
     everything = [Segment(0, num_layers)]
     removable, capacity = _removable(everything[0], num_layers, protect), sum(segment_capacities(everything, protect))
@@ -73,7 +73,7 @@ def set_to_remove(
     for n in range(1, capacity + 1):
         if (
             params_left(tuple(by_size[:n])) <= budget.target_params
-        ):  # otherwise no n layers do: a search would be in vain
+        ):  # otherwise no n layers can reach the target
             removed = tuple(choose(n, removable))
             if params_left(removed) <= budget.target_params:
                 return removed
@@ -81,10 +81,10 @@ def set_to_remove(
 
 
 def check_budget(budget: Budget, num_layers: int, protect: tuple[int, int] = (0, 0), segments: int = 1) -> None:
-    """Refuses, before any work is done, a budget that no segmentation into ``segments`` segments or more could meet.
+    """Rejects, before any work is done, a budget that no segmentation into ``segments`` or more segments could meet.
 
     Raises:
-        UserError: It is not exactly one of ratio, drop and target_params, it is out of range, or no layer or too many would go.
+        UserError: The budget is not exactly one of ratio, drop and target_params, out of range, or removes no layer or too many.
     """
     given = budget.to_dict()
     if len(given) != 1:
@@ -104,7 +104,7 @@ def number_to_remove(budget: Budget, num_layers: int, capacity: int) -> int:
     """``floor(ratio * L + 0.5)``, or ``drop``.
 
     Raises:
-        UserError: It is 0 or larger than ``capacity``; the message names the largest number that can go.
+        UserError: It is 0 or larger than ``capacity``; the message gives the largest possible number.
     """
     if budget.ratio is not None:
         n, said = math.floor(budget.ratio * num_layers + 0.5), f"ratio {budget.ratio:g} of {num_layers} layers"
@@ -119,17 +119,17 @@ def number_to_remove(budget: Budget, num_layers: int, capacity: int) -> int:
 
 
 def segment_capacities(segments: Sequence[Segment], protect: tuple[int, int] = (0, 0)) -> list[int]:
-    """How many layers each segment can lose: all but one of them, and none that is protected."""
+    """How many layers can be removed from each segment: at most all but one, and no protected layer."""
     return [min(len(segment) - 1, len(_removable(segment, segments[-1].stop, protect))) for segment in segments]
 
 
 def removable_layers(num_layers: int, protect: tuple[int, int] = (0, 0)) -> range:
-    """The layers that are not protected, of which all but one can go when nothing is protected."""
+    """The layers that are not protected. If none is protected, all but one of them can be removed."""
     return _removable(Segment(0, num_layers), num_layers, protect)
 
 
 def spread(n: int, capacities: Sequence[int]) -> list[int]:
-    """Shares n in proportion to the capacities by largest remainder, in exact arithmetic; ties go to the earlier segment."""
+    """Splits n in proportion to the capacities by largest remainder, in exact arithmetic; ties go to the earlier segment."""
     total = sum(capacities)
     shares = [n * capacity // total for capacity in capacities]
     by_remainder = sorted(range(len(capacities)), key=lambda index: (-(n * capacities[index] % total), index))
@@ -141,7 +141,7 @@ def spread(n: int, capacities: Sequence[int]) -> list[int]:
 def lowest_scores(
     n: int, segments: Sequence[Segment], scores: Sequence[float], protect: tuple[int, int] = (0, 0)
 ) -> tuple[int, ...]:
-    """The n layers that go: each segment's share, its lowest scores first, ties to the lower index."""
+    """The n layers to remove: in each segment its share of the lowest scores; ties go to the lower index."""
     removed: list[int] = []
     for segment, share in zip(segments, spread(n, segment_capacities(segments, protect)), strict=True):
         candidates = _removable(segment, segments[-1].stop, protect)

@@ -1,8 +1,8 @@
 """Minibatch centered kernel alignment (CKA) between the outputs of every pair of decoder layers.
 
 Kornblith et al. 2019 (CKA), Song et al. 2012 (the unbiased HSIC estimator), Nguyen, Raghu & Kornblith 2021 (averaging HSIC
-over minibatches). The cosine kernel is our choice, not the paper's: an LLM's massive activations (the first position's norm
-is hundreds of times the others') own a linear Gram matrix.
+over minibatches). The cosine kernel is our choice, not the paper's: with a linear kernel an LLM's massive activations (the norm
+at the first position is hundreds of times larger than elsewhere) dominate the Gram matrix.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from sglp_llm.records import SimilarityMatrix
 
 KERNELS = ("cosine", "linear")
 
-# A self-similarity this small, relative to the terms it is the difference of, is rounding error.
+# A self-similarity this small, relative to the terms that it is the difference of, is rounding error.
 _CANCELLED = 1e-12
 
 
 def check_kernel(kernel: str) -> str:
-    """The kernel's name itself.
+    """Returns the kernel's name if it is valid.
 
     Raises:
         UserError: It is not one of `KERNELS`.
@@ -37,7 +37,7 @@ def gram_matrix(rows: torch.Tensor, kernel: str) -> torch.Tensor:
 
     Args:
         rows: ``[n, hidden]`` representations of n tokens, any float dtype.
-        kernel: ``"linear"`` for x x^T, ``"cosine"`` for the same with every row scaled to unit norm first.
+        kernel: ``"linear"`` for x x^T; ``"cosine"`` for the same with every row first scaled to unit norm.
 
     Returns:
         ``[n, n]`` float64.
@@ -70,20 +70,20 @@ def hsic_matrix(grams: torch.Tensor) -> torch.Tensor:
 
 
 class CKAAccumulator:
-    """Streams over minibatches; its memory is one minibatch's kernel matrices, whatever their number."""
+    """Accumulates CKA over minibatches. Memory is the kernel matrices of one minibatch, however many there are."""
 
     def __init__(self, kernel: str = "cosine") -> None:
         self.kernel = check_kernel(kernel)
         self._sum = torch.zeros((), dtype=torch.float64)
-        self._scale = torch.zeros((), dtype=torch.float64)  # what the self-similarities would be if no term cancelled
+        self._scale = torch.zeros((), dtype=torch.float64)  # magnitude of the terms of the self-similarities
         self._minibatches = 0
 
     def update(self, representations: Sequence[torch.Tensor]) -> None:
         """Adds one minibatch.
 
         Args:
-            representations: One ``[n, hidden]`` tensor a layer, the same n tokens in each. They may live on different devices
-                and have different widths; kernel matrices are formed where each one lives.
+            representations: One ``[n, hidden]`` tensor per layer, for the same n tokens. They may be on different devices and
+                have different widths; each kernel matrix is computed on its tensor's device.
 
         Raises:
             UserError: Fewer than 4 tokens (the estimator needs n >= 4), or a layer's output is not finite.
@@ -105,11 +105,11 @@ class CKAAccumulator:
         self._minibatches += 1
 
     def gather(self, num_layers: int, processes: Processes) -> None:
-        """Adds the minibatches that other processes have seen; this one may have seen none.
+        """Sums over the minibatches of all processes; a collective call. This process may have seen none.
 
         Args:
-            num_layers: Number of representations a minibatch, which every process must know.
-            processes: All of them call this.
+            num_layers: Number of representations per minibatch, the same in every process.
+            processes: The processes that take part.
         """
         sums = (
             self._sum.expand(num_layers, num_layers),
@@ -125,7 +125,7 @@ class CKAAccumulator:
         """``CKA_ij = mean_b HSIC1(K_i, K_j) / sqrt(mean_b HSIC1(K_i, K_i) mean_b HSIC1(K_j, K_j))``.
 
         Raises:
-            UserError: A layer gives every token the same representation, so that its CKA is not defined.
+            UserError: A layer gives every token the same representation, so that its CKA is undefined.
         """
         assert self._minibatches, "no minibatch was added"
         mean = self._sum / self._minibatches
