@@ -1,7 +1,7 @@
 """Returns how important each decoder layer is, or which set of layers to remove. Start with `base.py`, then `bi.py`.
 
-One file a criterion; the file name is its name on the command line. A new criterion is one new file with a
-`CRITERION` class; the contract tests pick it up by themselves.
+One file per criterion; the file name is its name on the command line. To add one, add a file with a `CRITERION` class; the
+contract tests then cover it automatically.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def criterion_names() -> list[str]:
-    """Every criterion there is, sorted."""
+    """The names of all criteria, sorted."""
     return member_names(__path__)
 
 
@@ -34,23 +34,23 @@ def get_criterion(name: str) -> type[Criterion]:
     """The class of a criterion.
 
     Raises:
-        UserError: There is none of that name; the message lists the known ones and the nearest name.
+        UserError: No criterion has that name; the message lists the known names and the closest one.
     """
     criterion: type[Criterion] = member(__name__, __path__, name, "criterion").CRITERION
     return criterion
 
 
 def make_criterion(name: str, num_layers: int, seed: int = 0, options: Mapping[str, Any] | None = None) -> Criterion:
-    """A criterion with its options.
+    """Creates a criterion with its options.
 
     Args:
         name: Its name.
         num_layers: Number of decoder layers.
-        seed: Of anything that is drawn.
+        seed: Random seed.
         options: The criterion's own settings, by name.
 
     Raises:
-        UserError: There is no such criterion or option, or the option's value is not one of those it knows.
+        UserError: There is no such criterion or option, or the option's value is not valid.
     """
     criterion = get_criterion(name)
     parameters = inspect.signature(criterion).parameters.values()

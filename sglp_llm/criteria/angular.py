@@ -1,4 +1,4 @@
-"""The contiguous layers over which the hidden states turn least (Gromov et al., arXiv 2403.17887)."""
+"""The contiguous layers with the least angular distance from input to output hidden states (Gromov et al., arXiv 2403.17887)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ TOKENS = ("last", "all")
 
 
 class Angular(SetCriterion):
-    """The n layers from l on with the least mean of ``arccos(cos(x_l, x_{l+n})) / pi``; ties go to the lower l.
+    """The n consecutive layers from l on with the least mean ``arccos(cos(x_l, x_{l+n})) / pi``; ties go to the lower l.
 
     Args:
         num_layers: Number of decoder layers.
         seed: Not used.
-        tokens: ``last``: the last token of each sequence, as in the paper; ``all``: its tokens, evenly spaced ones where there
-            are more than ``positions``.
-        positions: See ``tokens``.
+        tokens: ``last``: the last token of each sequence, as in the paper; ``all``: up to ``positions`` evenly spaced tokens.
+        positions: Maximum number of tokens per sequence for ``all``.
     """
 
     needs = Need.HIDDEN_STATES
@@ -34,7 +33,7 @@ class Angular(SetCriterion):
         if tokens not in TOKENS:
             raise unknown("tokens of angular", tokens, TOKENS)
         self._last, self._positions = tokens == "last", positions
-        self._states: list[torch.Tensor] = []  # x_0 ... of the batch that is under way, [tokens, hidden] each
+        self._states: list[torch.Tensor] = []  # x_0, x_1, ... of the current batch, [tokens, hidden] each
         self._distances = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
 
     def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
@@ -54,7 +53,7 @@ class Angular(SetCriterion):
         self._distances = processes.sum(self._distances)
 
     def distances(self) -> list[list[float]]:
-        """``[L + 1][L + 1]``: ``arccos(cos(x_i, x_j)) / pi``, summed over the tokens that were shown."""
+        """``[L + 1][L + 1]``: ``arccos(cos(x_i, x_j)) / pi``, summed over the selected tokens."""
         distances: list[list[float]] = self._distances.tolist()
         return distances
 

@@ -1,4 +1,4 @@
-"""What a criterion is: an observer of the engine's pass that ends with one score a decoder layer, or with a set of layers."""
+"""Base classes of criteria: observers of the engine's pass that return one score per decoder layer, or a set of layers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from sglp_llm.trials import Removed, Trials
 
 
 class Criterion(Observer, ABC):
-    """Judges the decoder layers. It says what it needs, watches one pass, and is asked for its verdict afterwards.
+    """Decides which decoder layers to remove. It declares its needs, observes one pass, and then gives scores or a set.
 
     Args:
         num_layers: Number of decoder layers L.
-        seed: Of anything that is drawn.
+        seed: Random seed.
 
     Attributes:
-        needs_with_trials: What it watches in a pass of its own over the sequences of the trials.
-        keeps_trials: Whether it goes on from the outcomes that a journal has kept (`Trials.once`).
+        needs_with_trials: What it observes in an additional pass of its own over the trial sequences.
+        keeps_trials: Whether it can resume from trial results kept in a journal (`Trials.once`).
     """
 
     needs_with_trials: ClassVar[Need] = Need.NOTHING
@@ -30,49 +30,49 @@ class Criterion(Observer, ABC):
         self.seed = seed
 
     def on_trials(self, trials: Trials) -> None:
-        """After the pass: lets the criterion remove layers tentatively (`Need.TRIALS`)."""
+        """Called after the pass: the criterion may run the model without sets of layers (`Need.TRIALS`)."""
 
     def price(self, sequences: int, length: int) -> str:
-        """What its trials will cost, in words; empty where it does not say.
+        """The estimated cost of its trials, as text; empty if there is no estimate.
 
         Args:
-            sequences: How many there are for trials.
-            length: Tokens in each.
+            sequences: Number of trial sequences.
+            length: Tokens per sequence.
         """
         return ""
 
     def report(self) -> Mapping[str, Any]:
-        """After the verdict: how it came about, as plain data for the plan; empty where there is nothing to tell."""
+        """Called after the decision: how it was reached, as plain data for the plan; may be empty."""
         return {}
 
 
 class ScoreCriterion(Criterion):
-    """Gives one number a layer, so that layers can be compared inside segments."""
+    """Gives one score per layer, so that layers can be compared inside segments."""
 
     @abstractmethod
     def scores(self) -> list[float]:
-        """One number a layer, length L; larger = keep."""
+        """One score per layer, length L; larger = keep."""
 
 
 class SetCriterion(Criterion):
-    """Judges sets of layers: what it removes depends on how many go."""
+    """Chooses a set of layers; the sets for different numbers of layers need not be nested."""
 
     @abstractmethod
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
-        """The layers that go, in the order in which the criterion removes them.
+        """The layers to remove, in the order in which the criterion removes them.
 
         Args:
-            n: How many; at most ``len(removable)``.
-            removable: Layers that may go, ascending and without gaps.
+            n: Number of layers to remove; at most ``len(removable)``.
+            removable: Layers that may be removed, ascending and without gaps.
         """
 
     def runners_up(self, n: int, removable: Sequence[int]) -> list[Removed]:
-        """Other good sets, the best first, behind what `choose` gives; most criteria know none."""
+        """The next best sets after the one that `choose` returns, best first; empty for most criteria."""
         return []
 
 
 class GreedyCriterion(SetCriterion):
-    """Removes the layer that costs least, scores what is left again, and repeats."""
+    """Removes the layer with the lowest cost, scores the remaining layers again, and repeats."""
 
     def __init__(self, num_layers: int, seed: int = 0) -> None:
         super().__init__(num_layers, seed)
@@ -84,16 +84,16 @@ class GreedyCriterion(SetCriterion):
 
     @abstractmethod
     def costs_of(self, removed: Removed, sets: Sequence[Removed]) -> dict[Removed, float]:
-        """What each of these sets costs, every one of them the removed layers and one more; the least wins."""
+        """The cost of each set; every set is ``removed`` plus one more layer. The set with the lowest cost is taken."""
 
     def costs(self, removed: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
-        """What each candidate's removal would cost on top of those that are removed already."""
+        """The cost of removing each candidate in addition to the layers already removed."""
         gone = frozenset(removed)
         costs = self.costs_of(gone, [gone | {layer} for layer in candidates])
         return {layer: costs[gone | {layer}] for layer in candidates}
 
     def continue_from(self, order: Sequence[int], removable: Sequence[int]) -> None:
-        """Takes over what an earlier run with the same sequences has removed already, in its order."""
+        """Continues from the layers that an earlier run with the same sequences has removed, in its order."""
         self._order, self._among = list(order), removable
 
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Block influence: how far the layer turns the hidden states (ShortGPT, arXiv 2403.03853)."""
+"""Block influence: 1 - cosine similarity of the hidden states before and after the layer (ShortGPT, arXiv 2403.03853)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sglp_llm.processes import Processes
 
 
 class BlockInfluence(ScoreCriterion):
-    """``1 - mean over tokens of cos(x_l, x_{l+1})``; padding positions are left out."""
+    """``1 - mean over tokens of cos(x_l, x_{l+1})``, without padding positions."""
 
     needs = Need.HIDDEN_STATES
 
     def __init__(self, num_layers: int, seed: int = 0) -> None:
         super().__init__(num_layers, seed)
-        self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum of cosines, and how many
+        self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum and number of cosines
 
     def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
         cosine = torch.nn.functional.cosine_similarity(entering.float(), leaving.float(), dim=-1)

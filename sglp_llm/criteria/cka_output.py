@@ -12,14 +12,14 @@ from sglp_llm.trials.measures import OutputCKA
 
 
 class GreedyOutputCKA(GreedyCriterion):
-    """Compares x_L, before the final norm, of the current model with x_L without one more layer; the most similar goes.
+    """Compares x_L (before the final norm) with and without one more layer; removes the layer with the most similar x_L.
 
     Args:
         num_layers: Number of decoder layers.
         seed: Not used.
         kernel: CKA kernel.
-        sequences: Calibration sequences a CKA minibatch.
-        positions: Positions of each.
+        sequences: Calibration sequences per CKA minibatch.
+        positions: Positions per sequence.
     """
 
     needs = Need.TRIALS

@@ -11,7 +11,7 @@ from sglp_llm.processes import Processes
 
 
 class Gate(ScoreCriterion):
-    """How much the loss rises when the layer's gate closes, by the loss's Taylor series around the open gate.
+    """How much the loss rises when the layer's gate goes from 1 to 0, by a Taylor expansion around 1.
 
     With ``x_{l+1} = x_l + a_t f_l(x_l)_t`` at position t and ``g_t = dLoss/da_t = <dLoss/dx_{l+1}, x_{l+1} - x_l>_t``, where
     Loss is the mean over the T predictions of one sequence:
@@ -33,7 +33,7 @@ class Gate(ScoreCriterion):
         if order not in (1, 2):
             raise UserError(f"order of gate is 1 or 2, not {order!r}")
         self._order = order
-        self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum over sequences, and how many
+        self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum over sequences, number of sequences
 
     def on_state_gradient(
         self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor, gradient: torch.Tensor

@@ -19,14 +19,14 @@ NORMS = ("layer", "tensors", "relative")
 class GradNorm(ScoreCriterion):
     """``g_l = mean over sequences of sqrt(sum over the layer's parameters p of ||dLoss/dp||^2)``.
 
-    Loss is the mean token negative log-likelihood of one sequence. The unit matters: the norm of a sum over several
-    sequences gives another ranking.
+    Loss is the mean token negative log-likelihood of one sequence. Taking the norm per sequence matters: the norm of a gradient
+    summed over several sequences gives a different ranking.
 
     Args:
         num_layers: Number of decoder layers.
         seed: Not used.
-        norm: ``layer`` is the above. Two other readings (ours): ``tensors``, the mean over the layer's parameters of each
-            one's gradient norm; ``relative``, the layer's gradient norm divided by the norm of its weights.
+        norm: ``layer`` is the above. Two variants (ours): ``tensors``, the mean of the gradient norms of the layer's
+            parameters; ``relative``, the layer's gradient norm divided by the norm of its weights.
     """
 
     needs = Need.GRADIENT_NORMS
@@ -37,10 +37,10 @@ class GradNorm(ScoreCriterion):
             raise unknown("norm of gradnorm", norm, NORMS)
         self._norm = norm
         if norm == "tensors":
-            self.needs = Need.GRADIENTS  # norms may come for several parameters together
-        self._squares: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]  # of the sequence that is under way
+            self.needs = Need.GRADIENTS  # one norm may cover several parameters together
+        self._squares: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]  # of the current sequence
         self._sequence: list[int | None] = [None] * num_layers
-        self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum of norms, and how many
+        self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum and number of norms
         self._means = [0.0] * num_layers
 
     def on_gradient_norm(self, layer: int, batch: Batch, name: str, squared: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Gradient norm of the whole model without the layer: the reading of GradNorm that is nearest to SGLP's public code for vision.
+"""Gradient norm of the whole model without the layer: the variant of GradNorm that is closest to SGLP's public code for vision.
 
-That code scores shortened networks, not layers (arXiv 2410.14720), there with random weights; here the trained ones stay.
+That code scores shortened networks instead of layers (arXiv 2410.14720), with random weights. Here the trained weights are kept.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ BEST = ("largest", "smallest")
 class GradNormWithout(ScoreCriterion):
     """``mean over sequences of sqrt(sum over the parameters p of all other decoder layers of ||dLoss/dp||^2)``, layer l skipped.
 
-    Costs one forward and one backward pass a layer over the sequences of the trials.
+    Costs one forward and one backward pass per layer over the trial sequences.
 
     Args:
         num_layers: Number of decoder layers.
         seed: Not used.
-        best: Which norm the best shortened model has: ``largest`` (a large gradient means: keep, as everywhere in SGLP), so
-            that the score is the norm's negative; or ``smallest`` (a small one means: still near the optimum).
+        best: Which norm marks the best shortened model: ``largest`` (a large gradient means important, as elsewhere in SGLP;
+            the score is the negative norm) or ``smallest`` (a small gradient means still near the optimum).
     """
 
     needs = Need.TRIALS

@@ -1,4 +1,4 @@
-"""Greedy removal by the divergence of the pruned model's predictions from the whole model's (EvoPress, arXiv 2410.14649)."""
+"""Greedy removal by the KL divergence of the pruned model's predictions from the whole model's (EvoPress, arXiv 2410.14649)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglp_llm.trials.measures import KLMeasure
 
 
 class GreedyKL(GreedyCriterion):
-    """Like `sleb`, with KL(dense next-token distribution || pruned), the mean over all positions of a sequence."""
+    """Like `sleb`, with KL(dense next-token distribution || pruned), averaged over all positions of a sequence."""
 
     needs = Need.TRIALS
 

@@ -9,7 +9,7 @@ from sglp_llm.engine import Need
 
 
 class Magnitude(ScoreCriterion):
-    """``sum of abs(W)`` over the layer's parameters W of two or more dimensions."""
+    """``sum of abs(W)`` over the layer's parameters W with two or more dimensions."""
 
     needs = Need.WEIGHTS
 

@@ -11,7 +11,7 @@ from sglp_llm.trials.measures import LossMeasure
 
 
 class PerplexityWithout(ScoreCriterion):
-    """exp of the mean loss of the sequences with that one layer removed; each layer is tried once."""
+    """exp of the mean loss of the sequences with only that layer removed."""
 
     needs = Need.TRIALS
 
@@ -21,7 +21,7 @@ class PerplexityWithout(ScoreCriterion):
         self._losses = measure.means()
 
     def scores(self) -> list[float]:
-        # A layer without which the model is broken: the largest number there is, not an overflow.
+        # Without some layers the loss can be huge: clamp it, so that exp does not overflow.
         return [math.exp(min(self._losses[frozenset({layer})], 700.0)) for layer in range(self.num_layers)]
 
 

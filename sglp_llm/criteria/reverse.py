@@ -1,4 +1,4 @@
-"""The last layers go first: the baseline that knows nothing but depth."""
+"""Removes the last layers first: the baseline that uses only the depth."""
 
 from __future__ import annotations
 

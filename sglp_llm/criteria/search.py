@@ -1,5 +1,5 @@
-"""Guided search for the set of layers without which the model predicts most nearly the same: segments and angular distances
-propose, trials decide."""
+"""Guided search for the set of layers whose removal changes the predictions least: segments and angular distances propose sets,
+trials decide."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from sglp_llm.trials.costs import OBJECTIVES, TrialCosts
 
 _LEAST_TRIALS = 16
 _TRIALS_A_LAYER = 2.5
-"""Without a budget: as many tokens as so many trials on all sequences have, for every layer that goes, or the least number. The
-sets are more where more goes; greedy removal takes nearly as many trials a layer as there are layers."""
+"""The default budget is this many trials on all sequences per removed layer, but at least `_LEAST_TRIALS`. There are more sets to
+choose from when more layers are removed; greedy removal needs nearly as many trials per removed layer as there are layers."""
 
 
 @dataclass(frozen=True)
 class SearchBudget:
-    """Trial tokens, or seconds."""
+    """A budget in trial tokens, or in seconds."""
 
     tokens: int = 0
     seconds: float | None = None
@@ -42,7 +42,7 @@ def parse_budget(budget: int | str) -> SearchBudget:
     """``16000`` and ``"16k"`` are tokens; ``"30s"``, ``"5m"`` and ``"2h"`` are times.
 
     Raises:
-        UserError: It is something else, or nothing.
+        UserError: It is something else, or zero.
     """
     match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)([ksmh])", str(budget))
     if match is not None:
@@ -57,29 +57,29 @@ def parse_budget(budget: int | str) -> SearchBudget:
 class Search(SetCriterion):
     """Racing and swaps over sets of layers (our choice; successive halving is Jamieson & Talwalkar's, arXiv 1502.07943).
 
-    The last share of the trial sequences is held out. One forward pass over the others gives the CKA segments and the angular
-    distance between what enters any two layers. The sets with the least distance race: all of them run on the first
-    sequence, the better ones on a quarter of the sequences, the best on all. Then swaps of one layer of the leaders race, until
-    all are tried or the budget is spent.
+    The last trial sequences are held out. One forward pass over the others gives the CKA segments and the angular distances
+    between the hidden states that enter any two layers. The sets with the least distance race (successive halving): all of them
+    run on the first sequence, the better ones on a quarter of the sequences, the best on all. Then sets that differ from the
+    leaders by one swapped layer race in the same way, until all are tried or the budget is spent.
 
-    The leader is taken if it is not worse than the set with the least distance alone on the held-out sequences, as it is on
-    those it was found on; otherwise the next one of which that holds. With a single sequence nothing is held out.
+    The result is the first set in the final ranking that is not worse, on the held-out sequences, than the baseline: the set with
+    the least distance, which needs no trials. With a single sequence nothing is held out.
 
     Args:
         num_layers: Number of decoder layers.
-        seed: Not used: nothing is drawn.
-        objective: ``kl`` to the whole model's next-token distribution, or ``loss``.
+        seed: Not used: the search is not random.
+        objective: ``kl``, the divergence from the whole model's next-token distribution, or ``loss``.
         budget: Trial tokens (``16000``, ``"16k"``) or wall time (``"30s"``, ``"5m"``, ``"2h"``) after which no further
-            stage of a race begins; ``None`` means as many tokens as 16 trials on all trial sequences have, or two and
-            a half for every layer that goes if that is more.
-        proposals: Sets that enter the first race; half as many swaps enter each later one.
-        runs: Most runs of consecutive layers in a proposed set.
-        beam: Leaders whose swaps are tried.
-        held_out: Share of the trial sequences.
+            stage of a race begins; ``None`` means the tokens of 16 trials on all trial sequences, or of 2.5 trials per
+            removed layer if that is more.
+        proposals: Number of sets in the first race; each later race has half as many swaps.
+        runs: Maximum number of runs of consecutive layers in a proposed set.
+        beam: Number of leaders whose swaps are tried.
+        held_out: Share of the trial sequences that is held out.
 
     Attributes:
-        segments: Those that the proposals come from.
-        trace: The stages of the last search's races: name, number of sequences, and each set with its cost on them.
+        segments: The segments that the proposals are made from.
+        trace: The stages of the last search's races: name, number of sequences, and each set with its mean cost on them.
     """
 
     needs = Need.TRIALS
@@ -142,11 +142,11 @@ class Search(SetCriterion):
         return [removed for removed, _ in self.finalists(n, removable)[1:]]
 
     def finalists(self, n: int, removable: Sequence[int]) -> list[tuple[Removed, float]]:
-        """The set that is taken, and those behind it of the sets that ran on the most sequences, with their mean costs.
+        """The chosen set, then the sets ranked after it among those that ran on the most sequences, with their mean costs.
 
         Args:
-            n: How many layers go.
-            removable: Layers that may go, ascending and without gaps.
+            n: Number of layers to remove.
+            removable: Layers that may be removed, ascending and without gaps.
         """
         among = range(removable[0], removable[-1] + 1)
         if (n, among) != self._searched:
@@ -175,7 +175,7 @@ class Search(SetCriterion):
         return self._judged(baseline)
 
     def _race(self, entrants: Sequence[Removed], name: str) -> None:
-        """Successive halving over sequences: the first, then up to a quarter of them, then all."""
+        """Successive halving: on the first sequence, then on a quarter of the sequences, then on all."""
         field, everything = list(entrants), len(self._parts.fit)
         for count in sorted({1, max(1, everything // 4), everything}):
             self._costs.extend(field, count)
@@ -187,9 +187,12 @@ class Search(SetCriterion):
             field = field[: max(2, math.ceil(len(field) / 4))]
 
     def _judged(self, baseline: Removed) -> list[tuple[Removed, float]]:
-        """Takes the first in the ranking that is not worse than the baseline on what is held out, at the latest itself."""
+        """The ranking from the first set on that is not worse than the baseline on the held-out sequences.
+
+        The baseline is in the ranking, so there always is one.
+        """
         found = self._costs
-        found.extend([baseline], found.most)  # it may have left a race early
+        found.extend([baseline], found.most)  # it may have been eliminated early
         ranking = found.ranking()
         if math.isinf(found.mean(ranking[0])):
             raise UserError(
@@ -226,7 +229,7 @@ class Search(SetCriterion):
         if self._limit.seconds is None:
             return self._costs.tokens >= self._limit.tokens
         is_late = time.perf_counter() - self._start >= self._limit.seconds
-        processes = self._trials.processes  # the main one's clock counts: all must run the same trials
+        processes = self._trials.processes  # the main process's clock decides: all must run the same trials
         return bool(processes.sum(torch.tensor(float(is_late and processes.is_main), dtype=torch.float64)))
 
 
@@ -235,7 +238,7 @@ def _default_budget(n: int, sequences: int, length: int) -> SearchBudget:
 
 
 def _shown(removed: Removed) -> str:
-    """``10..14 17``: short, because plans hold many."""
+    """A short form, ``10..14 17``, because a plan stores many sets."""
     return " ".join(str(start) if stop == start + 1 else f"{start}..{stop - 1}" for start, stop in runs_of(removed))
 
 

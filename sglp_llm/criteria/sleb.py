@@ -11,7 +11,7 @@ from sglp_llm.trials.measures import LossMeasure
 
 
 class GreedyLoss(GreedyCriterion):
-    """Removes the layer whose removal hurts the mean loss of the sequences least, then tries the others again."""
+    """Removes the layer whose removal raises the mean loss of the sequences least, then tries the remaining layers again."""
 
     needs = Need.TRIALS
 

@@ -1,4 +1,4 @@
-"""Removes the later layer of the pair whose outputs are most alike, again and again (similarity-based layer pruning)."""
+"""Repeatedly removes the later layer of the pair with the most similar outputs (similarity-based layer pruning)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ METRICS = ("cosine", "euclidean", "cka")
 
 
 class SimilarPairs(SetCriterion):
-    """Of all pairs of remaining layers the one with the most similar outputs loses its later layer.
+    """Of all pairs of remaining layers, takes the pair with the most similar outputs and removes its later layer.
 
-    The similarity of two layers' outputs is the mean over tokens of their cosine (``cosine``), of minus their distance
-    (``euclidean``), or the CKA of METHOD's minibatches (``cka``). Tokens are evenly spaced positions, as for CKA.
+    The similarity of two layers' outputs is the mean over tokens of their cosine (``cosine``) or of minus their distance
+    (``euclidean``), or their minibatch CKA (``cka``). Tokens are at evenly spaced positions in all three.
 
     Args:
         num_layers: Number of decoder layers.
         seed: Not used.
-        metric: One of the three.
-        kernel: Of ``cka``.
-        sequences: Calibration sequences a minibatch of ``cka``.
-        positions: Positions of each sequence.
+        metric: ``cosine``, ``euclidean`` or ``cka``.
+        kernel: CKA kernel, for ``cka``.
+        sequences: Calibration sequences per CKA minibatch, for ``cka``.
+        positions: Positions per sequence.
     """
 
     needs = Need.HIDDEN_STATES
@@ -48,7 +48,7 @@ class SimilarPairs(SetCriterion):
         self._metric, self._positions = metric, positions
         self._cka = CKAObserver(num_layers, kernel, sequences, positions) if metric == "cka" else None
         self.together = 1 if self._cka is None else self._cka.together
-        self._states: list[torch.Tensor] = []  # the outputs of the batch that is under way, [tokens, hidden] each
+        self._states: list[torch.Tensor] = []  # outputs of the current batch, [tokens, hidden] each
         self._sums = torch.zeros(num_layers, num_layers, dtype=torch.float64)
 
     def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
@@ -80,14 +80,14 @@ class SimilarPairs(SetCriterion):
             self._sums = processes.sum(self._sums)
 
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
-        # Sums over the same tokens are in the order of their means.
+        # All sums are over the same tokens, so they rank like the means.
         similarity = self._sums if self._cka is None else self._cka.result().values
         remaining, removed = list(range(self.num_layers)), list[int]()
         while len(removed) < n:
             pairs = [(i, j) for j in remaining if j in removable for i in remaining if i < j]
             if pairs:
                 later = min(pairs, key=lambda pair: (-float(similarity[pair]), pair))[1]
-            else:  # nothing but layer 0 may go any more, and it is nobody's later layer
+            else:  # only layer 0 is left to remove, and it is never the later layer of a pair
                 later = next(layer for layer in remaining if layer in removable)
             remaining.remove(later)
             removed.append(later)

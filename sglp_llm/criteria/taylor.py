@@ -15,14 +15,14 @@ ACCUMULATORS = ("device", "host")
 
 
 class Taylor(ScoreCriterion):
-    """``sum of abs(W * sum_b dLoss_b/dW)`` over the elements of the layer's parameters W of two or more dimensions.
+    """``sum of abs(W * sum_b dLoss_b/dW)`` over the elements of the layer's parameters W with two or more dimensions.
 
-    Unlike a norm of each sequence's gradient, the sum over sequences must be kept: one float32 number a weight.
+    Unlike a per-sequence gradient norm, this needs the gradient summed over sequences: one float32 number per weight.
 
     Args:
         num_layers: Number of decoder layers.
         seed: Not used.
-        accumulator: Where the summed gradients are kept: ``device`` (where the layer is) or ``host``.
+        accumulator: Where the summed gradients are stored: ``device`` (the layer's device) or ``host``.
     """
 
     needs = Need.GRADIENTS
@@ -48,7 +48,7 @@ class Taylor(ScoreCriterion):
         for name, weight in weights.items():
             if weight.ndim < 2:
                 continue
-            place = self._place(weight)  # the same one in a process that has seen nothing
+            place = self._place(weight)  # also in a process without sequences
             mine = sums.pop(name) if name in sums else torch.zeros_like(weight, dtype=torch.float32, device=place)
             self._scores[layer] += self._score(weight, processes.sum(mine))
 

@@ -71,9 +71,7 @@ def set_to_remove(
     assert params_left is not None
     by_size = sorted(removable, key=lambda layer: params_left((layer,)))
     for n in range(1, capacity + 1):
-        if (
-            params_left(tuple(by_size[:n])) <= budget.target_params
-        ):  # otherwise no n layers can reach the target
+        if params_left(tuple(by_size[:n])) <= budget.target_params:  # otherwise no n layers can reach the target
             removed = tuple(choose(n, removable))
             if params_left(removed) <= budget.target_params:
                 return removed
@@ -84,7 +82,8 @@ def check_budget(budget: Budget, num_layers: int, protect: tuple[int, int] = (0,
     """Rejects, before any work is done, a budget that no segmentation into ``segments`` or more segments could meet.
 
     Raises:
-        UserError: The budget is not exactly one of ratio, drop and target_params, out of range, or removes no layer or too many.
+        UserError: Not exactly one of ratio, drop and target_params is given, it is out of range, or it removes too few or too
+            many layers.
     """
     given = budget.to_dict()
     if len(given) != 1:
