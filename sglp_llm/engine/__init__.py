@@ -1,6 +1,6 @@
-"""Returns what a pass over the calibration set shows: hidden states, gradients and their norms. Start with `observer.py`.
+"""Runs passes over the calibration set and gives observers hidden states, gradients and their norms. Start with `observer.py`.
 
-`passes.py` runs a pass, by `resident.py` (the whole model in memory) or by `streamed.py` (one decoder layer at a time).
+`passes.py` runs a pass with `resident.py` (the whole model in memory) or `streamed.py` (one decoder layer at a time).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ al., arXiv 2110.05679, for sequences)::
 
     ||G^T X||_F^2 = sum over tokens s, t of (X X^T)_st (G G^T)_st
 
-Linears with the same input share X X^T, and their squared norms add up like their G G^T. Half precision is multiplied into
-float32; sums over whole matrices are float64.
+For linear layers with the same input X X^T is computed once, and the sum of their squared norms is obtained from the sum of
+their G G^T. Products of half precision matrices accumulate in float32; sums over whole matrices are float64.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 
 Norms = Literal["auto", "ghost", "direct", "autograd"]
-"""How norms of linears' weight gradients are taken: from Grams of tokens, from the gradient formed in pieces, by autograd, or
-``auto``, whichever of the first two is cheaper."""
+"""How the norms of linear layers' weight gradients are computed: from Gram matrices of tokens (``ghost``), from the gradient
+computed block by block (``direct``), by ``autograd``, or ``auto``, the cheaper of the first two."""
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -27,7 +27,7 @@ _HALF = (torch.float16, torch.bfloat16)
 def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
     """The square of the Frobenius norm, a float64 scalar.
 
-    Row by row, because a float32 sum over a whole matrix loses up to 1e-3 of it.
+    Computed row by row, because a float32 sum over a whole matrix has a relative error of up to 1e-3.
     """
     rows = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
     norm: torch.Tensor = torch.linalg.vector_norm(rows, dtype=torch.float64)
@@ -35,11 +35,11 @@ def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def linear_squared_norm(inputs: torch.Tensor, gradients: Sequence[torch.Tensor], norms: Norms = "auto") -> torch.Tensor:
-    """The squared norm of the weight gradients of all linears that had the same input.
+    """The squared norm of the weight gradients of all linear layers that had the same input.
 
     Args:
         inputs: ``[tokens, in]``.
-        gradients: Of each linear's output, ``[tokens, out]``; the widths may differ.
+        gradients: The gradient of each linear layer's output, ``[tokens, out]``; the widths may differ.
         norms: ``auto``, ``ghost`` or ``direct``.
 
     Returns:
@@ -55,36 +55,36 @@ def linear_squared_norm(inputs: torch.Tensor, gradients: Sequence[torch.Tensor],
 
 
 def ghost_is_cheaper(tokens: int, width_in: int, widths_out: Sequence[int], block: int) -> bool:
-    """Whether the Grams cost less than forming the gradients.
+    """Whether the Gram matrices cost less than the gradients themselves.
 
     Args:
-        tokens: Of the sequence.
-        width_in: Of the common input.
-        widths_out: Of each linear's output.
-        block: Tokens in a block of the Grams, which are computed on and below the diagonal only.
+        tokens: Number of tokens of the sequence.
+        width_in: Width of the common input.
+        widths_out: Width of each linear layer's output.
+        block: Tokens per block of the Gram matrices; only blocks on and below the diagonal are computed.
     """
     entries = sum((tokens - first) * min(block, tokens - first) for first in range(0, tokens, block))
     # Narrow blocks multiply less efficiently: by a factor of 1.03 to 1.21 where the two cost about the same, measured on one
-    # AVX-512 core in float32 (benchmarks/gradnorm.py --table). A choice that is wrong inside this range costs a tenth.
+    # AVX-512 core in float32 (benchmarks/gradnorm.py --table). A wrong choice within this range costs about a tenth.
     return 1.15 * entries * (width_in + sum(widths_out)) <= tokens * width_in * sum(widths_out)
 
 
 def _by_grams(inputs: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Column by column of blocks, from the diagonal down: the Grams are symmetric, and never whole in memory."""
+    """By block columns, from the diagonal down: the Gram matrices are symmetric and never in memory as a whole."""
     block = _block(inputs.device)
     total = torch.zeros((), dtype=torch.float64, device=inputs.device)
     for first in range(0, len(inputs), block):
         columns = slice(first, first + block)
         products = _sum_of_products([(inputs[first:], inputs[columns].T)])
         products *= _sum_of_products([(gradient[first:], gradient[columns].T) for gradient in gradients])
-        # Within a row float32 is as exact as the entries are; float64 over all entries would be another large temporary.
+        # Within a row a float32 sum is as accurate as the entries; float64 for all entries would need a large temporary.
         rows = products.sum(dim=-1).double()
         total += rows[:block].sum() + 2 * rows[block:].sum()
-    return total.clamp_min_(0)  # rounding may leave a gradient of 0 slightly below
+    return total.clamp_min_(0)  # rounding can make a zero norm slightly negative
 
 
 def _by_pieces(inputs: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Some rows of each gradient at a time, so that what is formed stays in the cache and small."""
+    """Some rows of each gradient at a time, so that the temporaries are small and stay in the cache."""
     rows = max(1, _piece_elements(inputs.device) // max(1, inputs.shape[1]))
     total = torch.zeros((), dtype=torch.float64, device=inputs.device)
     for gradient in gradients:
@@ -94,7 +94,7 @@ def _by_pieces(inputs: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch
 
 
 def _block(device: torch.device) -> int:
-    """Tokens in a block: few, for there is less to compute twice; a GPU wants fewer and larger kernels."""
+    """Tokens per block. Small blocks compute less above the diagonal; a GPU needs fewer and larger kernels."""
     return 128 if device.type == "cpu" else 512
 
 
@@ -107,10 +107,10 @@ def _multipliable(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_of_products(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """``sum of a @ b``, accumulated in float32 at least."""
+    """``sum of a @ b``, accumulated in at least float32."""
     total = None
     for a, b in pairs:
-        if a.dtype in _HALF:  # on CUDA, the only place where this option exists
+        if a.dtype in _HALF:  # CUDA only (see `_multipliable`), as is out_dtype
             product = torch.mm(a, b, out_dtype=torch.float32)
             total = product if total is None else total.add_(product)
         else:

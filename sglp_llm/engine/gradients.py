@@ -1,4 +1,4 @@
-"""Shows observers what a backward pass makes of the parameters of decoder layers."""
+"""Passes the parameter gradients of decoder layers to observers during a backward pass."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def watched_gradients(
     current: list[Batch],
     norms: Norms = "auto",
 ) -> Iterator[None]:
-    """Inside the block a backward pass shows the observers the gradients of these decoder layers, and keeps none.
+    """Inside the block a backward pass gives the observers the gradients of these decoder layers, and stores none.
 
-    Gradients that wait for somebody's optimiser are neither lost nor added to. Where norms are all that anybody wants, the
-    weights of linears take no gradient, and where nobody looks at parameters, none does.
+    Each parameter's ``grad`` and ``requires_grad`` are restored afterwards. If the observers need only norms, the weights of
+    linear layers have ``requires_grad`` off, except with ``norms="autograd"``. If they need neither, the block changes nothing.
 
     Args:
         layers: Decoder layers by their index.
-        observers: Those that need gradients or their norms are shown them.
-        current: Holds the one sequence that is under way, another object for another sequence.
-        norms: How the norms of linears are taken; those of gradients that somebody else wants whole are taken from these.
+        observers: Those that need gradients or their norms are called.
+        current: A list with the batch of the current sequence as its only element; a new `Batch` object for each sequence.
+        norms: How the norms of linear layers are computed. If an observer needs whole gradients, norms are taken from them.
     """
     whole = [observer for observer in observers if Need.GRADIENTS in observer.needs]
     of_norms = [observer for observer in observers if Need.GRADIENT_NORMS in observer.needs]
@@ -82,7 +82,7 @@ def watched_gradients(
 
 
 def end_gradients(index: int, layer: nn.Module, observers: Sequence[Observer], processes: Processes) -> None:
-    """Tells those who watch a backward pass that every sequence's gradients of this layer were shown."""
+    """Calls ``on_gradients_end`` of the observers of a backward pass, after all sequences' gradients of this layer."""
     weights = {name: weight.detach() for name, weight in layer.named_parameters()}
     for observer in observers:
         if observer.needs & Need.BACKWARD:

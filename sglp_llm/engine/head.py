@@ -1,6 +1,6 @@
 """From the hidden states that leave the last decoder layer to the loss, over chunks of tokens.
 
-The logits of a whole sequence are as large as tokens times vocabulary; a chunk of them is enough at any time.
+The logits of a whole sequence have tokens x vocabulary elements, so only those of one chunk are in memory at a time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from sglp_llm.engine.loss import num_predictions, token_nll
 from sglp_llm.engine.replay import Replay
 
 _CHUNK_BYTES = 64 * 2**20  # of float32 logits; the loss and its gradient hold about three times as much
-# On the CPU memory from 32 MiB on goes back to the system whenever it is freed, and touching new pages takes longer than shorter
-# products; below a number of tokens those are slow.
+# On the CPU the allocator returns blocks of 32 MiB and more to the system when they are freed, and page faults on new memory cost
+# more than smaller matrix products; with too few tokens the products become slow.
 _CPU_CHUNK_BYTES = 24 * 2**20
 _CPU_CHUNK_TOKENS = 128
 
@@ -33,7 +33,7 @@ def losses(replay: Replay, states: torch.Tensor) -> torch.Tensor:
 
 
 def loss_and_gradient(replay: Replay, states: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """The mean loss of one sequence, and its gradient by ``states``, ``[1, tokens, hidden]``, in their dtype."""
+    """The mean loss of one sequence and its gradient with respect to ``states``, ``[1, tokens, hidden]``, in their dtype."""
     count = num_predictions(replay.mask, states.shape[1] - 1, states.device)
     gradient = torch.zeros_like(states)
     total = 0.0
@@ -48,25 +48,25 @@ def loss_and_gradient(replay: Replay, states: torch.Tensor) -> tuple[float, torc
 
 
 def divergence(replay: Replay, states: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """KL(dense next-token distribution || that of ``states``), mean over each sequence's positions, ``[batch]`` float64.
+    """KL(next-token distribution of ``dense`` || that of ``states``), mean over each sequence's positions, ``[batch]`` float64.
 
     Args:
         replay: The batch.
         states: ``[batch, tokens, hidden]``, before the final norm.
-        dense: The same of the model that is compared with.
+        dense: The same for the reference model.
     """
     total = torch.zeros(len(states), dtype=torch.float64, device=states.device)
     for first, end in _pieces(replay, states):
         own = replay.logits(states[:, first:end], slice(first, end)).float().log_softmax(dim=-1)
         other = replay.logits(dense[:, first:end], slice(first, end)).float().log_softmax(dim=-1)
         likely = other.exp()
-        each = other.sub_(own).mul_(likely).sum(dim=-1)  # in place: these are the largest tensors there are
+        each = other.sub_(own).mul_(likely).sum(dim=-1)  # in-place: these are the largest tensors in memory
         total += (each * _weights(replay, states)[:, first:end]).double().sum(dim=1)
     return total
 
 
 def divergence_gradient(replay: Replay, states: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """The gradient of the sum of `divergence` by ``states``, of their shape and dtype."""
+    """The gradient of the sum of `divergence` with respect to ``states``, in their shape and dtype."""
     gradient = torch.zeros_like(states)
     for first, end in _pieces(replay, states):
         with torch.no_grad():
@@ -74,7 +74,8 @@ def divergence_gradient(replay: Replay, states: torch.Tensor, dense: torch.Tenso
         part = states[:, first:end].detach().requires_grad_(True)
         with torch.enable_grad():
             logits = replay.logits(part, slice(first, end))
-        # Of KL by the logits: a difference of two distributions. Autograd would keep three more tensors of that size.
+        # The gradient of KL with respect to the logits is a difference of two distributions. Autograd would keep three more
+        # tensors of that size.
         own = logits.detach().float().softmax(dim=-1)
         by_logits = own.sub_(other).mul_(_weights(replay, states)[:, first:end, None])
         (gradient[:, first:end],) = torch.autograd.grad(logits, part, by_logits.to(logits.dtype))
@@ -82,7 +83,7 @@ def divergence_gradient(replay: Replay, states: torch.Tensor, dense: torch.Tenso
 
 
 def _weights(replay: Replay, states: torch.Tensor) -> torch.Tensor:
-    """What each position counts in its sequence's mean, ``[batch, tokens]``."""
+    """The weight of each position in its sequence's mean, ``[batch, tokens]``."""
     if replay.mask is None:
         return torch.full(states.shape[:2], 1 / states.shape[1], device=states.device)
     mask = replay.mask.to(states.device)
@@ -90,21 +91,21 @@ def _weights(replay: Replay, states: torch.Tensor) -> torch.Tensor:
 
 
 def _pieces(replay: Replay, states: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Half open ranges of positions."""
+    """Half-open ranges of positions."""
     tokens, length = states.shape[1], max(1, _length(replay, states))
     for first in range(0, tokens, length):
         yield first, min(first + length, tokens)
 
 
 def _chunks(replay: Replay, states: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Half open ranges of positions that overlap by one: what the last of a chunk predicts belongs to the next."""
+    """Half-open ranges of positions that overlap by one: the target of a chunk's last position is in the next chunk."""
     tokens, length = states.shape[1], max(2, _length(replay, states))
     for first in range(0, tokens - 1, length - 1):
         yield first, min(first + length, tokens)
 
 
 def _length(replay: Replay, states: torch.Tensor) -> int:
-    """Positions of a chunk; 0 where not even one is as small as it should be."""
+    """Number of positions per chunk; 0 if even one position exceeds the size limit."""
     size = _CHUNK_BYTES
     if states.device.type == "cpu":
         size = min(size, max(_CPU_CHUNK_BYTES, 4 * _CPU_CHUNK_TOKENS * replay.vocabulary))

@@ -1,4 +1,4 @@
-"""What was freed goes back to the system."""
+"""Returns freed memory to the system."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def trim() -> None:
-    """Gives back what the C allocator keeps for later; on Linux with glibc, elsewhere nothing happens (musl keeps little)."""
+    """Returns the C allocator's free memory to the system. With glibc on Linux only; elsewhere a no-op (musl keeps little)."""
     if sys.platform == "linux":
         give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if give_back is not None:

@@ -1,4 +1,4 @@
-"""Watches the linears of a decoder layer, so that a backward pass gives the norms of their weight gradients without these."""
+"""Computes the norms of linear layers' weight gradients during a backward pass, without computing these gradients."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from sglp_llm.engine.ghost import Norms, linear_squared_norm
 from sglp_llm.engine.observer import Batch
 
 Report = Callable[[Batch, str, torch.Tensor], None]
-"""Told the sequence, a weight's name and the squared norm of a group of weights' gradients."""
+"""Called with the sequence, a weight's name and the squared norm of the gradients of a group of weights."""
 
 
 class WatchedLinears:
-    """Keeps what enters the linears of one decoder layer and the gradients of what leaves them, until a norm is made of both.
+    """Stores the inputs and output gradients of a decoder layer's linear layers until the norm is computed from both.
 
-    Their weights should take no gradient meanwhile. A linear is taken to use its weight only when it is called. Inputs are
-    kept from the forward pass on, as autograd would for the weight's gradient; both are freed when every gradient that
-    belongs to an input has come.
+    The caller turns ``requires_grad`` off for their weights. A weight is assumed to be used only when its module is called.
+    Inputs are stored from the forward pass on, as autograd would do for the weight's gradient. Both are freed once all output
+    gradients of a group have arrived.
 
     Args:
         layer: The decoder layer.
-        current: Holds the one sequence that is under way.
-        report: Called once a group: linears that had the same input, and linears whose weight ran more than once.
+        current: A list with the batch of the current sequence as its only element.
+        report: Called once per group. Linear layers form a group if they had the same input, or if one of their weights was used
+            with several inputs.
         norms: ``auto``, ``ghost`` or ``direct``.
+
+    Attributes:
+        names: Names of the weights, in the decoder layer.
     """
 
     def __init__(self, layer: nn.Module, current: list[Batch], report: Report, norms: Norms) -> None:
@@ -39,18 +43,18 @@ class WatchedLinears:
         self._handles = []
         names: dict[Any, str] = {parameter: name for name, parameter in layer.named_parameters()}
         for module in layer.modules():
-            # Subclasses may do anything with their weight; autograd knows what.
+            # Exact types only: a subclass may use its weight differently, so its gradient is left to autograd.
             if type(module) in (nn.Linear, Conv1D) and (name := names.get(module.weight)):
                 self.names.add(name)
                 self._handles.append(module.register_forward_hook(self._hook_for(name), with_kwargs=True))
 
     def finish(self) -> None:
-        """Reports the groups of which a gradient never came: what is not on the path of the loss adds nothing to it."""
+        """Reports groups with missing output gradients: outputs that the loss does not depend on contribute 0."""
         for group in dict.fromkeys(self._by_name.values()):
             self._conclude(group)
 
     def remove(self) -> None:
-        """Watches no longer, and forgets what was kept."""
+        """Removes the hooks and frees all stored tensors."""
         for handle in self._handles:
             handle.remove()
         self._by_input.clear()
@@ -65,15 +69,15 @@ class WatchedLinears:
                 self._batch = self._current[0]
             inputs = args[0] if args else next(iter(kwargs.values()))
             self._expect(name, inputs)
-            if not output.requires_grad:  # embeddings take no gradient, and perhaps nothing that does stands before
+            if not output.requires_grad:  # embeddings have no gradient, and maybe no earlier parameter has one
                 output.requires_grad_(True)
-            key = id(inputs)  # not the tensor: autograd's graph, which outlives the group, holds this
+            key = id(inputs)  # not the tensor: the autograd graph, which outlives the group, keeps the closure alive
             output.register_hook(lambda gradient: self._arrived(name, key, gradient))
 
         return hook
 
     def _expect(self, name: str, inputs: torch.Tensor) -> None:
-        """A weight runs: it belongs to those with the same input, and to those it has run with before."""
+        """Registers a use of a weight: merges the group of its input and the group of the weight's earlier uses."""
         group = self._by_input.setdefault(id(inputs), _Group())
         earlier = self._by_name.get(name)
         if earlier is not None and earlier is not group:
@@ -95,7 +99,7 @@ class WatchedLinears:
             self._conclude(group)
 
     def _conclude(self, group: _Group) -> None:
-        for key in group.inputs:  # the id of a tensor that is gone can be another's
+        for key in group.inputs:  # the id of a freed tensor can be reused
             del self._by_input[key]
         for name in group.gradients:
             del self._by_name[name]
@@ -107,12 +111,12 @@ class WatchedLinears:
 
 
 class _Group:
-    """Linears whose weight gradients are made of the same tokens.
+    """Linear layers whose weight gradients are computed from the same inputs.
 
     Attributes:
-        inputs: What entered, by id; more than one where a weight ran more than once.
-        gradients: Of what left, by weight and by the id of what entered.
-        waiting: How many of them have not come yet.
+        inputs: Inputs by id; several if a weight was used more than once.
+        gradients: Output gradients by the weight's name and the input's id.
+        waiting: Number of output gradients that have not arrived yet.
     """
 
     def __init__(self) -> None:
@@ -126,7 +130,7 @@ class _Group:
         self.waiting += other.waiting
 
     def joined(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The input ``[tokens, in]`` and each weight's gradient ``[tokens, out]``, several inputs one after the other."""
+        """The inputs ``[tokens, in]`` and each weight's output gradients ``[tokens, out]``, concatenated over inputs."""
         gradients = []
         for of_weight in self.gradients.values():
             if of_weight:
@@ -142,6 +146,6 @@ class _Group:
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """``[tokens, width]``."""
+    """Concatenates along the tokens: ``[tokens, width]``."""
     rows = [part.flatten(0, -2) for part in parts]
     return rows[0] if len(rows) == 1 else torch.cat(rows)

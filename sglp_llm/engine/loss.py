@@ -1,4 +1,4 @@
-"""The negative log-likelihood of the next token: differentiable, float32 whatever the model computes in."""
+"""The negative log-likelihood of the next token: differentiable, computed in float32 for any model dtype."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sglp_llm.errors import UserError
 def token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """The loss of every prediction: entry ``t`` is that of token ``t + 1``, given the tokens up to ``t``.
 
-    A prediction counts where the predicted token and the one before it are both real: what stands in front of a
-    sequence that is padded on the left has nothing to predict from.
+    A prediction counts if the predicted token and the one before it are both real, not padding. With left padding the first
+    real token has no context to be predicted from.
 
     Args:
         logits: ``[batch, tokens, vocabulary]``.
@@ -21,7 +21,7 @@ def token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> 
         mask: ``[batch, tokens]``, true (or 1) for real tokens; None means all of them.
 
     Returns:
-        ``[batch, tokens - 1]``, float32, 0 where a prediction does not count, on the device of the logits.
+        ``[batch, tokens - 1]``, float32, 0 for predictions that do not count, on the device of the logits.
     """
     targets = input_ids[:, 1:].to(logits.device)
     flat = cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none")
@@ -31,7 +31,7 @@ def token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> 
 
 
 def sequence_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean loss of each sequence over its own predictions, so that no sequence depends on its batch.
+    """The mean loss of each sequence over its own predictions, independent of the other sequences in the batch.
 
     Args:
         logits: ``[batch, tokens, vocabulary]``.
@@ -46,12 +46,12 @@ def sequence_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None)
 
 
 def num_predictions(mask: Tensor | None, most: int, device: torch.device) -> Tensor | int:
-    """How many predictions of each sequence count, ``[batch]`` or one number for all of them, at least 1.
+    """How many predictions of each sequence count, at least 1: ``[batch]``, or one number for all without a mask.
 
     Args:
-        mask: ``[batch, tokens]``; None means all of them.
-        most: Predictions of a sequence without padding.
-        device: Of the result.
+        mask: ``[batch, tokens]``; None means no padding.
+        most: Number of predictions of a sequence without padding.
+        device: Device of the result.
     """
     counts = _counts(mask, device)
     return max(most, 1) if counts is None else counts.sum(dim=1).clamp(min=1)
@@ -61,8 +61,8 @@ def not_finite(loss: float, sequence: int, layer: int | None) -> UserError:
     """The error for a loss that is not finite.
 
     Args:
-        loss: What it is.
-        sequence: Of which calibration sequence.
+        loss: Its value.
+        sequence: Index of the calibration sequence.
         layer: The first decoder layer whose output is not finite; ``None`` if all are.
     """
     place = (
@@ -77,7 +77,7 @@ def not_finite(loss: float, sequence: int, layer: int | None) -> UserError:
 
 
 def _counts(mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which predictions count, ``[batch, tokens - 1]``; None where all of them do."""
+    """Which predictions count, ``[batch, tokens - 1]``; None if all do."""
     if mask is None:
         return None
     real = mask.to(device=device, dtype=torch.bool)

@@ -15,7 +15,7 @@ from sglp_llm.models.loading import DecoderModel
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (OPT has LayerDrop), and afterwards for every module the mode it was in."""
+    """Evaluation mode inside the block (OPT has LayerDrop); every module's mode is restored afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -27,10 +27,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def skipped(layers: nn.ModuleList, removed: Iterable[int]) -> Iterator[None]:
-    """Inside the block the given decoder layers hand on the hidden states they receive.
+    """Inside the block the given decoder layers return their input hidden states unchanged.
 
-    The layer still runs and its result is thrown away: what shape of result the model expects (a tensor or a tuple) is the
-    layer's own business. Not for use with a KV cache, which the layer would fill.
+    The layer still runs, because its result shows whether the model expects a tensor or a tuple; the hidden states in it are
+    replaced. Not for use with a KV cache, which the layer would still fill.
     """
     handles = [layers[index].register_forward_hook(_pass_on, with_kwargs=True) for index in removed]
     try:
@@ -42,13 +42,13 @@ def skipped(layers: nn.ModuleList, removed: Iterable[int]) -> Iterator[None]:
 
 @contextmanager
 def replaced_weights(model: DecoderModel, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Inside the block some parameters of decoder layers have other values; afterwards they have their own again.
+    """Inside the block some parameters of decoder layers have other values; the original values are restored afterwards.
 
-    Blocks do not add up: the tensors of the innermost one alone stand in where layers are streamed.
+    Nested blocks are not combined with streamed layers: only the tensors of the innermost block are in effect.
 
     Args:
-        model: The model, its layers in memory or streamed.
-        tensors: By the parameter's name in the model, of the parameter's shape; cast to its dtype and device.
+        model: The model, resident or streamed.
+        tensors: By the parameter's name in the model, in the parameter's shape; cast to its dtype and device.
 
     Raises:
         UserError: accelerate keeps a parameter out of memory (device_map with too little room).
@@ -75,12 +75,12 @@ def replaced_weights(model: DecoderModel, tensors: Mapping[str, torch.Tensor]) -
 
 
 def entering_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The hidden states among the arguments of a decoder layer."""
+    """The hidden states that enter a decoder layer, from its arguments."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 def leaving_states(output: Any) -> Any:
-    """The hidden states among the results of a decoder layer."""
+    """The hidden states that leave a decoder layer, from its output."""
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -1,4 +1,4 @@
-"""One pass over the calibration set, by the engine that suits the model."""
+"""One pass over the calibration set, with the resident or the streamed engine, depending on the model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def run_pass(
     observers: Sequence[Observer],
     settings: PassSettings = DEFAULTS,
 ) -> float | None:
-    """See `sglp_llm.engine.resident.run_pass` and `sglp_llm.engine.streamed.run_streamed`: the results are the same."""
+    """See `sglp_llm.engine.resident.run_pass` and `sglp_llm.engine.streamed.run_streamed`; both give the same results."""
     run = resident.run_pass if model.weights is None else streamed.run_streamed
     return run(model, calibration, observers, settings)

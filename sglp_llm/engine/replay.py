@@ -1,4 +1,4 @@
-"""Runs the decoder layers of a model one by one, each with the arguments that the model itself would give it."""
+"""Runs the decoder layers of a model one by one, each with the arguments that the model itself would pass."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from sglp_llm.models.loading import DecoderModel
 
 @dataclass(frozen=True)
 class Call:
-    """What a model hands to one decoder layer beside the hidden states: masks, rotary embeddings, and so on."""
+    """The arguments of one decoder layer other than the hidden states: attention mask, rotary embeddings, and so on."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class Replay:
-    """One batch of sequences, ready to go through any of the decoder layers in any order.
+    """One batch of sequences that can be run through any of the decoder layers, in any order.
 
-    The model runs once with its layers handing on what they receive, which records each layer's own arguments: they differ by
-    layer (sliding windows) and do not depend on the hidden states. Replaying all layers in order is bit for bit the model.
+    The model runs once with decoder layers that only return their input, to record each layer's arguments. These differ by layer
+    (sliding windows) and do not depend on the hidden states. Replaying all layers in order is bitwise equal to the model.
 
     Args:
         model: The model.
@@ -35,8 +35,8 @@ class Replay:
 
     Attributes:
         ids: The token ids.
-        mask: As it was given.
-        first_states: ``[batch, tokens, hidden]``: what enters layer 0.
+        mask: The mask.
+        first_states: ``[batch, tokens, hidden]``: the hidden states that enter layer 0.
     """
 
     def __init__(self, model: DecoderModel, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
@@ -58,12 +58,12 @@ class Replay:
     def layer(
         self, index: int, states: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """What leaves a decoder layer, ``[batch, tokens, hidden]``, when ``states`` of the same shape enter it.
+        """Runs one decoder layer; returns the hidden states that leave it, ``[batch, tokens, hidden]``.
 
         Args:
-            index: Which one.
-            states: What enters.
-            weights: Tensors that stand in for parameters of the layer, by their names in it.
+            index: Index of the layer.
+            states: The hidden states that enter it, of the same shape.
+            weights: Tensors to use in place of parameters of the layer, by name in the layer.
         """
         call, layer = self._calls[index], self._model.layers[index]
         if weights:
@@ -74,28 +74,28 @@ class Replay:
         return result
 
     def layers(self, start: int, removed: frozenset[int], states: torch.Tensor) -> torch.Tensor:
-        """Runs the layers from ``start`` to the last, without the removed ones."""
+        """Runs the layers from ``start`` to the last one, without the removed layers."""
         for index in range(start, self._model.num_layers):
             if index not in removed:
                 states = self.layer(index, states)
         return states
 
     def logits(self, states: torch.Tensor, positions: slice = slice(None)) -> torch.Tensor:
-        """``[batch, tokens, vocabulary]``: final norm, head and whatever else the family has behind its last layer.
+        """``[batch, tokens, vocabulary]``: applies final norm, head and whatever else the family has after its last layer.
 
         Args:
-            states: ``[batch, tokens, hidden]``, of these positions alone.
-            positions: Which ones.
+            states: ``[batch, tokens, hidden]`` at these positions only.
+            positions: The positions.
         """
         mask = None if self.mask is None else self.mask[:, positions]
-        # Of the tokens only their number matters behind the layers: one embedding is looked up, not thousands.
+        # After the layers only the number of tokens matters: id 0 throughout reads one row of the embedding matrix.
         ids = torch.zeros_like(self.ids[:, positions])
         with _layers_replaced(self._model, [lambda args, kwargs: states] * self._model.num_layers):
             logits: torch.Tensor = self._model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits
 
     def with_ids(self, ids: torch.Tensor) -> Replay:
-        """The same layer arguments for other sequences of the same shape, without padding; `first_states` is not theirs."""
+        """The same layer arguments for other sequences of the same shape, without padding; `first_states` is not updated."""
         assert self.mask is None
         assert ids.shape == self.ids.shape
         other = copy(self)
@@ -104,13 +104,13 @@ class Replay:
 
     @property
     def vocabulary(self) -> int:
-        """Logits a token."""
+        """Number of logits per token."""
         return int(self._model.model.config.vocab_size)
 
 
 @contextmanager
 def _layers_replaced(model: DecoderModel, functions: list[Any]) -> Iterator[None]:
-    """Inside the block each decoder layer is a function of its arguments that returns hidden states."""
+    """Inside the block each decoder layer's forward is a function of its (args, kwargs) that returns hidden states."""
     layers = list(model.layers)
     before = [vars(layer).get("forward") for layer in layers]
     for layer, function in zip(layers, functions, strict=True):

@@ -1,4 +1,4 @@
-"""Picks the tokens that stand for a layer in CKA, and hands them to the accumulator minibatch by minibatch."""
+"""Samples the tokens whose hidden states represent a layer in CKA, and accumulates CKA over minibatches."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sglp_llm.records import SimilarityMatrix
 
 
 def chosen_positions(batch: Batch, index: int, tokens: int, count: int, last: bool = False) -> torch.Tensor:
-    """The positions of one sequence that stand for it: position i of m is ``floor(i * T / m)`` of its T real ones.
+    """Evenly spaced positions of one sequence: the i-th of m is number ``floor(i * T / m)`` of its T real positions.
 
     Args:
         batch: The sequences.
-        index: Which of them.
+        index: Index of the sequence in the batch.
         tokens: Length of the sequences, padding included.
-        count: m; a sequence with fewer real positions gives all of them.
-        last: Take the last real position instead.
+        count: m; a sequence with fewer real positions uses all of them.
+        last: Take only the last real position instead.
 
     Returns:
         ``[positions]`` int64 on the CPU.
@@ -31,15 +31,15 @@ def chosen_positions(batch: Batch, index: int, tokens: int, count: int, last: bo
 
 
 class CKAObserver(Observer):
-    """A CKA minibatch is some consecutive calibration sequences x some evenly spaced positions of each.
+    """CKA between layers; a minibatch is a number of consecutive calibration sequences x evenly spaced positions of each.
 
-    Positions are those of `chosen_positions`. The last minibatch may be smaller; it counts like the others (our choice).
+    Positions are those of `chosen_positions`. The last minibatch may be smaller and has the same weight (our choice).
 
     Args:
         num_layers: Number of decoder layers.
         kernel: ``"cosine"`` or ``"linear"``.
-        sequences: Calibration sequences a minibatch.
-        positions: Positions a sequence.
+        sequences: Calibration sequences per minibatch.
+        positions: Positions per sequence.
     """
 
     needs = Need.HIDDEN_STATES
@@ -67,7 +67,7 @@ class CKAObserver(Observer):
         self._accumulator.gather(len(self._rows), processes)
 
     def result(self) -> SimilarityMatrix:
-        """The similarity matrix of everything that was shown until the pass ended."""
+        """The similarity matrix over all minibatches of the pass."""
         return self._accumulator.result()
 
     def _flush(self) -> None:

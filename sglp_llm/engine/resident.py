@@ -1,4 +1,4 @@
-"""The engine for a model that is whole in memory, on one device or spread over several by accelerate."""
+"""The engine for a model that is entirely in memory, on one device or spread over several by accelerate."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def run_pass(
     observers: Sequence[Observer],
     settings: PassSettings = DEFAULTS,
 ) -> float | None:
-    """Shows the observers what they need: one forward pass, and one backward pass where gradients are wanted.
+    """Gives the observers what they need: one forward pass, and one backward pass if gradients are needed.
 
-    With gradients one sequence is a step: a decoder layer's gradients are shown and freed as soon as autograd has them, and
-    embeddings, final norm and head take none. Without, a batch of sequences is a step and the head does not run. When
-    no observer looks at hidden states or gradients, nothing runs. Each process takes its share of the sequences.
+    With gradients each step is one sequence. A decoder layer's gradients are passed on and freed as soon as autograd has computed
+    them; embeddings, final norm and head get no gradient. Without gradients each step is a batch, and the head does not run. If
+    no observer needs hidden states or gradients, nothing runs. Each process takes its share of the sequences.
 
     Returns:
-        The mean loss of the calibration sequences in nats a token when gradients were taken, otherwise ``None``.
+        The mean loss of the calibration sequences in nats per token if there was a backward pass, otherwise ``None``.
 
     Raises:
         UserError: The loss is not finite (the message names the first layer whose output is not), or a part of the model is
-            offloaded although gradients are wanted.
+            offloaded although gradients are needed.
     """
     needs = Need.NOTHING
     for observer in observers:
@@ -70,12 +70,12 @@ def _run(
     needs: Need,
     settings: PassSettings,
 ) -> float:
-    """Runs this process's share of the sequences; the sum of their losses where gradients are taken."""
+    """Runs this process's share of the sequences; returns the sum of their losses, 0 without a backward pass."""
     differentiate = bool(needs & Need.BACKWARD)
     together = math.lcm(*(observer.together for observer in observers))
     share = settings.processes.share(len(calibration.input_ids), together)
     watching = [observer for observer in observers if Need.HIDDEN_STATES in observer.needs]
-    current: list[Batch] = []  # the hooks' view of the step they belong to
+    current: list[Batch] = []  # the current batch, which the hooks read
     loss_sum = 0.0
     with ExitStack() as stack:
         stack.enter_context(evaluating(model.model))
@@ -97,7 +97,7 @@ def _run(
                 if not torch.isfinite(loss.detach()):
                     raise _not_finite(model, batch.first, loss_value, ids, mask)
                 loss_sum += loss_value
-                del logits  # as large as the vocabulary: gone before the backward pass needs room
+                del logits  # tokens x vocabulary: freed before the backward pass needs memory
                 loss.backward()
                 del loss
             else:
@@ -111,18 +111,18 @@ def _run(
 def batches(
     calibration: CalibrationSet, batch_size: int, device: torch.device, share: range | None = None
 ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor | None]]:
-    """The calibration set in steps: the batch, its ids ``[batch, tokens]`` and its mask, ``None`` without padding."""
+    """The calibration set in batches: the `Batch`, its ids ``[batch, tokens]`` and its mask, ``None`` without padding."""
     share = range(len(calibration.input_ids)) if share is None else share
     for first in share[::batch_size]:
         end = min(first + batch_size, share.stop)
         ids, mask = calibration.input_ids[first:end].to(device), calibration.mask[first:end].to(device)
-        # Without a mask transformers takes its fast causal path.
+        # Without a mask transformers uses its fast causal attention.
         padded = None if mask.all() else mask
         yield Batch(first, len(ids), padded), ids, padded
 
 
 def show_weights(index: int, layer: nn.Module, observers: Sequence[Observer]) -> None:
-    """Shows a decoder layer's parameters to those who want to see weights."""
+    """Passes a decoder layer's parameters to the observers that need weights."""
     for weight in layer.parameters():
         for observer in observers:
             if Need.WEIGHTS in observer.needs:
@@ -152,13 +152,13 @@ def _layer_hooks(layers: nn.ModuleList, watching: Sequence[Observer], current: l
 def _state_gradient_hooks(layers: nn.ModuleList, observers: Sequence[Observer], current: list[Batch]) -> Iterator[None]:
     watching = [observer for observer in observers if Need.STATE_GRADIENTS in observer.needs]
 
-    def ask_for_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def require_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entering_states(args, kwargs).requires_grad_(True)
 
     def hook_for(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             leaving = leaving_states(output)
-            # Not the states themselves: a graph that holds a hook that holds it is never freed.
+            # Detached, because the graph holds the hook: a hook that held the graph would be a cycle that is never freed.
             around = entering_states(args, kwargs).detach(), leaving.detach()
 
             def arrived(gradient: torch.Tensor) -> None:
@@ -170,8 +170,8 @@ def _state_gradient_hooks(layers: nn.ModuleList, observers: Sequence[Observer], 
         return hook
 
     handles = [layer.register_forward_hook(hook_for(index), with_kwargs=True) for index, layer in enumerate(layers)]
-    # Embeddings take no gradient, and perhaps no parameter does.
-    handles.append(layers[0].register_forward_pre_hook(ask_for_gradients, with_kwargs=True))
+    # The embeddings have no gradient, and maybe no parameter has one: then the states would not require one either.
+    handles.append(layers[0].register_forward_pre_hook(require_gradient, with_kwargs=True))
     try:
         yield
     finally:
@@ -181,7 +181,7 @@ def _state_gradient_hooks(layers: nn.ModuleList, observers: Sequence[Observer], 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside the block no parameter takes gradients, and none holds any."""
+    """Inside the block no parameter requires a gradient or has one; both are restored afterwards."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     model.zero_grad(set_to_none=True)
@@ -204,7 +204,7 @@ def _refuse_offloaded(model: DecoderModel) -> None:
 def _not_finite(
     model: DecoderModel, sequence: int, loss: float, ids: torch.Tensor, mask: torch.Tensor | None
 ) -> UserError:
-    """The error for a loss that is not finite; finds the first layer whose output is not, by another forward pass."""
+    """The error for a loss that is not finite; another forward pass finds the first layer whose output is not."""
     broken: list[int] = []
 
     class Finder(Observer):

@@ -1,4 +1,4 @@
-"""How a pass over the calibration set is carried out."""
+"""Settings of a pass over the calibration set."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sglp_llm.progress import Progress, silent
 
 @dataclass(frozen=True)
 class PassSettings:
-    """What a pass needs to know beside the model, the sequences and the observers; no result depends on it, but for rounding.
+    """Settings of a pass. The results do not depend on them, except for rounding.
 
     Attributes:
-        batch_size: Sequences computed at once where no gradients are taken; with gradients it is always one.
-        progress: Told the sequences, or the layers of a streamed model, that are done.
-        processes: Those that share the sequences.
-        norms: How the norms of gradients are taken where no observer asks for whole gradients.
+        batch_size: Sequences per forward pass; always one if there is a backward pass.
+        progress: Reports finished sequences, or finished layers of a streamed model.
+        processes: The processes that share the sequences.
+        norms: How the norms of gradients are computed if no observer needs whole gradients.
     """
 
     batch_size: int = 8

@@ -1,4 +1,4 @@
-"""Hidden states that wait between decoder layers: in host memory, or on disk."""
+"""Storage for hidden states between decoder layers: in host memory, or on disk."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sglp_llm.errors import UserError
 
 
 class StateStore:
-    """Tensors by slot (a decoder layer, a branch of a trial) and batch; moved to the host when they are put.
+    """Stores tensors by slot (a decoder layer, a stream, a set of removed layers) and batch, in host memory.
 
     Args:
-        device: Where `get` brings them.
+        device: The device that `get` returns them on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,27 +28,27 @@ class StateStore:
         self._kept: dict[Hashable, dict[int, torch.Tensor]] = defaultdict(dict)
 
     def put(self, slot: Hashable, batch: Batch, states: torch.Tensor) -> None:
-        """Keeps a tensor, in place of an earlier one. It must not be written to afterwards."""
+        """Stores a tensor, replacing an earlier one. It must not be modified in-place afterwards."""
         self._kept[slot][batch.first] = states.detach().cpu()
 
     def get(self, slot: Hashable, batch: Batch) -> torch.Tensor:
-        """What was put there."""
+        """The stored tensor, on the device."""
         return self._kept[slot][batch.first].to(self._device, non_blocking=True)
 
     def share(self, slot: Hashable, other: Hashable) -> None:
-        """Lets a slot begin as a copy of another one, without copying: what is put into either later stays there."""
+        """Makes ``other`` a copy of ``slot`` without copying tensors: a later `put` into one does not affect the other."""
         self._kept[other] = dict(self._kept[slot])
 
     def drop(self, slot: Hashable) -> None:
-        """Forgets a slot."""
+        """Deletes a slot."""
         self._kept.pop(slot, None)
 
 
 class DiskStore(StateStore):
-    """The same on disk, one file a tensor: host memory does not grow with the calibration set.
+    """The same on disk, one file per tensor: host memory does not grow with the calibration set.
 
     Args:
-        device: Where `get` brings them.
+        device: The device that `get` returns them on.
         folder: An existing empty folder.
     """
 
@@ -102,14 +102,14 @@ def _bytes_of(host: torch.Tensor) -> memoryview:
 
 @contextmanager
 def state_store(device: torch.device, scratch: Path | None) -> Iterator[StateStore]:
-    """A store that leaves nothing behind.
+    """A store whose files are deleted at the end of the block.
 
     Args:
-        device: Where states are brought.
+        device: The device that `StateStore.get` returns tensors on.
         scratch: A folder for a `DiskStore`; ``None`` means host memory.
 
     Raises:
-        UserError: Nothing can be written to the folder.
+        UserError: No folder can be created there.
     """
     if scratch is None:
         yield StateStore(device)

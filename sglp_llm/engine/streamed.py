@@ -1,6 +1,7 @@
-"""The engine for a model that does not fit: one decoder layer is in memory at a time, and sees all sequences while it is.
+"""The engine for a model that does not fit in memory: it loads one decoder layer at a time and runs all sequences through it.
 
-Forward front to back, then the loss, then backward back to front, each layer recomputed from the hidden states that entered it.
+The forward pass goes front to back, then the loss is computed. The backward pass goes back to front and recomputes each layer
+from the hidden states that entered it.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.processes import Processes
 
-_LOSS = "loss"  # the slot of the gradient by the hidden states between two layers
+_LOSS = "loss"  # the slot of the loss gradient with respect to the hidden states between two layers
 
 
 @dataclass(frozen=True)
 class Step:
-    """Some sequences that go through a layer together: ``[batch, tokens]``; the mask is None without padding."""
+    """A batch of sequences that run through a layer together: ``[batch, tokens]``; the mask is None without padding."""
 
     batch: Batch
     ids: torch.Tensor
@@ -44,8 +45,8 @@ class Step:
 class Replays:
     """The arguments of every layer for every step.
 
-    Without padding they are the same for all steps of one shape. With padding each step has masks of its own, as large as
-    tokens squared: they are made again when they are needed, which costs a pass without layers.
+    Without padding they are the same for all steps of one shape. With padding each step has its own masks, of size tokens x
+    tokens. These are recomputed when needed, at the cost of a forward pass without layers.
     """
 
     def __init__(self, model: DecoderModel) -> None:
@@ -53,14 +54,14 @@ class Replays:
         self._plain: dict[torch.Size, Replay] = {}
 
     def first_states(self, step: Step) -> torch.Tensor:
-        """What enters layer 0, ``[batch, tokens, hidden]``."""
+        """The hidden states that enter layer 0, ``[batch, tokens, hidden]``."""
         replay = Replay(self._model, step.ids, step.mask)
         if step.mask is None:
             self._plain.setdefault(step.ids.shape, replay)
         return replay.first_states
 
     def of(self, step: Step) -> Replay:
-        """For running layers and the head on this step."""
+        """A `Replay` that runs layers and the head on this step; after `first_states` of a step of this shape."""
         if step.mask is None:
             return self._plain[step.ids.shape].with_ids(step.ids)
         return Replay(self._model, step.ids, step.mask)
@@ -72,10 +73,10 @@ def run_streamed(
     observers: Sequence[Observer],
     settings: PassSettings = DEFAULTS,
 ) -> float | None:
-    """What `sglp_llm.engine.resident.run_pass` does, for a model with streamed layers; the results are the same.
+    """Like `sglp_llm.engine.resident.run_pass`, for a model with streamed layers; the results are the same.
 
-    Hidden states of all layers wait in host memory, ``[layers + 1, sequences, tokens, hidden]`` in the model's dtype, or in
-    the model's scratch folder.
+    The hidden states of all layers, ``[layers + 1, sequences, tokens, hidden]`` in the model's dtype, are stored in host memory
+    or in the model's scratch folder.
 
     Raises:
         UserError: The loss is not finite (the message names the first layer whose output is not).
@@ -110,7 +111,7 @@ def run_streamed(
                 store.put(index + 1, step.batch, replays.of(step).layer(index, store.get(index, step.batch)))
             advance(1)
         _show_states(model, steps, store, observers)
-        trim()  # CKA's kernel matrices, which the allocator would keep while the head needs room
+        trim()  # returns the memory of CKA's kernel matrices before the head needs it
         if differentiate:
             loss_sum = _loss(model, steps, replays, store)
             total = settings.processes.sum(torch.tensor(loss_sum, dtype=torch.float64))
@@ -129,19 +130,19 @@ def run_streamed(
 def steps_of(
     model: DecoderModel, calibration: CalibrationSet, batch_size: int, share: range | None = None
 ) -> list[Step]:
-    """The sequences in steps."""
+    """The sequences of the share as steps."""
     return [Step(*step) for step in batches(calibration, batch_size, model.input_device, share)]
 
 
 @contextmanager
 def layer_in_memory(model: DecoderModel, index: int) -> Iterator[nn.Module]:
-    """Inside the block a layer's weights are in memory, with either engine."""
+    """Inside the block a layer's weights are in memory, for a resident or a streamed model."""
     with nullcontext(model.layers[index]) if model.weights is None else model.weights.layer(index) as layer:
         yield layer
 
 
 def layers_in_turn(model: DecoderModel, order: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
-    """The layers in this order, in memory; streamed ones are brought, each while the caller works on the one before it."""
+    """The layers in this order, in memory; each streamed layer is prefetched while the caller uses the one before."""
     if model.weights is None:
         yield from ((index, model.layers[index]) for index in order)
         return
@@ -176,7 +177,7 @@ def _show_states(model: DecoderModel, steps: Sequence[Step], store: StateStore, 
 
 
 def _loss(model: DecoderModel, steps: Sequence[Step], replays: Replays, store: StateStore) -> float:
-    """The sum of the sequences' losses; their gradients by what leaves the last layer go into the store."""
+    """The sum of the sequences' losses; stores their gradients with respect to the states leaving the last layer."""
     total = 0.0
     for step in steps:
         loss, gradient = loss_and_gradient(replays.of(step), store.get(model.num_layers, step.batch))

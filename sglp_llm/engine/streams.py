@@ -1,4 +1,4 @@
-"""Takes all calibration sequences through a model layer by layer, as several streams of hidden states, with either engine."""
+"""Runs all calibration sequences through a resident or streamed model layer by layer, as several streams of hidden states."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from sglp_llm.processes import Processes
 from sglp_llm.progress import Advance
 
 Visit = Callable[[Step, torch.Tensor], None]
-"""Told some sequences and what leaves a layer, ``[batch, tokens, hidden]``."""
+"""Called with a batch of sequences and the hidden states that leave a layer, ``[batch, tokens, hidden]``."""
 
 
 class StateStreams:
-    """Named streams of hidden states: each holds what enters the next layer, of all sequences of this process.
+    """Named streams of hidden states: each holds the states that enter the next layer, for all sequences of this process.
 
-    Streams begin as one and branch: the whole model's, the shortened model's, the same with other weights.
+    A stream can be branched into others, e.g. for the whole model, the shortened model, and the shortened model with other
+    weights.
 
     Args:
         model: Resident or streamed.
         steps: The sequences by part.
-        store: Where the states are kept between layers.
-        advance: Told every layer that all sequences have gone through.
+        store: Storage for the states between layers.
+        advance: Progress callback, called with 1 after each layer.
 
     Attributes:
         replays: For running layers and the head on a step.
@@ -43,19 +44,19 @@ class StateStreams:
         self.replays = Replays(model)
 
     def begin(self, stream: str) -> None:
-        """Begins a stream in front of layer 0."""
+        """Begins a stream at the input of layer 0."""
         for step in self._all():
             self._store.put(stream, step.batch, self.replays.first_states(step))
         if self._model.weights is not None:
             self._model.weights.rest()
 
     def branch(self, stream: str, other: str) -> None:
-        """Begins another stream, or one that had this name anew, with the states of a stream as they are now."""
+        """Begins the stream ``other`` with the current states of ``stream``; replaces an earlier stream of that name."""
         self._store.drop(other)
         self._store.share(stream, other)
 
     def end(self, *streams: str) -> None:
-        """Forgets streams."""
+        """Deletes streams."""
         for stream in streams:
             self._store.drop(stream)
 
@@ -64,7 +65,7 @@ class StateStreams:
         return self._store.get(stream, step.batch)
 
     def through(self, order: Iterable[int], *streams: str) -> None:
-        """Takes some streams through the layers in this order; each layer is brought once for all of them."""
+        """Runs some streams through the layers in this order; each layer is loaded once for all of them."""
         for index, _ in layers_in_turn(self._model, order):
             for step in self._all():
                 replay = self.replays.of(step)
@@ -73,12 +74,12 @@ class StateStreams:
             self.advance(1)
 
     def through_replaced(self, index: int, tensors: Mapping[str, torch.Tensor], stream: str) -> None:
-        """Takes a stream through one layer that has other values of some parameters, by their names in the model."""
+        """Runs a stream through one layer with other values of some parameters, by name in the model."""
         with replaced_weights(self._model, tensors):
             self.through([index], stream)
 
     def show(self, index: int, stream: str, visits: Mapping[str, Visit]) -> None:
-        """Takes a stream through one layer that is in memory, and shows what leaves it to the visit of each part."""
+        """Runs a stream through one layer that is in memory; calls each part's ``Visit`` with the leaving states."""
         for part, visit in visits.items():
             for step in self._steps[part]:
                 leaving = self.replays.of(step).layer(index, self._store.get(stream, step.batch))
@@ -87,7 +88,7 @@ class StateStreams:
         self.advance(1)
 
     def losses(self, stream: str) -> dict[str, float]:
-        """Sums of the losses of the parts' sequences, in nats a token, of a stream that has left the last layer."""
+        """The sum of the sequences' losses by part, in nats per token, for a stream that has left the last layer."""
         return {
             part: sum(float(losses(self.replays.of(step), self.states(stream, step)).sum()) for step in steps)
             for part, steps in self._steps.items()
@@ -106,7 +107,7 @@ def state_streams(
     processes: Processes,
     advance: Advance,
 ) -> Iterator[StateStreams]:
-    """Streams of this process's share of each part, in evaluation mode and without gradients."""
+    """Streams for this process's share of each part, in evaluation mode and without gradients."""
     steps = {}
     for name, part in parts.items():
         share = processes.share(len(part))
