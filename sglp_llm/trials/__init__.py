@@ -1,7 +1,7 @@
 """Returns what a model computes without some of its layers, for many sets of layers. Start with `trials.py`.
 
-`observer.py` is the interface of what watches trials, `measures.py` what is measured, `costs.py` measures on more and more
-sequences, `journal.py` keeps finished work on disk.
+`observer.py` is the observer interface, `measures.py` what is measured, `costs.py` the cost of sets on a growing number of
+sequences; `journal.py` stores finished work on disk.
 """
 
 from __future__ import annotations

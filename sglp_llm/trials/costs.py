@@ -1,4 +1,4 @@
-"""What it costs to do without sets of layers: some on few sequences, some on more, and nothing twice."""
+"""The mean cost of removing sets of layers, over a number of sequences that can be extended for each set."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ OBJECTIVES = {"kl": KLMeasure, "loss": LossMeasure}
 
 
 class TrialCosts:
-    """The mean cost of sets of layers over the first sequences of a part of the calibration set.
+    """The mean cost of sets of removed layers over the first sequences of a part of the calibration set.
 
     Args:
-        trials: Run them.
+        trials: Runs the trials.
         objective: One of `OBJECTIVES`.
-        part: Numbers of the sequences.
+        part: Indices of the sequences.
 
     Attributes:
-        tokens: Tokens of the trials until now: sets x tokens of the sequences each of them ran on.
+        tokens: Number of trial tokens so far, summed over sets and sequences.
     """
 
     def __init__(self, trials: Trials, objective: str, part: range) -> None:
@@ -34,26 +34,26 @@ class TrialCosts:
         self.tokens = 0
 
     def extend(self, sets: Iterable[Removed], count: int) -> None:
-        """Runs each set on those of the part's first ``count`` sequences that it has not run on."""
+        """Runs each set on those of the part's first ``count`` sequences that it has not run on yet."""
         by_done = sorted(set(sets), key=lambda each: (self._counts.get(each, 0), sorted(each)))
         for done, group in groupby(by_done, key=lambda each: self._counts.get(each, 0)):
             if done < count:
                 self._run(list(group), self._part[done:count])
 
     def mean(self, removed: Removed) -> float:
-        """A set's mean cost over the sequences that it ran on; infinite where it is no number."""
+        """A set's mean cost over the sequences that it ran on; infinite if any measured cost is not finite."""
         return self._sums[removed] / self._counts[removed]
 
     @property
     def most(self) -> int:
-        """The largest number of sequences that a set ran on."""
+        """The largest number of sequences that any set ran on."""
         return max(self._counts.values())
 
     def ranking(self, among: Collection[Removed] | None = None) -> list[Removed]:
-        """The sets that ran on the most sequences, the least cost first, ties by their layers.
+        """The sets that ran on the most sequences, by increasing mean cost; ties are broken by layer indices.
 
         Args:
-            among: Only these are looked at; ``None`` means all.
+            among: Ranks only these sets; ``None`` means all.
         """
         sets = self._counts if among is None else among
         most = max(self._counts[each] for each in sets)

@@ -1,4 +1,4 @@
-"""Finished pieces of long work on disk, so that an interrupted run goes on where it was."""
+"""Stores finished pieces of long work on disk, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sglp_llm.errors import UserError
 
 
 class Journal:
-    """One small JSON file a finished piece, each written whole or not at all.
+    """One small JSON file per finished piece, each written atomically.
 
     Args:
-        folder: Where the files are kept; made when it is missing.
-        setting: Everything that all pieces depend on. A folder of another setting is refused.
+        folder: The folder of the files; created if missing.
+        setting: Everything that all pieces depend on. A folder with a different setting is rejected.
 
     Raises:
-        UserError: The folder holds pieces of another setting.
+        UserError: The folder holds pieces of a different setting.
     """
 
     def __init__(self, folder: Path, setting: Mapping[str, Any]) -> None:
@@ -38,21 +38,21 @@ class Journal:
             )
 
     def get(self, piece: str) -> Any:
-        """What was kept under this name; ``None`` when the piece is not finished."""
+        """The value stored under this name; ``None`` if the piece is not finished."""
         file = self._file(piece)
         return json.loads(file.read_text(encoding="utf-8"))["value"] if file.exists() else None
 
     def once(self, piece: str, compute: Callable[[], Any]) -> Any:
-        """What was kept under this name, or else what ``compute`` returns (plain data), which is kept then."""
+        """The value stored under this name; if there is none, calls ``compute`` and stores its result (plain data)."""
         if (known := self.get(piece)) is not None:
             return known
         self._write(self._file(piece), {"piece": piece, "value": compute()})
-        return self.get(piece)  # as it will be read after an interruption, so that both runs see the same
+        return self.get(piece)  # read back from JSON, so that a resumed run gets the same value
 
     def _file(self, piece: str) -> Path:
         return self._folder / f"{hashlib.sha256(piece.encode()).hexdigest()[:24]}.json"
 
     def _write(self, file: Path, data: Mapping[str, Any]) -> None:
-        partial = file.with_suffix(f".{os.getpid()}.partial")  # the processes of one run may open a folder together
+        partial = file.with_suffix(f".{os.getpid()}.partial")  # the processes of one run may write concurrently
         partial.write_text(json.dumps(data), encoding="utf-8")
         partial.replace(file)

@@ -1,4 +1,4 @@
-"""What is measured on the outcome of a trial: loss, divergence from the whole model, similarity of the output."""
+"""Measures on the result of a trial: loss, KL divergence from the whole model, CKA of the output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sglp_llm.trials.observer import Removed, TrialObserver
 
 
 class _MeanMeasure(TrialObserver):
-    """The mean over sequences of one number a sequence."""
+    """The mean over sequences of one number per sequence."""
 
     def __init__(self) -> None:
         self._sums: dict[Removed, float] = defaultdict(float)
@@ -33,7 +33,7 @@ class _MeanMeasure(TrialObserver):
         self._means |= {removed: total / count for removed, (total, count) in zip(sets, totals, strict=True)}
 
     def means(self) -> dict[Removed, float]:
-        """The mean of every set that was tried, over all sequences it was tried on."""
+        """The mean for every set, over all sequences it was tried on."""
         return self._means
 
 
@@ -65,13 +65,13 @@ class KLMeasure(_MeanMeasure):
 
 
 class OutputCKA(TrialObserver):
-    """CKA between what leaves the last layer (before the final norm) of the reference and of a trial.
+    """CKA between the hidden states that leave the last layer (before the final norm) of the reference and of a trial.
 
     Args:
-        reference: Removed set of the model that trials are compared with.
+        reference: Removed layers of the model that trials are compared with.
         kernel: CKA kernel.
-        sequences: Calibration sequences a CKA minibatch.
-        positions: Positions of each.
+        sequences: Calibration sequences per CKA minibatch.
+        positions: Positions per sequence.
     """
 
     def __init__(self, reference: Removed, kernel: str, sequences: int, positions: int) -> None:
@@ -97,5 +97,5 @@ class OutputCKA(TrialObserver):
         return self._pairs.setdefault(removed, CKAObserver(2, *self._settings))
 
     def similarities(self) -> dict[Removed, float]:
-        """The CKA of every set that was tried."""
+        """The CKA for every set that was tried."""
         return {removed: float(pair.result().values[0, 1]) for removed, pair in self._pairs.items()}

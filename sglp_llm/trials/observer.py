@@ -1,4 +1,4 @@
-"""What watches trials: the interface between the removal of layers and everything that is measured on it."""
+"""The observer interface of trials: receives the output of the model without some layers."""
 
 from __future__ import annotations
 
@@ -12,43 +12,44 @@ from sglp_llm.engine.replay import Replay
 from sglp_llm.processes import Processes
 
 Removed = frozenset[int]
-"""Original indices of the layers that a trial does without."""
+"""Original indices of the layers that a trial removes."""
 
 
 class TrialObserver(ABC):
-    """Watches the trials of one round.
+    """Receives callbacks for the trials of one `Trials.run`.
 
     Attributes:
-        reference: The removed set that trials are compared with, the empty one for the whole model; ``None`` without one.
-        together: How many consecutive calibration sequences (a multiple of it after the first) one process must see.
+        reference: Removed layers of the model that trials are compared with, the empty set for the whole model; ``None`` if there
+            is no reference.
+        together: Group size of consecutive calibration sequences, counted from the first, that one process must see whole.
     """
 
     reference: Removed | None = None
     together: int = 1
 
     def on_reference(self, batch: Batch, replay: Replay, final: torch.Tensor) -> None:  # noqa: B027 - not all have one
-        """Before the trials of a batch: ``final`` ``[batch, tokens, hidden]`` leaves the last layer of the reference."""
+        """Called before a batch's trials with the states ``[batch, tokens, hidden]`` leaving the reference's last layer."""
 
     @abstractmethod
     def on_trial(self, removed: Removed, batch: Batch, replay: Replay, final: torch.Tensor) -> None:
-        """One trial: ``final`` ``[batch, tokens, hidden]`` leaves the last layer without the removed ones."""
+        """One trial: ``final`` are the states ``[batch, tokens, hidden]`` that leave the last layer without ``removed``."""
 
     @abstractmethod
     def on_end(self, sets: Sequence[Removed], processes: Processes) -> None:
-        """The round is over; called once, in every process: sums of what each has seen become sums over all sequences.
+        """Called once in every process after all trials: the place to sum over processes (a collective call).
 
         Args:
-            sets: Those that were tried, the same in every process. A process may have tried none.
+            sets: The sets that were tried, the same in every process. A process may have seen no sequence.
             processes: For the sums.
         """
 
     def with_reference(self, sets: Iterable[Removed]) -> list[Removed]:
-        """The sets that must run: the reference first, where there is one."""
+        """The sets that must run: the reference first, if there is one."""
         if self.reference is None:
             return list(sets)
         return [self.reference, *(removed for removed in sets if removed != self.reference)]
 
 
 def split_at(index: int, sets: Sequence[Removed]) -> tuple[list[Removed], list[Removed]]:
-    """The sets of which the layer stays, and those of which it goes."""
+    """Splits the sets into those that keep the layer and those that remove it."""
     return [each for each in sets if index not in each], [each for each in sets if index in each]

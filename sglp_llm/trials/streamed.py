@@ -1,4 +1,4 @@
-"""Trials on a model with streamed layers: every layer is brought once a round, and takes all trials one step further."""
+"""Trials on a model with streamed layers: every layer is loaded once and run for all trials."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def run_streamed_trials(
     progress: Progress,
     description: str,
 ) -> None:
-    """What `sglp_llm.trials.trials.Trials.run` shows, layer by layer instead of batch by batch.
+    """Like `sglp_llm.trials.trials.Trials.run`, but layer by layer instead of batch by batch.
 
-    The hidden states of all trials wait in the store: ``[trials, sequences, tokens, hidden]``. A slot of it is named by the
-    first of the sets that share it.
+    The hidden states of all trials are in the store: ``[trials, sequences, tokens, hidden]``. Sets that agree on the layers so
+    far share a slot, which is keyed by the first of them.
     """
     assert model.weights is not None
     replays = Replays(model)
@@ -40,19 +40,19 @@ def run_streamed_trials(
         for step in steps:
             store.put(groups[0][0], step.batch, replays.first_states(step))
         for index, _ in layers_in_turn(model, needed):
-            staying, leaving = [], []
+            keeping, removing = [], []
             for group in groups:
-                stay, leave = split_at(index, group)
-                for part in (stay, leave):
+                keep, remove = split_at(index, group)
+                for part in (keep, remove):
                     if part and part[0] != group[0]:
                         store.share(group[0], part[0])
-                staying += [stay] if stay else []
-                leaving += [leave] if leave else []
+                keeping += [keep] if keep else []
+                removing += [remove] if remove else []
             for step in steps:
                 replay = replays.of(step)
-                for group in staying:
+                for group in keeping:
                     store.put(group[0], step.batch, replay.layer(index, store.get(group[0], step.batch)))
-            groups = [*staying, *leaving]
+            groups = [*keeping, *removing]
             advance(1)
         for step in steps:
             replay = replays.of(step)

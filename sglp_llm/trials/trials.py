@@ -1,7 +1,8 @@
-"""Trials: what would the model compute without these layers, for many sets of them, at the cost of what they do not share.
+"""Trials: runs the model without each of many sets of layers, and computes common prefixes once.
 
-Sets that agree on the first layers share the hidden states behind those: the sets form a tree, and every edge of it runs once.
-Head and loss run once a set. Each of L layers alone costs L(L-1)/2 + L - 1 layer passes and L heads instead of L(L-1) and L.
+Sets that agree on the first layers share the hidden states after those layers: the sets form a tree, and every edge of it runs
+once. Head and loss run once per set. To try each of L layers alone takes L(L-1)/2 + L - 1 layer passes and L heads, instead of
+L(L-1) and L.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from sglp_llm.trials.streamed import run_streamed_trials
 
 
 class Trials:
-    """Removes sets of layers, tentatively.
+    """Runs the model without sets of layers; the model itself is not changed.
 
     Args:
         model: The model.
         calibration: The sequences.
-        batch_size: Sequences computed at once.
-        progress: Told the trials that are done, in sequences.
+        batch_size: Sequences per forward pass.
+        progress: Reports finished trials x sequences; with streamed layers finished layers.
         processes: Each takes its share of the sequences; all must run the same trials.
-        journal: Keeps what is finished, see `once`; the main process's is used.
+        journal: Stores finished results, see `once`; only the main process's journal is used.
     """
 
     def __init__(
@@ -58,13 +59,13 @@ class Trials:
         description: str = "Trials",
         sequences: range | None = None,
     ) -> None:
-        """Shows the observer what the model computes without each of these sets of layers.
+        """Runs the model without each of these sets of layers, and calls the observer with the results.
 
         Args:
-            sets: Each a different set of layer indices.
-            observer: Told what comes out; its reference, where it has one, is a part of every set.
+            sets: Sets of layer indices to remove.
+            observer: Called with the results. Its reference, if it has one, must be a subset of every set.
             description: For the progress bar.
-            sequences: Which of the calibration sequences; ``None`` means all.
+            sequences: Indices of the calibration sequences to use; ``None`` means all.
         """
         wanted = sorted(set(sets), key=sorted)
         everything = range(len(self.calibration.input_ids)) if sequences is None else sequences
@@ -78,17 +79,19 @@ class Trials:
         observer.on_end(wanted, self.processes)
 
     def once(self, piece: str, count: int, compute: Callable[[], list[float]]) -> list[float]:
-        """What an earlier run has kept in the journal under this name, or else what ``compute`` returns, which is kept then.
+        """The numbers stored in the journal under this name; if there are none, calls ``compute`` and stores its result.
+
+        A collective call.
 
         Args:
-            piece: Everything that the numbers depend on beside the journal's setting.
-            count: How many numbers they are.
-            compute: Gives the same numbers in all processes.
+            piece: Everything that the numbers depend on besides the journal's setting.
+            count: Number of numbers.
+            compute: Returns the same numbers in all processes.
         """
         if self._journal is None:
             return compute()
         known = self._journal.get(piece) if self.processes.is_main else None
-        # The main process decides for all: those that compute alone would wait for the others for ever.
+        # The main process decides for all: ``compute`` has collective calls, in which all processes must take part.
         kept = torch.tensor([0.0] * (1 + count) if known is None else [1.0, *known], dtype=torch.float64)
         is_kept, *numbers = self.processes.sum(kept).tolist()
         if not is_kept:
@@ -113,16 +116,16 @@ class Trials:
                         advance(batch.size)
 
     def _outcomes(self, replay: Replay, sets: Sequence[Removed]) -> Iterator[tuple[Removed, torch.Tensor]]:
-        """What leaves the last layer without each set. A set comes before those that it is a part of."""
+        """Each set with the states that leave the last layer without it. A set is yielded before its supersets."""
         waiting = [(0, replay.first_states, list(sets))]
         while waiting:
             start, states, group = waiting.pop()
             for index in range(start, self.model.num_layers):
-                group, leaving = split_at(index, group)
-                if group and leaving:
-                    waiting.append((index + 1, states, leaving))
+                group, removing = split_at(index, group)
+                if group and removing:
+                    waiting.append((index + 1, states, removing))
                 if group:
                     states = replay.layer(index, states)
                 else:
-                    group = leaving
+                    group = removing
             yield group[0], states
