@@ -1,7 +1,7 @@
-"""Returns `Compensated`: new values of weights that make up for removed layers. Start with `base.py`, then `linear.py`.
+"""Returns `Compensated`: new values of kept weights that compensate for removed layers. Start with `base.py`, then `linear.py`.
 
-One file a method; the file name is its name on the command line. A new one is one new file with a `METHOD`; the contract tests
-pick it up by themselves. What methods share is in `repair/`.
+One file per method; the file name is its name on the command line. To add one, add a file with a `METHOD`; the contract tests
+then cover it automatically. What methods share is in `repair/`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from sglp_llm.registry import member, member_names
 __all__ = ["NONE", "Compensated", "FitSettings", "Method", "check_compensation", "compensation_names", "get_method"]
 
 NONE = "none"
-"""The name that stands for no compensation."""
+"""The name for no compensation."""
 
 
 def compensation_names() -> list[str]:
-    """Every method there is, sorted, without `NONE`."""
+    """The names of all methods, sorted, without `NONE`."""
     return member_names(__path__)
 
 
 def get_method(name: str) -> Method:
-    """A method.
+    """The method of that name.
 
     Raises:
-        UserError: There is none of that name; the message lists the known ones and the nearest name.
+        UserError: No method has that name; the message lists the known names and the closest one.
     """
     if name not in compensation_names():
         raise unknown("compensation", name, [NONE, *compensation_names()])
@@ -36,16 +36,16 @@ def get_method(name: str) -> Method:
 
 
 def check_compensation(name: str, adapter: DecoderAdapter, config: object, samples: int) -> None:
-    """Refuses, before any work is done, what cannot work.
+    """Rejects, before any work is done, a method that cannot work for this model.
 
     Args:
-        name: Of the method, or `NONE`.
+        name: Name of the method, or `NONE`.
         adapter: The model's family.
         config: The model's configuration.
         samples: Number of calibration sequences.
 
     Raises:
-        UserError: There is no such method, it does not fit the family, or nothing can be held out.
+        UserError: There is no such method, it does not support the family, or there are too few sequences to hold one out.
     """
     if name == NONE:
         return

@@ -1,4 +1,4 @@
-"""What a compensation is, and what those share that are fitted by least squares."""
+"""The base class of compensation methods, and the least squares method."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from sglp_llm.models.loading import DecoderModel
 from sglp_llm.processes import Processes
 
 NewEquations = Callable[[int, torch.device], NormalEquations]
-"""Makes empty equations for some width, on some device."""
+"""Creates empty equations for a width, on a device."""
 
 
 @dataclass(frozen=True)
 class Compensated:
-    """What a method has found.
+    """The result of a method.
 
     Attributes:
-        replaced: New values of parameters of layers that stay, by name in the model, as `PrunePlan.replaced` wants them.
+        replaced: New values of parameters of kept layers, by name in the model, in the form of `PrunePlan.replaced`.
         report: What was done and how well it works, as plain data, for `PrunePlan.compensation`.
     """
 
@@ -36,11 +36,11 @@ class Compensated:
 
 
 class Method(ABC):
-    """Makes up for removed layers by new values of weights that stay; names and shapes of all tensors remain.
+    """Compensates for removed layers with new values of kept weights; names and shapes of all tensors are unchanged.
 
     Attributes:
-        matrices: How many float64 matrices ``[hidden, hidden]`` it holds at its peak, for the prediction of memory.
-        refined_sequences: How many sequences it computes gradients of at once, for the same; 0 where it has no gradients.
+        matrices: Number of float64 matrices ``[hidden, hidden]`` at its peak, for the memory prediction.
+        refined_sequences: Number of sequences per gradient computation, for the memory prediction; 0 without gradients.
     """
 
     @property
@@ -53,15 +53,15 @@ class Method(ABC):
 
     @abstractmethod
     def check(self, adapter: DecoderAdapter, config: object) -> None:
-        """Refuses what cannot work, before any work is done.
+        """Rejects a model that the method does not support, before any work is done.
 
         Raises:
-            UserError: It does not work for this model.
+            UserError: The method does not work for this model.
         """
 
     @abstractmethod
     def closed_form(self, model: DecoderModel) -> Method:
-        """What it begins with, or it itself: quick enough to try on several sets of layers."""
+        """The closed-form method that this one starts from, or itself: fast enough to try on several sets of layers."""
 
     @abstractmethod
     def run(
@@ -71,12 +71,12 @@ class Method(ABC):
         removed: Sequence[int],
         settings: FitSettings = DEFAULTS,
     ) -> Compensated:
-        """Finds the new values; the model itself is not changed.
+        """Computes the new values; the model itself is not changed.
 
         Args:
             model: The whole model, resident or streamed.
             calibration: At least 2 sequences.
-            removed: The layers that go.
+            removed: The removed layers.
             settings: See `FitSettings`.
 
         Raises:
@@ -86,13 +86,13 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class LeastSquares(Method):
-    """Multiplies what the MLP in front of each cut gives by the map that brings the states closest to where they should be.
+    """Multiplies the output of the MLP before each cut by a map fitted so that the hidden states are closest to the target.
 
     Attributes:
-        name: On the command line.
-        equations: Which maps are allowed.
-        is_channelwise: Whether they are factors of channels, which a norm can take too.
-        target: Where the states should be.
+        name: Name on the command line.
+        equations: The class of maps that is fitted.
+        is_channelwise: Whether the maps are one factor per channel, which can also be folded into a norm.
+        target: The target hidden states, see `Target`.
     """
 
     name: str
@@ -102,7 +102,7 @@ class LeastSquares(Method):
 
     @property
     def matrices(self) -> int:
-        # Sums of both parts, two matrices each; and the three of a solution.
+        # The sums of both parts, two matrices each, and three matrices while solving.
         return 0 if self.is_channelwise else 7
 
     def check(self, adapter: DecoderAdapter, config: object) -> None:
@@ -166,7 +166,7 @@ class _RidgeFit(CutFit):
                     "(try --dtype float32)"
                 )
         self._found = best_ridge(self._sums["fit"], self._sums["held_out"])
-        self._sums.clear()  # two or four matrices of the hidden size, in float64
+        self._sums.clear()  # frees up to four float64 matrices [hidden, hidden]
         change = self._found.change
         if change is None:
             return None

@@ -1,8 +1,8 @@
-"""The linear fold, refined by gradient: the weights around the cuts are moved until the predictions are the whole model's.
+"""`linear` (or `scale`), refined by gradient descent: some weights are trained to match the whole model's predictions.
 
-The objective is that of knowledge distillation (Hinton et al., arXiv 1503.02531) on the calibration sequences alone: the
-divergence from the whole model's next-token distribution. What may move: the output projections of attention and MLP and the
-scales of the norms, from the layer before the first cut on.
+The objective is that of knowledge distillation (Hinton et al., arXiv 1503.02531), on the calibration sequences only: the KL
+divergence from the whole model's next-token distribution. Trained are the output projections of attention and MLP and the
+parameters of the norms, from the layer before the first cut on.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from sglp_llm.compensation.repair.settings import DEFAULTS, FitSettings
 from sglp_llm.models.loading import DecoderModel
 
 _START_SAMPLES = 64
-"""Sequences of the closed form, which needs fewer; it splits them for itself, and sees none that the refinement holds out."""
+"""Maximum number of sequences for the closed form, which needs fewer. They are fit sequences of the refinement (if it has at
+least two), and the closed form makes its own held-out split of them."""
 
 
 @dataclass(frozen=True)
 class Learned(Method):
-    """Begins with the closed form, `linear` where the family takes it and `scale` elsewhere, and refines it.
+    """Starts from the closed form, `linear` if the family supports it and `scale` otherwise, and refines it.
 
-    In the report ``losses`` and ``cuts`` are the closed form's, on its sequences; what refining has changed stands under
-    ``refined``, where ``without`` is the closed form.
+    In the report ``losses`` and ``cuts`` are those of the closed form on its sequences. The effect of the refinement is under
+    ``refined``, where ``without`` means the closed form.
 
-    The guard: refined values are taken only where they lower divergence and loss, both on the held-out sequences and on as many
-    of the fit; otherwise the closed form stays.
+    Refined values are used only if they lower the divergence and do not raise the loss, on the held-out sequences and on as many
+    fit sequences. Otherwise the closed form is used.
 
     Attributes:
-        schedule: Of the refinement.
+        schedule: The schedule of the refinement.
     """
 
     schedule: Schedule = field(default_factory=Schedule)
@@ -50,10 +51,10 @@ class Learned(Method):
         return self.schedule.sequences
 
     def check(self, adapter: DecoderAdapter, config: object) -> None:
-        """Every family takes it."""
+        """Accepts every family."""
 
     def closed_form(self, model: DecoderModel) -> Method:
-        """`linear` where the family takes it and `scale` elsewhere."""
+        """`linear` if the family supports it, otherwise `scale`."""
         return scale.METHOD if model.adapter.mlp_branch(model.model.config).is_norm else linear.METHOD
 
     def run(
@@ -108,11 +109,11 @@ class Learned(Method):
 
 
 def refinable(model: DecoderModel, removed: Sequence[int]) -> list[str]:
-    """What may move: see this module. Nothing where all cuts are at the front.
+    """The parameters that are trained (see the module docstring); none if the only cut is at the front.
 
     Args:
-        model: The whole model; only its structure is looked at.
-        removed: The layers that go.
+        model: The whole model; only its structure is used.
+        removed: The removed layers.
 
     Returns:
         Names of parameters in the model.

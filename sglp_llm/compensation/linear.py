@@ -1,6 +1,7 @@
-"""A matrix folded into the last linear of the MLP before each cut: what is left comes closest to what was there.
+"""A matrix folded into the last linear layer of the MLP before each cut, fitted to the whole model's hidden states after the cut.
 
-METHOD section 6; ReplaceMe (2505.02819) fits such a map too, without the weights of tokens and without the held-out choice.
+`sglp_llm.method.least_squares` has the equations. ReplaceMe (arXiv 2505.02819) fits such a map too, without the token weights and
+without choosing the ridge on held-out sequences.
 """
 
 from sglp_llm.compensation.base import LeastSquares

@@ -1,5 +1,5 @@
-"""Returns new values of weights that make up for removed layers. Start with `cuts.py`.
+"""Returns new values of weights that compensate for removed layers. Start with `cuts.py`.
 
-`cuts.py` repairs cuts by a fit, `branch.py` folds it into weights, `refine.py` goes on by gradient, `student.py` is the model
-that is trained.
+`cuts.py` fits a map at each cut, `branch.py` folds it into weights, `refine.py` refines weights by gradient descent, `student.py`
+is the model that is trained.
 """

@@ -1,4 +1,4 @@
-"""What a block of a decoder layer adds to the residual stream: watched, and multiplied by a matrix in the weights themselves."""
+"""Captures a branch's output in a decoder layer, and folds a matrix that multiplies it into the branch's weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sglp_llm.errors import UserError
 
 @contextmanager
 def branch_outputs(layer: nn.Module, branch: Branch) -> Iterator[list[Tensor]]:
-    """Inside the block the list holds what the branch gave in the layer's last call, with the tokens in any shape."""
+    """Inside the block the list holds the branch's output in the layer's last call; its leading dimensions may be any."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -30,19 +30,18 @@ def branch_outputs(layer: nn.Module, branch: Branch) -> Iterator[list[Tensor]]:
 
 
 def folded(layer: nn.Module, branch: Branch, factor: Tensor) -> dict[str, Tensor]:
-    """New values of the parameters behind a branch, so that it gives its output times a matrix.
+    """New values of a branch's last parameters, such that its output is multiplied by a matrix.
 
     Args:
         layer: The decoder layer, in memory.
-        branch: Which branch of it.
-        factor: ``[D, D]``, by which rows are multiplied from the right, or ``[D]``, one factor a channel. A norm takes the second
-            alone.
+        branch: One of its branches.
+        factor: ``[D, D]``, which multiplies rows from the right, or ``[D]``, one factor per channel. For a norm only ``[D]``.
 
     Returns:
         By the parameter's name in the layer, in its shape, float64.
 
     Raises:
-        UserError: There is nothing to change: the layer is offloaded, or its norm has no weight.
+        UserError: The layer is offloaded, or the branch's last module has no weights.
     """
     owner: Any = layer
     for name in branch.last.split("."):
@@ -67,10 +66,10 @@ def folded(layer: nn.Module, branch: Branch, factor: Tensor) -> dict[str, Tensor
 
 
 def refuse_offloaded(parameter: Tensor) -> None:
-    """Refuses a parameter that accelerate has put elsewhere.
+    """Rejects a parameter that accelerate has offloaded.
 
     Raises:
-        UserError: It has.
+        UserError: The parameter is offloaded.
     """
     if parameter.device.type == "meta":
         raise UserError(
@@ -80,6 +79,6 @@ def refuse_offloaded(parameter: Tensor) -> None:
 
 
 def _times(value: Tensor, factor: Tensor, axis: int) -> Tensor:
-    """A parameter whose ``axis`` counts output channels, with these multiplied."""
+    """Multiplies a parameter by ``factor`` along ``axis``, its axis of output channels."""
     rows, factor = value.double().movedim(axis, -1), factor.to(value.device)
     return (rows @ factor if factor.ndim > 1 else rows * factor).movedim(-1, axis).contiguous()

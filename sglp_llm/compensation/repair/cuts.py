@@ -1,4 +1,4 @@
-"""Repairs cuts in existing weights, front to back: the engine shows what enters and leaves them, a fit says what to fold in."""
+"""Compensates for each cut (run of removed layers), front to back, with a map that is fitted and folded into existing weights."""
 
 from __future__ import annotations
 
@@ -22,53 +22,53 @@ from sglp_llm.processes import Processes
 from sglp_llm.records import Segment
 
 Target = Literal["dense", "local"]
-"""Where the states behind a cut should be: where the whole model has them, or where the layers that were cut would take those
-that now enter them. The two are the same for the first cut."""
+"""The target hidden states after a cut: ``dense``, the whole model's; or ``local``, those that the removed layers would compute
+from the shortened model's hidden states. The two are the same for the first cut."""
 
 Losses = dict[str, float]
-"""Mean loss of the sequences of each part, in nats a token."""
+"""Mean loss of the sequences by part, in nats per token."""
 
 _STUDENT, _DENSE, _PLAIN, _REPAIRED, _WITHOUT, _WITH = "student", "dense", "plain", "repaired", "without", "with"
 
 
 class CutFit(ABC):
-    """What is fitted at one cut ``[i, j)``: it sees all tokens once, then says what the branch is multiplied by."""
+    """The fit at one cut ``[i, j)``: it sees all tokens once, then returns the factor to multiply the branch by."""
 
     @abstractmethod
     def on_rows(self, part: str, branch: torch.Tensor, leaving: torch.Tensor, target: torch.Tensor) -> None:
-        """Some tokens, padding left out: each ``[rows, hidden]``, on one device.
+        """Called with the tokens of a batch, without padding: each ``[rows, hidden]``, on one device.
 
         Args:
             part: ``fit`` or ``held_out``.
-            branch: What the branch gives.
-            leaving: What leaves layer i-1, of which the branch is a part.
-            target: Where that should be.
+            branch: The branch's output.
+            leaving: The hidden states that leave layer i-1; the branch's output is one summand of them.
+            target: The target hidden states.
         """
 
     @abstractmethod
     def factor(self, processes: Processes) -> torch.Tensor | None:
-        """``[hidden, hidden]``, or ``[hidden]`` factors of channels; ``None`` where nothing is better than no change.
+        """The factor, ``[hidden, hidden]`` or one per channel, ``[hidden]``; ``None`` if no change was found that helps.
 
-        A collective call, the same result in each process.
+        A collective call with the same result in each process.
         """
 
     @abstractmethod
     def report(self) -> dict[str, Any]:
-        """What was found, as plain data."""
+        """The result of the fit, as plain data."""
 
 
 NewFit = Callable[[int, torch.device], CutFit]
-"""Makes a fit, given the width of the hidden states and the device on which it is shown them."""
+"""Creates a fit, given the width of the hidden states and the device for its sums."""
 
 
 @dataclass(frozen=True)
 class Repair:
-    """What repairing the cuts has given.
+    """The result of `repair_cuts`.
 
     Attributes:
         tensors: New values by the parameter's name in the model, in the dtype in which they will be stored.
         cuts: A report for each cut, front to back, as plain data.
-        losses: Of the shortened model by part, without and with all that was taken; empty when no cut could be repaired.
+        losses: Losses of the shortened model by part, without and with the new values; empty if the only cut is at the front.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -89,17 +89,17 @@ def repair_cuts(
     settings: FitSettings = DEFAULTS,
     target: Target = "dense",
 ) -> Repair:
-    """Repairs every cut that has a layer before it, each with the repaired model in front of it as input.
+    """Repairs every cut that has a layer before it; the fit's inputs come from the shortened model as repaired so far.
 
-    The guard: what a fit has found is taken only where the mean loss of the shortened model falls on the held-out sequences,
-    and does not rise on those of the fit.
+    A fit is used only if it lowers the mean loss of the shortened model on the held-out sequences and does not raise it on the
+    fit sequences.
 
     Args:
-        model: The whole model, resident or streamed; its weights are its own again afterwards.
+        model: The whole model, resident or streamed; its weights are unchanged afterwards.
         calibration: At least 2 sequences.
-        removed: The layers that go.
-        new_fit: Makes what is fitted at one cut.
-        settings: See `FitSettings`; the progress is told the layers that all sequences have gone through.
+        removed: The removed layers.
+        new_fit: Creates the fit for one cut.
+        settings: See `FitSettings`; the progress reports layers that all sequences have passed.
         target: See `Target`.
 
     Raises:
@@ -123,7 +123,7 @@ def repair_cuts(
 
 
 class _Repairing:
-    """Where the repair is: the cuts up to ``here`` are done, and the student stands behind them."""
+    """The state of the repair: the cuts before layer ``_here`` are done, and `_STUDENT` holds the states entering it."""
 
     def __init__(
         self,
@@ -138,11 +138,11 @@ class _Repairing:
         self._target, self._stored, self._processes = target, settings.stored, settings.processes
         self._branch = model.adapter.mlp_branch(model.model.config)
         self._here = 0
-        self._apart = False  # whether the whole model has a stream of its own
+        self._apart = False  # whether `_DENSE` is kept between cuts as a separate stream
         self._tensors: dict[str, torch.Tensor] = {}
         self._reports: list[dict[str, Any]] = []
-        self._first: Losses | None = None  # of the shortened model as it is
-        self._current: Losses | None = None  # with what has been taken so far
+        self._first: Losses | None = None  # of the shortened model without new values
+        self._current: Losses | None = None  # with the new values so far
         streams.begin(_STUDENT)
 
     def result(self) -> Repair:
@@ -151,12 +151,12 @@ class _Repairing:
         return Repair(self._tensors, self._reports, _by_part(self._first, self._current))
 
     def pass_front(self, cut: Segment) -> None:
-        """Passes a cut that has no layer before it."""
+        """Skips a cut that has no layer before it."""
         self._dense_through(0, cut)
         self._reports.append(_front(cut))
 
     def repair(self, cut: Segment, fit: CutFit) -> None:
-        """Fits, judges, and takes the student behind the cut."""
+        """Fits, decides by the losses, and moves the student's stream past the cut."""
         streams, layer = self._streams, cut.start - 1
         streams.through(range(self._here, layer), _STUDENT, *([_DENSE] if self._apart else []))
         self._dense_through(layer, cut)
@@ -192,14 +192,14 @@ class _Repairing:
         )
 
     def _dense_through(self, layer: int, cut: Segment) -> None:
-        """Takes what the target is from the entry of ``layer`` through the layers of the cut."""
+        """Runs the target's stream from the input of ``layer`` through the layers of the cut."""
         if not self._apart:
             self._streams.branch(_STUDENT, _DENSE)
         self._streams.through(range(layer, cut.stop), _DENSE)
         self._here, self._apart = cut.stop, self._target == "dense"
 
     def _fitted(self, layer: int, fit: CutFit) -> dict[str, torch.Tensor]:
-        """New values of parameters by name, as they will be stored; the student without them is the stream `_PLAIN`."""
+        """New values of parameters by name, rounded to the stored dtype; `_PLAIN` becomes the student's stream without them."""
         streams, branch = self._streams, self._branch
         streams.branch(_STUDENT, _PLAIN)
         with layer_in_memory(self._model, layer) as module, branch_outputs(module, branch) as outputs:
@@ -225,7 +225,7 @@ class _Repairing:
             return {prefix + name: value.to(dtype_of(prefix + name)).cpu() for name, value in values.items()}
 
     def _losses(self, cut: Segment, trials: Mapping[str, str]) -> dict[str, Losses]:
-        """Losses of the shortened model by trial, each from a stream behind the cut; the layers after it are unchanged."""
+        """Losses of the shortened model by trial; ``trials`` maps each to its stream after the cut. Later layers are as is."""
         for trial, slot in trials.items():
             self._streams.branch(slot, trial)
         rest = [layer for layer in self._kept if layer >= cut.stop]
@@ -252,7 +252,7 @@ class _Repairing:
 
 
 def _work(cuts: Sequence[Segment], kept: Sequence[int]) -> int:
-    """Layers that all sequences go through, for the progress bar."""
+    """The number of layer passes over all sequences, for the progress bar."""
     here = work = 0
     for cut in cuts:
         layer = max(cut.start - 1, 0)
@@ -269,7 +269,7 @@ def _front(cut: Segment) -> dict[str, Any]:
 
 
 def _reason_against(without: Losses, with_it: Losses) -> str | None:
-    """Why new values are not taken; a loss that is not a number is above any other."""
+    """Why new values are not used, or ``None`` if they are; NaN counts as worse than any loss."""
     if not with_it["held_out"] < without["held_out"]:
         return "it does not lower the loss on the held-out sequences"
     if not with_it["fit"] <= without["fit"]:
@@ -278,7 +278,7 @@ def _reason_against(without: Losses, with_it: Losses) -> str | None:
 
 
 def _by_part(without: Losses, with_it: Losses) -> dict[str, dict[str, float | None]]:
-    """For the report, where a number that JSON does not have is ``None``."""
+    """The losses for the report; values that are not finite, which JSON lacks, become ``None``."""
     return {
         part: {
             name: loss[part] if math.isfinite(loss[part]) else None

@@ -1,4 +1,4 @@
-"""Refines a few weights of a shortened model by gradient, so that it predicts more nearly what the whole model predicts."""
+"""Trains a few weights of a shortened model by gradient descent, so that its predictions match the whole model's more closely."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _ENTERING, _DENSE = "entering", "dense"
 
 @dataclass(frozen=True)
 class Schedule:
-    """How weights are refined: Adam, the rate rising over the first twentieth of the steps and falling by half a cosine.
+    """The training schedule: Adam with linear warm-up over the first 5 % of the steps and cosine decay.
 
     Attributes:
-        epochs: How often the fit sequences are seen.
-        sequences: Of them in one step.
-        rate: Learning rate of matrices.
-        vector_rate: Learning rate of biases and of the scales of norms.
-        seed: Of the order of the steps.
+        epochs: Number of passes over the fit sequences.
+        sequences: Sequences per step.
+        rate: Peak learning rate of matrices.
+        vector_rate: Peak learning rate of biases and of the parameters of norms.
+        seed: Random seed for the order of the steps.
     """
 
     epochs: int = 3
@@ -45,17 +45,17 @@ class Schedule:
     seed: int = 0
 
     def factor(self, step: int, steps: int) -> float:
-        """What the rates are multiplied by at a step, counted from 0."""
+        """The factor on the learning rates at a step, counted from 0."""
         return min(1.0, (step + 1) / max(1.0, 0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How well the shortened model does on some sequences.
+    """The quality of the shortened model on some sequences.
 
     Attributes:
-        divergence: KL(whole model's next-token distribution || the shortened model's), nats a token.
-        loss: Mean negative log-likelihood, nats a token.
+        divergence: KL(whole model's next-token distribution || the shortened model's), nats per token.
+        loss: Mean negative log-likelihood, nats per token.
     """
 
     divergence: float
@@ -64,14 +64,14 @@ class Quality:
 
 @dataclass(frozen=True)
 class Refined:
-    """What refining has given.
+    """The result of `refine`.
 
     Attributes:
-        values: The best values by the held-out divergence, by name, float32 on the CPU.
-        judged_on: What the qualities are of: all held-out sequences, and the first steps of the others, as many.
-        before: Quality by part, with the values that it began with.
-        after: The same with the best values.
-        held_out_divergences: After each epoch.
+        values: The values with the lowest held-out divergence, by name, float32 on the CPU.
+        judged_on: The sequences of ``before`` and ``after``: all held-out sequences, and those of as many first fit steps.
+        before: Quality by part with the initial values.
+        after: Quality by part with ``values``.
+        held_out_divergences: The held-out divergence after each epoch.
     """
 
     values: dict[str, Tensor]
@@ -93,31 +93,32 @@ def refine(
     progress: Progress = silent,
     processes: Processes = ALONE,
 ) -> Refined:
-    """Minimises the mean divergence of the fit sequences; the model's own weights are not changed.
+    """Minimises the mean divergence over the fit sequences; the model's own weights are not changed.
 
-    What comes before the first of the refined layers is computed once. A model with streamed layers brings every later layer
-    twice a step, and holds the activations of one of them at a time.
+    The hidden states that enter the first changed layer are computed once. For a streamed model every kept layer from there on
+    is loaded twice per step (forward and backward), and the activations of one layer at a time are in memory.
 
     Args:
         model: The whole model, resident or streamed.
         calibration: The sequences.
-        removed: The layers that go.
-        names: Parameters to refine, of layers that stay, by name in the model.
-        start: Values of some parameters of layers that stay to begin with, those of ``names`` among them or not.
-        parts: The sequences by what they are for.
+        removed: The removed layers.
+        names: Parameters to refine, of kept layers, by name in the model.
+        start: Initial values of some parameters of kept layers, whether in ``names`` or not.
+        parts: Which sequences are for the fit and which are held out.
         schedule: See `Schedule`.
-        progress: Told the sequences that are done.
-        processes: Each takes its share of every step; all return the same.
+        progress: Reports finished sequences.
+        processes: Each takes its share of every step; all return the same result.
 
     Raises:
         UserError: A layer is offloaded, or the divergence is not finite.
     """
     scratch = None if model.weights is None else model.weights.scratch
     groups = {name: _groups(model, calibration, part, schedule.sequences, processes) for name, part in parts.items()}
-    # As many steps of the fit as are held out.
+    # Quality is measured on all held-out steps and on as many fit steps.
     judged = {name: each[: len(groups["held_out"])] for name, each in groups.items()}
     counts = {name: sum(group.sequences for group in each) for name, each in judged.items()}
-    # The whole model once, the qualities before and after, and the epochs; the last quality held out is the best epoch's.
+    # One forward pass of the whole model, quality before and after, and the epochs, each followed by the held-out quality; that
+    # of the best epoch is not measured again.
     passes = (
         (1 + schedule.epochs) * sum(len(part) for _, part in parts.items()) + 2 * counts["fit"] + counts["held_out"]
     )
@@ -129,7 +130,7 @@ def refine(
     ):
         student = Student(model, removed, names, start)
         steps = {name: [step for group in each for step in group.steps] for name, each in groups.items()}
-        streams = StateStreams(model, steps, store, lambda _: None)  # its unit is the layer, not the sequence
+        streams = StateStreams(model, steps, store, lambda _: None)  # it would report layers, not sequences
         _run_once(streams, model.num_layers, removed, student.first)
         advance(sum(step.batch.size for each in steps.values() for step in each))
         refining = _Refining(student, streams, advance, processes)
@@ -148,9 +149,9 @@ def refine(
 
 
 def refinable_names(layer: nn.Module, adapter: DecoderAdapter, width: int) -> list[str]:
-    """Parameters of a decoder layer that make what it adds to the hidden states, or weigh what it sees of them, by name in it.
+    """Names, in a decoder layer, of the parameters that are refined.
 
-    The output projections of attention and MLP, and the scales and shifts of norms of the hidden size.
+    These are the output projections of attention and MLP, and the scales and shifts of norms of the hidden size.
     """
     norms = {
         f"{path}.{name}"
@@ -165,7 +166,7 @@ def refinable_names(layer: nn.Module, adapter: DecoderAdapter, width: int) -> li
 
 @dataclass(frozen=True)
 class _Group:
-    """The sequences of one step: those that are this process's, and how many all processes have."""
+    """The sequences of one training step: this process's share, and the number over all processes."""
 
     steps: list[Step]
     sequences: int
@@ -184,14 +185,14 @@ def _groups(
 
 
 def _run_once(streams: StateStreams, num_layers: int, removed: Sequence[int], first: int) -> None:
-    """What leaves the last layer of the whole model, and what enters a layer of the shortened one."""
-    parting = min(first, *removed)
+    """Computes the states leaving the whole model's last layer, and those entering ``first`` in the shortened model."""
+    branch_point = min(first, *removed)
     with torch.no_grad():
         streams.begin(_DENSE)
-        streams.through(range(parting), _DENSE)
+        streams.through(range(branch_point), _DENSE)
         streams.branch(_DENSE, _ENTERING)
-        streams.through((layer for layer in range(parting, first) if layer not in removed), _ENTERING)
-        streams.through(range(parting, num_layers), _DENSE)
+        streams.through((layer for layer in range(branch_point, first) if layer not in removed), _ENTERING)
+        streams.through(range(branch_point, num_layers), _DENSE)
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class _Refining:
     processes: Processes
 
     def epochs(self, groups: Sequence[_Group], schedule: Schedule) -> Iterator[None]:
-        """Moves the values; yields after every epoch."""
+        """Trains the values; yields after every epoch."""
         values = self.student.values.values()
         kinds = (
             (schedule.rate, [value for value in values if value.ndim > 1]),
@@ -221,7 +222,7 @@ class _Refining:
             yield
 
     def quality(self, groups: Sequence[_Group]) -> Quality:
-        """Means over sequences."""
+        """The quality with the current values: means over the sequences of all processes; a collective call."""
         sums = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
             for step in (step for group in groups for step in group.steps):

@@ -1,4 +1,4 @@
-"""How a compensation is fitted and judged."""
+"""Settings for fitting and evaluating a compensation."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 
 DtypeOf = Callable[[str], torch.dtype]
-"""The dtype in which a parameter, by its name in the model, will be stored."""
+"""Returns the dtype in which a parameter will be stored, given its name in the model."""
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What a compensation needs to know beside the model, the sequences and the layers that go.
+    """Settings of a compensation.
 
     Attributes:
-        held_out: Share of the sequences, the last ones, that nothing is fitted on: they judge what the others have led to.
-        stored: New values are rounded to it before they are judged; ``None`` means the model's own dtype.
-        batch_size: Sequences that go through a layer together; no result depends on it, but for rounding.
-        progress: Told how far it is.
-        processes: Each takes its share of the sequences; all return the same.
+        held_out: Share of the sequences, the last ones, that is held out of the fit and used to evaluate it.
+        stored: New values are rounded to this dtype before they are evaluated; ``None`` means the model's own dtype.
+        batch_size: Sequences per forward pass of a layer; results do not depend on it, except for rounding.
+        progress: Progress callback.
+        processes: Each takes its share of the sequences; all return the same result.
     """
 
     held_out: float = 0.25

@@ -1,4 +1,4 @@
-"""The student: a shortened model, some of its parameters with values that gradients reach; the whole model keeps its own."""
+"""The student: the shortened model with trainable copies of some parameters; the whole model's weights are not changed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from sglp_llm.models.loading import DecoderModel
 
 
 class Student:
-    """What is taught: the layers that stay, from the first one that has other values on.
+    """The kept layers from the first one with replaced or trainable parameters on.
 
     Args:
         model: The whole model, resident or streamed.
-        removed: The layers that go.
-        names: Parameters that gradients reach, of layers that stay, by name in the model.
-        start: Values of some parameters of layers that stay, those of ``names`` among them or not.
+        removed: The removed layers.
+        names: Trainable parameters, of kept layers, by name in the model.
+        start: Initial values of some parameters of kept layers, whether trainable or not.
 
     Attributes:
-        first: The first layer that has other values.
-        values: Those that gradients reach, by name, float32.
+        first: The first layer with replaced or trainable parameters.
+        values: The trainable values by name, float32.
 
     Raises:
         UserError: A layer is offloaded.
@@ -52,11 +52,11 @@ class Student:
         self._kept = [layer for layer in range(self.first, model.num_layers) if layer not in removed]
 
     def final(self, replay: Replay, states: Tensor) -> Tensor:
-        """What leaves the last layer with the values as they are; streamed layers are computed again for the gradients.
+        """The hidden states that leave the last layer with the current values; streamed layers use activation checkpointing.
 
         Args:
-            replay: Of the sequences.
-            states: What enters layer ``first``, ``[batch, tokens, hidden]``.
+            replay: The replay of the sequences.
+            states: The hidden states that enter layer ``first``, ``[batch, tokens, hidden]``.
         """
         dtype = self._model.model.dtype
         for index in self._kept:
@@ -78,7 +78,7 @@ class Student:
         return {name: value.detach().to("cpu", copy=True) for name, value in self.values.items()}
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
-        """The values are a copy's again."""
+        """Sets the values to those of a snapshot."""
         for name, value in self.values.items():
             value.data.copy_(snapshot[name])
 
