@@ -69,7 +69,9 @@ ProtectFirst = Annotated[int | None, typer.Option(help="Layers at the front that
 ProtectLast = Annotated[int | None, typer.Option(help="Layers at the end that are never removed. Default: 0.")]
 Compensate = Annotated[
     str | None,
-    typer.Option(help="Fold what the removed layers did into weights that are kept: none (default), scale, linear or learned."),
+    typer.Option(
+        help="Fold what the removed layers did into weights that are kept: none (default), scale, linear or learned."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
