@@ -143,14 +143,15 @@ def test_two_perplexities_side_by_side(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_plain_command_gives_every_number_alike(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["generated", "generation_offline"])
+def test_the_plain_command_gives_every_number_alike(tiny: Path, tmp_path: Path, name: str) -> None:
     options = ("--limit", 50, "--batch-size", 4, "--json")
-    ours = json.loads(run_cli("eval", tiny, "--suite", GENERATED, *options).out)["results"]
-    folder = data_folder(load_suite(GENERATED), None)
+    ours = json.loads(run_cli("eval", tiny, "--suite", name, *options).out)["results"]
+    folder = data_folder(load_suite(name), None)
     arguments = (
         f"--model hf --model_args pretrained={tiny} --limit 50 --batch_size 4 --device cpu --output_path {tmp_path}"
     )
-    arguments += f" --include_path {ROOT / 'eval' / 'generated'} --tasks {','.join(ours['results'])}"
+    arguments += f" --include_path {ROOT / 'eval' / name} --tasks {','.join(ours['results'])}"
     subprocess.run(
         [sys.executable, "-m", "lm_eval", *arguments.split()],
         cwd=folder,
