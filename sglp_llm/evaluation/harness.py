@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +27,7 @@ from sglp_llm.evaluation.suites import Suite, check_batch_size, check_counts, da
 from sglp_llm.models.hub import offline_when_unreachable
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 LOCAL = "--suite offline --data-dir DIR"
@@ -170,11 +171,33 @@ class _FiniteHFLM(HFLM):
     def _loglikelihood_tokens(self, *args: Any, **options: Any) -> Any:
         answers = super()._loglikelihood_tokens(*args, **options)
         if any(math.isnan(value) for value, _ in answers):
-            raise UserError(
-                "a log-likelihood is not a number; the weights are damaged, or they overflow in this dtype: "
-                "try bfloat16 or float32"
-            )
+            raise _not_a_number("log-likelihood")
         return answers
+
+    def generate_until(self, *args: Any, **options: Any) -> Any:
+        with suppress(FloatingPointError):
+            return super().generate_until(*args, **options)
+        raise _not_a_number("logit")  # by now lm-eval's progress bar is gone, which would write after the message
+
+    def _model_generate(self, *args: Any, **options: Any) -> Any:
+        return super()._model_generate(*args, **options, logits_processor=[_finite])
+
+
+def _finite(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The logits ``[sequences, vocabulary]`` of the next token, as they are; among NaN the greedy choice would be token 0.
+
+    Raises:
+        FloatingPointError: One is NaN.
+    """
+    if logits.isnan().any():
+        raise FloatingPointError
+    return logits
+
+
+def _not_a_number(what: str) -> UserError:
+    return UserError(
+        f"a {what} is not a number; the weights are damaged, or they overflow in this dtype: try bfloat16 or float32"
+    )
 
 
 def _manager(suite: Suite) -> Any:

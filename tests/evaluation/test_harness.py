@@ -221,14 +221,17 @@ def test_a_metric_that_the_task_lacks_is_found_before_anything_is_computed(tmp_p
         open_suite(Suite("x", {"mine": "ac"}, include_path=suite.include_path), tmp_path)
 
 
-def test_damaged_weights_are_not_scored(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suite", "what"), [("generated", "log-likelihood"), ("generation_offline", "logit")], ids=lambda value: value
+)
+def test_damaged_weights_are_not_scored(tmp_path: Path, suite: str, what: str) -> None:
     folder = save_tiny(tmp_path / "damaged", max_position_embeddings=512)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][:] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    outcome = run_cli("eval", folder, "--suite", GENERATED, "--limit", 2, "--json")
+    outcome = run_cli("eval", folder, "--suite", suite, "--limit", 2, "--json")
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.splitlines()[-1].startswith("sglp-llm: error: a log-likelihood is not a number")
+    assert outcome.err.splitlines()[-1].startswith(f"sglp-llm: error: a {what} is not a number")
 
 
 @pytest.mark.parametrize(
