@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglp_llm.calibration.texts import Split, check_spec, load_documents, source_label
+from sglp_llm.calibration.texts import check_spec, load_documents, source_label
 from sglp_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = [
     "CalibrationSet",
     "EvaluationWindows",
-    "Split",
     "adds_bos",
     "calibration_set",
     "check_spec",
