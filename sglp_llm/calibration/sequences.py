@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglp_llm.calibration.mixtures import Portion, Spec, interleaved, mixture, shares
 from sglp_llm.calibration.texts import check_spec, load_documents, source_label
 from sglp_llm.errors import UserError
 
@@ -91,16 +92,17 @@ class EvaluationWindows:
 
 
 def calibration_set(
-    tokenizer: PreTrainedTokenizerBase, spec: str, *, samples: int = 32, seq_len: int = 512, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase, spec: Spec, *, samples: int = 32, seq_len: int = 512, seed: int = 0
 ) -> CalibrationSet:
     """Sequences from documents in seeded random order; reading stops as soon as there is enough text.
 
     Where that text gives more windows than samples, as one long document does, the windows are a seeded sample. Documents
-    are drawn from a shuffle buffer of at most `POOL_DOCUMENTS` documents that is refilled in the order of the source.
+    are drawn from a shuffle buffer of at most `POOL_DOCUMENTS` documents that is refilled in the order of the source. Each
+    source of a mixture gives its share of the sequences, the same ones as alone, in a seeded order among the others'.
 
     Args:
         tokenizer: The model's own.
-        spec: See `load_documents`; ``train`` is the default split.
+        spec: One source, see `load_documents`, or several, see `mixture`; ``train`` is the default split.
         samples: Number of sequences.
         seq_len: Tokens in one, the BOS token included where there is one.
         seed: Seed of the only random generator that is used.
@@ -111,25 +113,21 @@ def calibration_set(
     if samples < 1:
         raise UserError(f"samples is {samples}; at least 1 sequence is needed")
     _check_length("seq_len", seq_len)
-    source = source_label(spec, "train")
-    bos = adds_bos(tokenizer)
-    body, rng = seq_len - bos, random.Random(seed)
-    ids = _token_ids(tokenizer, _shuffled(load_documents(spec, "train"), rng), samples * body)
-    available = len(ids) // body
-    if available < samples:
-        raise UserError(
-            f"{source}: the text has {len(ids)} tokens, but {samples} sequences of {seq_len} need {samples * body};"
-            f" lower samples{f' to {available}' if available else ''} or seq_len, or give more text"
-        )
-    windows = list(range(available)) if available == samples else rng.sample(range(available), samples)
-    input_ids = _cut(tokenizer, ids, body, bos)[windows]
+    portions, bos = mixture(spec), adds_bos(tokenizer)
+    counts = shares(portions, samples)
+    drawn = [
+        _drawn(tokenizer, portion, count, samples, seq_len, seed)
+        for portion, count in zip(portions, counts, strict=True)
+        if count
+    ]
+    input_ids = torch.cat(drawn)[interleaved(counts, seed)]
     mask = torch.ones_like(input_ids, dtype=torch.bool)
-    return CalibrationSet(input_ids, mask, source, seed, _hash(input_ids, mask), bos)
+    return CalibrationSet(input_ids, mask, source_label(portions, "train"), seed, _hash(input_ids, mask), bos)
 
 
 def evaluation_windows(
     tokenizer: PreTrainedTokenizerBase,
-    spec: str,
+    spec: Spec,
     *,
     window: int,
     max_windows: int | None = None,
@@ -139,24 +137,30 @@ def evaluation_windows(
 
     Args:
         tokenizer: The model's own.
-        spec: See `load_documents`; ``test`` is the default split.
+        spec: One source, see `load_documents`; ``test`` is the default split.
         window: Tokens in one, the BOS token included where there is one.
         max_windows: Keep only the first ones.
         bos: Whether every window begins with a BOS token; None means what the tokenizer does by itself.
 
     Raises:
-        UserError: A number is too small, the tokenizer has no BOS token to add, the text cannot be read, or it is
-            shorter than one window.
+        UserError: A number is too small, the tokenizer has no BOS token to add, there are several sources, the text cannot
+            be read, or it is shorter than one window.
     """
+    portions = mixture(spec)
+    if len(portions) > 1:
+        raise UserError(
+            f"{source_label(portions, 'test')} is a mixture, and perplexity is measured on one text: name one of them"
+        )
     _check_length("window", window)
     if max_windows is not None and max_windows < 1:
         raise UserError(f"max_windows is {max_windows}; at least 1 window is needed")
     if bos and tokenizer.bos_token_id is None:
         raise UserError("a BOS token was asked for, but this tokenizer has none; leave bos out or set it to false")
-    source = source_label(spec, "test")
+    source = source_label(portions, "test")
     bos = adds_bos(tokenizer) if bos is None else bos
     body = window - bos
-    ids = _token_ids(tokenizer, load_documents(spec, "test"), None if max_windows is None else max_windows * body)
+    documents = load_documents(portions[0].source, "test")
+    ids = _token_ids(tokenizer, documents, None if max_windows is None else max_windows * body)
     if len(ids) < body:
         raise UserError(
             f"{source}: the text has {len(ids)} tokens, but one window of {window} needs {body};"
@@ -174,6 +178,26 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _check_length(name: str, value: int) -> None:
     if value < 2:
         raise UserError(f"{name} is {value}; at least 2 tokens are needed to predict one from another")
+
+
+def _drawn(
+    tokenizer: PreTrainedTokenizerBase, portion: Portion, count: int, samples: int, seq_len: int, seed: int
+) -> torch.Tensor:
+    """One source's ``count`` of all ``samples`` sequences, ``[count, seq_len]``."""
+    bos = adds_bos(tokenizer)
+    body, rng = seq_len - bos, random.Random(seed)
+    ids = _token_ids(tokenizer, _shuffled(load_documents(portion.source, "train"), rng), count * body)
+    available = len(ids) // body
+    if available < count:
+        mixed = count < samples
+        which = f"its {count} of the {samples} sequences of {seq_len}" if mixed else f"{count} sequences of {seq_len}"
+        lower = f"samples{f' to {available}' if available and not mixed else ''}{', its weight' if mixed else ''} or seq_len"
+        raise UserError(
+            f"{source_label((portion,), 'train')}: the text has {len(ids)} tokens, but {which} need {count * body};"
+            f" lower {lower}, or give more text"
+        )
+    windows = list(range(available)) if available == count else rng.sample(range(available), count)
+    return _cut(tokenizer, ids, body, bos)[windows]
 
 
 def _shuffled(documents: Iterable[str], rng: random.Random) -> Iterator[str]:

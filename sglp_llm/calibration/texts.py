@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from sglp_llm.calibration.corpora import CORPORA, Split
 from sglp_llm.calibration.files import check_not_empty, json_lines, text_field, whole_text
-from sglp_llm.errors import UserError, unknown
-
-FILE_FORMS = ("text:FILE", "jsonl:FILE:FIELD")
+from sglp_llm.calibration.mixtures import Spec, mixture
+from sglp_llm.calibration.specs import SELF, parse_source
+from sglp_llm.errors import UserError
 
 
 def load_documents(spec: str, split: Split) -> Iterator[str]:
-    """The documents of a source in the source's order, read lazily; blank ones are left out.
+    """The documents of one source in the source's order, read lazily; blank ones are left out.
 
     ==================  ===========================================  ==========================  ======================
     specification       one document                                 train                       test
@@ -40,7 +38,9 @@ def load_documents(spec: str, split: Split) -> Iterator[str]:
     Raises:
         UserError: The specification is wrong; while iterating: the text cannot be read.
     """
-    source = _parse(spec)
+    source = parse_source(spec)
+    if source.name == SELF:
+        raise UserError(f"{SELF} is text that a model writes, and here only text that is there can be read")
     if source.path is None:
         documents = CORPORA[source.name](source.split or split)
     elif source.field is None:
@@ -50,52 +50,29 @@ def load_documents(spec: str, split: Split) -> Iterator[str]:
     return (document for document in documents if document.strip())
 
 
-def check_spec(spec: str) -> None:
+def check_spec(spec: Spec) -> None:
     """Finds the mistakes in a specification that can be found without reading everything or contacting the Hub.
 
     Raises:
-        UserError: The form is wrong, or the file is missing, unreadable, empty, or wrong in its first line.
+        UserError: The form is wrong, or a file is missing, unreadable, empty, or wrong in its first line.
     """
-    source = _parse(spec)
-    if source.path is not None and source.field is None:
-        check_not_empty(source.path)
-    elif source.path is not None:
-        next(load_documents(spec, "train"))
+    for portion in mixture(spec):
+        source = parse_source(portion.source)
+        if source.path is not None and source.field is None:
+            check_not_empty(source.path)
+        elif source.path is not None:
+            next(load_documents(portion.source, "train"))
 
 
-def source_label(spec: str, split: Split) -> str:
-    """The specification as shown in results: with the split that was read, where there are splits."""
-    source = _parse(spec)
-    return spec if source.path is not None else f"{source.name}:{source.split or split}"
-
-
-@dataclass(frozen=True)
-class _Source:
-    name: str
-    split: Split | None = None
-    path: Path | None = None
-    field: str | None = None
-
-
-def _parse(spec: str) -> _Source:
-    name, _, rest = spec.partition(":")
-    if name == "text":
-        if not rest:
-            raise UserError(f"{spec!r} names no file; write text:FILE")
-        return _Source(name, path=Path(rest).expanduser())
-    if name == "jsonl":
-        file, _, field = rest.rpartition(":")
-        if not file or not field:
-            raise UserError(f"{spec!r} does not name a file and a field; write jsonl:FILE:FIELD")
-        return _Source(name, path=Path(file).expanduser(), field=field)
-    if name not in CORPORA:
-        raise unknown("calibration set", spec, [*CORPORA, *FILE_FORMS])
-    for split in get_args(Split):
-        if rest == split:
-            return _Source(name, split)
-    if spec != name:
-        raise unknown(f"split of {name}", rest, get_args(Split))
-    return _Source(name)
+def source_label(spec: Spec, split: Split) -> str:
+    """The specification as shown in results: with the split that was read, where there are splits, and weights other than 1."""
+    portions = mixture(spec)
+    labels = []
+    for portion in portions:
+        source = parse_source(portion.source)
+        label = source.label(split) if source.name in CORPORA else portion.source
+        labels.append(label if portion.weight == 1 or len(portions) == 1 else f"{label}:{portion.weight}")
+    return " ".join(labels)
 
 
 def _jsonl_file(path: Path, field: str) -> Iterator[str]:

@@ -1,0 +1,71 @@
+"""How one source is written: ``wikitext2:test``, ``text:FILE``, ``jsonl:FILE:FIELD`` or ``self``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from sglp_llm.calibration.corpora import CORPORA, Split
+from sglp_llm.errors import UserError, unknown
+
+SELF = "self"
+"""Text that the model writes itself."""
+
+FILE_FORMS = {"text": "text:FILE", "jsonl": "jsonl:FILE:FIELD"}
+"""The sources that are files, by what they begin with."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source, taken apart.
+
+    Attributes:
+        name: A corpus, a key of `FILE_FORMS`, or `SELF`.
+        split: Where one was written.
+        path: The file, where it is one.
+        field: Key of the text in a line's object, of ``jsonl`` alone.
+    """
+
+    name: str
+    split: Split | None = None
+    path: Path | None = None
+    field: str | None = None
+
+    def label(self, split: Split) -> str:
+        """The source of a corpus as results name it, with the split that was read: the one here, or else the given one."""
+        assert self.name in CORPORA
+        return f"{self.name}:{self.split or split}"
+
+
+def parse_source(spec: str) -> Source:
+    """Takes the specification of one source apart; nothing is read.
+
+    Raises:
+        UserError: The name is unknown, or the form incomplete.
+    """
+    name, _, rest = spec.partition(":")
+    if name == "jsonl":
+        file, _, field = rest.rpartition(":")
+        if not file or not field:
+            raise UserError(f"{spec!r} does not name a file and a field; write {FILE_FORMS[name]}")
+        return Source(name, path=Path(file).expanduser(), field=field)
+    if name in FILE_FORMS:
+        if not rest:
+            raise UserError(f"{spec!r} names no file; write {FILE_FORMS[name]}")
+        return Source(name, path=Path(rest).expanduser())
+    if not is_source_name(name):
+        raise unknown("calibration set", spec, [*CORPORA, *FILE_FORMS.values(), SELF])
+    if spec == name:
+        return Source(name)
+    if name == SELF:
+        raise UserError(f"{spec!r}: what the model writes itself has no splits; write {SELF}")
+    for split in get_args(Split):
+        if rest == split:
+            return Source(name, split)
+    raise unknown(f"split of {name}", rest, get_args(Split))
+
+
+def is_source_name(name: str) -> bool:
+    """Whether a source can begin like that."""
+    return name in CORPORA or name in FILE_FORMS or name == SELF
