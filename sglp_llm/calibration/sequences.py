@@ -8,44 +8,19 @@ front of a text, every window starts with one. Nothing is padded, and nothing de
 from __future__ import annotations
 
 import hashlib
-import math
 import random
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from sglp_llm.calibration.mixtures import Portion, Spec, interleaved, mixture, shares
-from sglp_llm.calibration.texts import check_spec, load_documents, source_label
+from sglp_llm.calibration.packing import adds_bos, check_length, shuffled, token_ids, windows_of
+from sglp_llm.calibration.texts import load_documents, source_label
 from sglp_llm.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "CalibrationSet",
-    "EvaluationWindows",
-    "adds_bos",
-    "calibration_set",
-    "check_spec",
-    "evaluation_windows",
-    "load_documents",
-]
-
-SEPARATOR = "\n\n"
-
-CHARACTERS_PER_TOKEN = 6
-"""A first guess, on the high side, of the text that some tokens need; where it was too low, the text is doubled."""
-
-PIECE_CHARACTERS = 4_000_000
-"""Longest text tokenised in one call: a fast tokenizer holds a few hundred bytes per token during the call."""
-
-UNSETTLED_TOKENS = 16
-"""The last tokens of a text that was not read to its end, which might merge with what follows: never used."""
-
-POOL_DOCUMENTS, POOL_CHARACTERS = 4096, 64_000_000
-"""Limits of the shuffle buffer, in which a source's documents are put in random order."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +87,7 @@ def calibration_set(
     """
     if samples < 1:
         raise UserError(f"samples is {samples}; at least 1 sequence is needed")
-    _check_length("seq_len", seq_len)
+    check_length("seq_len", seq_len)
     portions, bos = mixture(spec), adds_bos(tokenizer)
     counts = shares(portions, samples)
     drawn = [
@@ -151,7 +126,7 @@ def evaluation_windows(
         raise UserError(
             f"{source_label(portions, 'test')} is a mixture, and perplexity is measured on one text: name one of them"
         )
-    _check_length("window", window)
+    check_length("window", window)
     if max_windows is not None and max_windows < 1:
         raise UserError(f"max_windows is {max_windows}; at least 1 window is needed")
     if bos and tokenizer.bos_token_id is None:
@@ -160,24 +135,13 @@ def evaluation_windows(
     bos = adds_bos(tokenizer) if bos is None else bos
     body = window - bos
     documents = load_documents(portions[0].source, "test")
-    ids = _token_ids(tokenizer, documents, None if max_windows is None else max_windows * body)
+    ids = token_ids(tokenizer, documents, None if max_windows is None else max_windows * body)
     if len(ids) < body:
         raise UserError(
             f"{source}: the text has {len(ids)} tokens, but one window of {window} needs {body};"
             " lower window or give more text"
         )
-    return EvaluationWindows(_cut(tokenizer, ids, body, bos)[:max_windows], source, bos)
-
-
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's own encoding of a text starts with its BOS token."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-
-
-def _check_length(name: str, value: int) -> None:
-    if value < 2:
-        raise UserError(f"{name} is {value}; at least 2 tokens are needed to predict one from another")
+    return EvaluationWindows(windows_of(tokenizer, ids, body, bos)[:max_windows], source, bos)
 
 
 def _drawn(
@@ -186,7 +150,7 @@ def _drawn(
     """One source's ``count`` of all ``samples`` sequences, ``[count, seq_len]``."""
     bos = adds_bos(tokenizer)
     body, rng = seq_len - bos, random.Random(seed)
-    ids = _token_ids(tokenizer, _shuffled(load_documents(portion.source, "train"), rng), count * body)
+    ids = token_ids(tokenizer, shuffled(load_documents(portion.source, "train"), rng), count * body)
     available = len(ids) // body
     if available < count:
         mixed = count < samples
@@ -197,63 +161,7 @@ def _drawn(
             f" lower {lower}, or give more text"
         )
     windows = list(range(available)) if available == count else rng.sample(range(available), count)
-    return _cut(tokenizer, ids, body, bos)[windows]
-
-
-def _shuffled(documents: Iterable[str], rng: random.Random) -> Iterator[str]:
-    """The documents in random order, with a bounded number of them in memory."""
-    pool: list[str] = []
-    size = 0
-    for document in documents:
-        pool.append(document)
-        size += len(document)
-        while len(pool) > POOL_DOCUMENTS or (size > POOL_CHARACTERS and len(pool) > 1):
-            chosen = rng.randrange(len(pool))
-            pool[chosen], pool[-1] = pool[-1], pool[chosen]
-            size -= len(pool[-1])
-            yield pool.pop()
-    rng.shuffle(pool)
-    yield from pool
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, documents: Iterator[str], needed: int | None) -> list[int]:
-    """The token ids of the joined documents: all of them, or (given ``needed``) at least that many if there are enough."""
-    text: list[str] = []
-    size, wanted = 0, math.inf if needed is None else (needed + UNSETTLED_TOKENS) * CHARACTERS_PER_TOKEN
-    document = next(documents, None)
-    while document is not None:
-        text.append(document)
-        size += len(document)
-        document = next(documents, None)
-        if needed is not None and document is not None and size >= wanted:
-            # All of it again instead of the new part alone: the tokens at a seam are then those of the joined text.
-            ids = _tokenise(tokenizer, SEPARATOR.join(text))
-            if len(ids) >= needed + UNSETTLED_TOKENS:
-                return ids[:-UNSETTLED_TOKENS]
-            wanted = 2 * size
-    return _tokenise(tokenizer, SEPARATOR.join(text))
-
-
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The token ids of a text without special tokens; one longer than `PIECE_CHARACTERS` is cut at line breaks."""
-    ids: list[int] = []
-    start = 0
-    while start < len(text):
-        stop = start + PIECE_CHARACTERS
-        if stop < len(text):
-            stop = text.rfind("\n", start, stop) + 1 or stop
-        # verbose=False: the text is longer than the model's context on purpose, and needs no warning.
-        ids += tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
-        start = stop
-    return ids
-
-
-def _cut(tokenizer: PreTrainedTokenizerBase, ids: list[int], body: int, bos: bool) -> torch.Tensor:
-    """The windows ``[len(ids) // body, body]`` of a list of ids, or one token wider with the BOS token in front."""
-    windows = torch.tensor(ids[: len(ids) // body * body], dtype=torch.int64).view(-1, body)
-    if not bos:
-        return windows
-    return torch.cat([torch.full((len(windows), 1), tokenizer.bos_token_id, dtype=torch.int64), windows], dim=1)
+    return windows_of(tokenizer, ids, body, bos)[windows]
 
 
 def _hash(input_ids: torch.Tensor, mask: torch.Tensor) -> str:

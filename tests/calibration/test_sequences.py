@@ -13,9 +13,8 @@ from helpers import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglp_llm.calibration import calibration_set, evaluation_windows, load_documents
-from sglp_llm.calibration import sequences as calibration
-from sglp_llm.calibration.sequences import adds_bos
+from sglp_llm.calibration import calibration_set, evaluation_windows, load_documents, packing
+from sglp_llm.calibration.packing import adds_bos
 from sglp_llm.errors import UserError
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "Zürich", "is", "far;", "naïve", "42")
@@ -83,12 +82,12 @@ def test_the_choice_is_the_same_on_every_machine(many_documents: str) -> None:
     assert data.hash == "16ce11b9ab6e490bb8c2e653cb5390ffa0aad5f955fd00a75ed1e99fdf169740"
 
 
-@pytest.mark.parametrize("guess", [0, 1, calibration.CHARACTERS_PER_TOKEN])
+@pytest.mark.parametrize("guess", [0, 1, packing.CHARACTERS_PER_TOKEN])
 def test_reading_stops_when_there_is_enough_text(
     many_documents: str, guess: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "POOL_DOCUMENTS", 10)
-    monkeypatch.setattr(calibration, "CHARACTERS_PER_TOKEN", guess)
+    monkeypatch.setattr(packing, "POOL_DOCUMENTS", 10)
+    monkeypatch.setattr(packing, "CHARACTERS_PER_TOKEN", guess)
     file = Path(many_documents.split(":")[1])
     lines = file.read_text(encoding="utf-8").splitlines()
     file.write_text("\n".join([*lines[:100], "this line is damaged"]), encoding="utf-8")
@@ -99,9 +98,9 @@ def test_reading_stops_when_there_is_enough_text(
 
 @pytest.mark.parametrize("limit", ["POOL_DOCUMENTS", "POOL_CHARACTERS"])
 def test_a_bounded_pool_loses_and_repeats_nothing(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, limit, 7)
+    monkeypatch.setattr(packing, limit, 7)
     documents = [str(number) for number in range(50)]
-    shuffled = list(calibration._shuffled(documents, random.Random(0)))
+    shuffled = list(packing.shuffled(documents, random.Random(0)))
     assert shuffled != documents
     assert sorted(shuffled) == sorted(documents)
 
@@ -152,12 +151,12 @@ def test_fewer_windows_are_the_first_ones(window: int, most: int, bos: bool) -> 
 
 
 def test_a_text_longer_than_one_call_is_cut_at_line_breaks(long_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "PIECE_CHARACTERS", 500)
+    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 500)
     pieces = evaluation_windows(tiny_tokenizer(), long_file, window=16).input_ids
     text = next(load_documents(long_file, "test"))
     assert tiny_tokenizer().decode(pieces.flatten()) == text[: len(tiny_tokenizer().decode(pieces.flatten()))]
-    monkeypatch.setattr(calibration, "PIECE_CHARACTERS", 7)  # shorter than a line: cut anywhere, lose nothing
-    assert tiny_tokenizer().decode(calibration._tokenise(tiny_tokenizer(), text)) == text
+    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 7)  # shorter than a line: cut anywhere, lose nothing
+    assert tiny_tokenizer().decode(packing.tokenise(tiny_tokenizer(), text)) == text
 
 
 def test_no_warning_that_the_text_is_longer_than_the_context(
