@@ -95,6 +95,24 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[list[int]]:
+    """The token ids of the joined documents, piece by piece as the documents are read.
+
+    A piece is at least `PIECE_CHARACTERS` long where there is as much, and ends with a document; only at its seams can tokens
+    differ from those of the whole text.
+    """
+    text: list[str] = []
+    size, seam = 0, ""
+    for document in documents:
+        text.append(document)
+        size += len(document)
+        if size >= PIECE_CHARACTERS:
+            yield tokenise(tokenizer, seam + SEPARATOR.join(text))
+            text, size, seam = [], 0, SEPARATOR
+    if text:
+        yield tokenise(tokenizer, seam + SEPARATOR.join(text))
+
+
 def windows_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], body: int, bos: bool) -> torch.Tensor:
     """The windows ``[len(ids) // body, body]`` of a list of ids, or one token wider with the BOS token in front."""
     windows = torch.tensor(ids[: len(ids) // body * body], dtype=torch.int64).view(-1, body)

@@ -134,7 +134,7 @@ def evaluation_windows(
     source = source_label(portions, "test")
     bos = adds_bos(tokenizer) if bos is None else bos
     body = window - bos
-    documents = load_documents(portions[0].source, "test")
+    documents = load_documents(portions[0].source, "test", tokenizer)
     ids = token_ids(tokenizer, documents, None if max_windows is None else max_windows * body)
     if len(ids) < body:
         raise UserError(
@@ -150,7 +150,7 @@ def _drawn(
     """One source's ``count`` of all ``samples`` sequences, ``[count, seq_len]``."""
     bos = adds_bos(tokenizer)
     body, rng = seq_len - bos, random.Random(seed)
-    ids = token_ids(tokenizer, shuffled(load_documents(portion.source, "train"), rng), count * body)
+    ids = token_ids(tokenizer, shuffled(load_documents(portion.source, "train", tokenizer), rng), count * body)
     available = len(ids) // body
     if available < count:
         mixed = count < samples

@@ -1,4 +1,4 @@
-"""How one source is written: ``wikitext2:test``, ``text:FILE``, ``jsonl:FILE:FIELD`` or ``self``."""
+"""How one source is written: ``wikitext2:test``, ``text:FILE``, ``jsonl:FILE:FIELD``, ``chat:FILE`` or ``self``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglp_llm.errors import UserError, unknown
 SELF = "self"
 """Text that the model writes itself."""
 
-FILE_FORMS = {"text": "text:FILE", "jsonl": "jsonl:FILE:FIELD"}
+FILE_FORMS = {"text": "text:FILE", "jsonl": "jsonl:FILE:FIELD", "chat": "chat:FILE"}
 """The sources that are files, by what they begin with."""
 
 

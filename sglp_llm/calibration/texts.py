@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sglp_llm.calibration.chat import conversations, render
 from sglp_llm.calibration.corpora import CORPORA, Split
 from sglp_llm.calibration.files import check_not_empty, json_lines, text_field, whole_text
 from sglp_llm.calibration.mixtures import Spec, mixture
 from sglp_llm.calibration.specs import SELF, parse_source
 from sglp_llm.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def load_documents(spec: str, split: Split) -> Iterator[str]:
+
+def load_documents(spec: str, split: Split, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
     """The documents of one source in the source's order, read lazily; blank ones are left out.
 
     ==================  ===========================================  ==========================  ======================
@@ -25,6 +30,7 @@ def load_documents(spec: str, split: Split) -> Iterator[str]:
     pydoc               a topic of the Python installation's help    the rest                    every fifth topic
     text:FILE           the whole file                               no split                    no split
     jsonl:FILE:FIELD    the field's value in one line's object       no split                    no split
+    chat:FILE           the conversation in one line's object        no split                    no split
     ==================  ===========================================  ==========================  ======================
 
     Files are UTF-8, plain or, where the name ends in ``.gz``, compressed. What ``pydoc`` holds depends on the Python
@@ -34,6 +40,7 @@ def load_documents(spec: str, split: Split) -> Iterator[str]:
     Args:
         spec: One of the above; ``:train`` or ``:test`` after a name without FILE overrides ``split``.
         split: Which part of a source that has two.
+        tokenizer: The conversations of ``chat:FILE`` are put in its chat template; without one, in Alpaca's prompt.
 
     Raises:
         UserError: The specification is wrong; while iterating: the text cannot be read.
@@ -41,7 +48,10 @@ def load_documents(spec: str, split: Split) -> Iterator[str]:
     source = parse_source(spec)
     if source.name == SELF:
         raise UserError(f"{SELF} is text that a model writes, and here only text that is there can be read")
-    if source.path is None:
+    documents: Iterator[str]
+    if source.name == "chat":
+        documents = (render(tokenizer, conversation).text for conversation in conversations(source, split))
+    elif source.path is None:
         documents = CORPORA[source.name](source.split or split)
     elif source.field is None:
         documents = (whole_text(path) for path in [source.path])
@@ -58,8 +68,11 @@ def check_spec(spec: Spec) -> None:
     """
     for portion in mixture(spec):
         source = parse_source(portion.source)
-        if source.path is not None and source.field is None:
+        if source.name == "text":
+            assert source.path is not None
             check_not_empty(source.path)
+        elif source.name == "chat":
+            next(conversations(source, "train"))
         elif source.path is not None:
             next(load_documents(portion.source, "train"))
 

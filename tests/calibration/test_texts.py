@@ -170,7 +170,9 @@ def test_names_are_checked_without_reaching_the_hub(spec: str, monkeypatch: pyte
 def test_an_unknown_name_lists_every_form(spec: str) -> None:
     message = refusal(spec)
     assert message.startswith(f"unknown calibration set {spec!r}")
-    assert message.endswith("Known: alpaca, bookcorpus, c4, jsonl:FILE:FIELD, pydoc, self, text:FILE, wikitext2")
+    assert message.endswith(
+        "Known: alpaca, bookcorpus, c4, chat:FILE, jsonl:FILE:FIELD, pydoc, self, text:FILE, wikitext2"
+    )
 
 
 def test_an_unknown_split_and_a_form_that_is_incomplete() -> None:
