@@ -22,6 +22,9 @@ CHARACTERS_PER_TOKEN = 6
 PIECE_CHARACTERS = 4_000_000
 """Longest text tokenised in one call: a fast tokenizer holds a few hundred bytes per token during the call."""
 
+STREAM_CHARACTERS = 500_000
+"""How much of a text of any length is tokenised at once."""
+
 UNSETTLED_TOKENS = 16
 """The last tokens of a text that was not read to its end, which might merge with what follows: never used."""
 
@@ -83,34 +86,35 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, documents: Iterator[str], need
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The token ids of a text without special tokens; one longer than `PIECE_CHARACTERS` is cut at line breaks."""
-    ids: list[int] = []
+    return [token for piece in _tokenised_pieces(tokenizer, text) for token in piece]
+
+
+def _tokenised_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
     start = 0
     while start < len(text):
         stop = start + PIECE_CHARACTERS
         if stop < len(text):
             stop = text.rfind("\n", start, stop) + 1 or stop
         # verbose=False: the text is longer than the model's context on purpose, and needs no warning.
-        ids += tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
+        yield tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
         start = stop
-    return ids
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[list[int]]:
     """The token ids of the joined documents, piece by piece as the documents are read.
 
-    A piece is at least `PIECE_CHARACTERS` long where there is as much, and ends with a document; only at its seams can tokens
-    differ from those of the whole text.
+    A piece is at least `STREAM_CHARACTERS` long where there is as much, and ends with a document, or inside one that is longer
+    than `PIECE_CHARACTERS`; only at the seams can tokens differ from those of the whole text.
     """
     text: list[str] = []
     size, seam = 0, ""
     for document in documents:
         text.append(document)
         size += len(document)
-        if size >= PIECE_CHARACTERS:
-            yield tokenise(tokenizer, seam + SEPARATOR.join(text))
+        if size >= STREAM_CHARACTERS:
+            yield from _tokenised_pieces(tokenizer, seam + SEPARATOR.join(text))
             text, size, seam = [], 0, SEPARATOR
-    if text:
-        yield tokenise(tokenizer, seam + SEPARATOR.join(text))
+    yield from _tokenised_pieces(tokenizer, seam + SEPARATOR.join(text) if text else "")
 
 
 def windows_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], body: int, bos: bool) -> torch.Tensor:

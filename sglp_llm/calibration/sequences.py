@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,7 +69,13 @@ class EvaluationWindows:
 
 
 def calibration_set(
-    tokenizer: PreTrainedTokenizerBase, spec: Spec, *, samples: int = 32, seq_len: int = 512, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    spec: Spec,
+    *,
+    samples: int = 32,
+    seq_len: int = 512,
+    seed: int = 0,
+    self_file: Path | None = None,
 ) -> CalibrationSet:
     """Sequences from documents in seeded random order; reading stops as soon as there is enough text.
 
@@ -81,6 +89,7 @@ def calibration_set(
         samples: Number of sequences.
         seq_len: Tokens in one, the BOS token included where there is one.
         seed: Seed of the only random generator that is used.
+        self_file: Where the text lies that ``self`` stands for: see `sglp_llm.calibration.self_text`.
 
     Raises:
         UserError: A number is too small, the text cannot be read, or there is too little of it.
@@ -90,11 +99,11 @@ def calibration_set(
     check_length("seq_len", seq_len)
     portions, bos = mixture(spec), adds_bos(tokenizer)
     counts = shares(portions, samples)
-    drawn = [
-        _drawn(tokenizer, portion, count, samples, seq_len, seed)
-        for portion, count in zip(portions, counts, strict=True)
-        if count
-    ]
+    drawn = []
+    for portion, count in zip(portions, counts, strict=True):
+        if count:
+            documents = load_documents(portion.source, "train", tokenizer, self_file)
+            drawn.append(_drawn(tokenizer, documents, portion, count, samples, seq_len, seed))
     input_ids = torch.cat(drawn)[interleaved(counts, seed)]
     mask = torch.ones_like(input_ids, dtype=torch.bool)
     return CalibrationSet(input_ids, mask, source_label(portions, "train"), seed, _hash(input_ids, mask), bos)
@@ -145,12 +154,18 @@ def evaluation_windows(
 
 
 def _drawn(
-    tokenizer: PreTrainedTokenizerBase, portion: Portion, count: int, samples: int, seq_len: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterator[str],
+    portion: Portion,
+    count: int,
+    samples: int,
+    seq_len: int,
+    seed: int,
 ) -> torch.Tensor:
     """One source's ``count`` of all ``samples`` sequences, ``[count, seq_len]``."""
     bos = adds_bos(tokenizer)
     body, rng = seq_len - bos, random.Random(seed)
-    ids = token_ids(tokenizer, shuffled(load_documents(portion.source, "train", tokenizer), rng), count * body)
+    ids = token_ids(tokenizer, shuffled(documents, rng), count * body)
     available = len(ids) // body
     if available < count:
         mixed = count < samples

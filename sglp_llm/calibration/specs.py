@@ -12,6 +12,9 @@ from sglp_llm.errors import UserError, unknown
 SELF = "self"
 """Text that the model writes itself."""
 
+SELF_FIELD = "text"
+"""Under which key a file holds such text, one document a line."""
+
 FILE_FORMS = {"text": "text:FILE", "jsonl": "jsonl:FILE:FIELD", "chat": "chat:FILE"}
 """The sources that are files, by what they begin with."""
 

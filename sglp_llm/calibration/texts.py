@@ -10,14 +10,16 @@ from sglp_llm.calibration.chat import conversations, render
 from sglp_llm.calibration.corpora import CORPORA, Split
 from sglp_llm.calibration.files import check_not_empty, json_lines, text_field, whole_text
 from sglp_llm.calibration.mixtures import Spec, mixture
-from sglp_llm.calibration.specs import SELF, parse_source
+from sglp_llm.calibration.specs import SELF, SELF_FIELD, parse_source
 from sglp_llm.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_documents(spec: str, split: Split, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
+def load_documents(
+    spec: str, split: Split, tokenizer: PreTrainedTokenizerBase | None = None, self_file: Path | None = None
+) -> Iterator[str]:
     """The documents of one source in the source's order, read lazily; blank ones are left out.
 
     ==================  ===========================================  ==========================  ======================
@@ -31,6 +33,7 @@ def load_documents(spec: str, split: Split, tokenizer: PreTrainedTokenizerBase |
     text:FILE           the whole file                               no split                    no split
     jsonl:FILE:FIELD    the field's value in one line's object       no split                    no split
     chat:FILE           the conversation in one line's object        no split                    no split
+    self                what a model has written, see `self_text`    no split                    no split
     ==================  ===========================================  ==========================  ======================
 
     Files are UTF-8, plain or, where the name ends in ``.gz``, compressed. What ``pydoc`` holds depends on the Python
@@ -41,15 +44,18 @@ def load_documents(spec: str, split: Split, tokenizer: PreTrainedTokenizerBase |
         spec: One of the above; ``:train`` or ``:test`` after a name without FILE overrides ``split``.
         split: Which part of a source that has two.
         tokenizer: The conversations of ``chat:FILE`` are put in its chat template; without one, in Alpaca's prompt.
+        self_file: Where the text lies that ``self`` stands for; without one, ``self`` cannot be read.
 
     Raises:
         UserError: The specification is wrong; while iterating: the text cannot be read.
     """
     source = parse_source(spec)
-    if source.name == SELF:
-        raise UserError(f"{SELF} is text that a model writes, and here only text that is there can be read")
     documents: Iterator[str]
-    if source.name == "chat":
+    if source.name == SELF:
+        if self_file is None:
+            raise UserError(f"{SELF} is text that a model writes, and here only text that is there can be read")
+        documents = _jsonl_file(self_file, SELF_FIELD)
+    elif source.name == "chat":
         documents = (render(tokenizer, conversation).text for conversation in conversations(source, split))
     elif source.path is None:
         documents = CORPORA[source.name](source.split or split)
