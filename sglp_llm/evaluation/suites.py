@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sglp_llm.calibration.cache import cache_folder
 from sglp_llm.errors import UserError, unknown
 from sglp_llm.plan.shipped import shipped_suites
 from sglp_llm.plan.yaml_files import read_yaml, record_from_dict
@@ -146,7 +147,7 @@ def local_files(task: str, config: Mapping[str, Any], data: Path | None) -> list
 
 def _generated(script: Path) -> Path:
     """The folder with what the script writes, kept outside the repository and named after the script's content."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglp-llm"
+    cache = cache_folder()
     folder = cache / f"{script.stem}-{hashlib.sha256(script.read_bytes()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
