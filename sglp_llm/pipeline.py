@@ -62,7 +62,9 @@ def analyze(
         recipe = _recipe(recipe, preset, calibration, settings)
         if not recipe.budget.to_dict():
             recipe = replace(recipe, ratio=0.25)
-        found = open_for_analysis(model, recipe, tokenizer, calibration, processes=processes, on_forecast=on_forecast)
+        found = open_for_analysis(
+            model, recipe, tokenizer, calibration, processes=processes, on_forecast=on_forecast, progress=progress
+        )
         return run_analysis(found, recipe, progress, processes)
 
 
@@ -118,11 +120,26 @@ def prune(
         max_shard_size = None if recipe.max_shard_size is None else parse_bytes(recipe.max_shard_size)
         if plan is not None:
             found = open_for_plan(
-                model, recipe, plan, tokenizer, calibration, output=output, verify=verify, processes=processes
+                model,
+                recipe,
+                plan,
+                tokenizer,
+                calibration,
+                output=output,
+                verify=verify,
+                processes=processes,
+                progress=progress,
             )
         elif recipe.budget.to_dict():
             found = open_for_analysis(
-                model, recipe, tokenizer, calibration, output=output, processes=processes, on_forecast=on_forecast
+                model,
+                recipe,
+                tokenizer,
+                calibration,
+                output=output,
+                processes=processes,
+                on_forecast=on_forecast,
+                progress=progress,
             )
             with _timed(seconds, "analysis"):
                 analysis = run_analysis(found, recipe, progress, processes)

@@ -5,6 +5,7 @@ Every mistake that can be found before the weights are loaded is found here, and
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,12 @@ import torch
 from sglp_llm.adapters import get_adapter
 from sglp_llm.analysis.observing import check_criteria, check_journal
 from sglp_llm.calibration import CalibrationSet, calibration_set, check_spec
+from sglp_llm.calibration.cache import cache_folder
+from sglp_llm.calibration.self_text import self_text, tokens_to_write
 from sglp_llm.checkpoint.export import check_plan
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS
-from sglp_llm.compensation import check_compensation
+from sglp_llm.compensation import NONE, check_compensation
+from sglp_llm.engine.heap import trim
 from sglp_llm.errors import UserError
 from sglp_llm.memory import EngineMemory, FreeMemory
 from sglp_llm.memory.prediction import chosen_engine, forecast
@@ -25,6 +29,7 @@ from sglp_llm.method.selection import check_budget
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe
 from sglp_llm.processes import ALONE, Processes
+from sglp_llm.progress import Progress, silent
 from sglp_llm.records import PrunePlan
 
 if TYPE_CHECKING:
@@ -80,6 +85,7 @@ def open_for_analysis(
     output: Path | None = None,
     processes: Processes = ALONE,
     on_forecast: OnForecast | None = None,
+    progress: Progress = silent,
 ) -> Inputs:
     """Opens a model and its calibration set for an analysis.
 
@@ -91,13 +97,14 @@ def open_for_analysis(
         output: Where a checkpoint will be written.
         processes: See `open_model`.
         on_forecast: See `OnForecast`.
+        progress: Reports tokens while the model writes its calibration text.
 
     Raises:
         UserError: Something is wrong with the model, the text or the settings, or the output is inside the source.
     """
     opened = _checked(model, recipe, [recipe], tokenizer, processes)
     _check_apart(opened, output)
-    sequences = read_calibration(opened, recipe, calibration)
+    sequences = read_calibration(opened, recipe, calibration, progress)
     _choose_engine(opened, recipe, processes, on_forecast)
     return Inputs(opened, sequences)
 
@@ -112,6 +119,7 @@ def open_for_plan(
     output: Path,
     verify: bool = True,
     processes: Processes = ALONE,
+    progress: Progress = silent,
 ) -> Inputs:
     """Opens a model to export by a given plan, with as much text as the reload check needs.
 
@@ -124,6 +132,7 @@ def open_for_plan(
         output: Where the checkpoint will be written.
         verify: Whether there will be a reload check.
         processes: See `open_model`.
+        progress: See `open_for_analysis`.
 
     Raises:
         UserError: See `open_for_analysis`; also a plan for another model.
@@ -134,7 +143,8 @@ def open_for_plan(
     sequences = None
     if verify:
         seq_len = min(recipe.seq_len, CHECK_TOKENS, _positions(opened) or CHECK_TOKENS)
-        sequences = read_calibration(opened, replace(recipe, samples=CHECK_SEQUENCES, seq_len=seq_len), calibration)
+        checked = replace(recipe, samples=CHECK_SEQUENCES, seq_len=seq_len)
+        sequences = read_calibration(opened, checked, calibration, progress)
     _choose_engine(opened, recipe, processes, None)
     return Inputs(opened, sequences)
 
@@ -157,19 +167,60 @@ def open_for_comparison(
     return _checked(model, replace(recipe, journal=None), recipes, tokenizer, ALONE)
 
 
-def read_calibration(opened: OpenedModel, recipe: Recipe, given: CalibrationSet | str | None = None) -> CalibrationSet:
+def read_calibration(
+    opened: OpenedModel, recipe: Recipe, given: CalibrationSet | str | None = None, progress: Progress = silent
+) -> CalibrationSet:
     """The given calibration set, or the one that the recipe names.
 
+    If the model writes some of the text itself (``self``), it is loaded afterwards.
+
+    Args:
+        opened: The model.
+        recipe: Names the text and its size.
+        given: A calibration set, or ``None``.
+        progress: See `open_for_analysis`.
+
     Raises:
-        UserError: The text cannot be read, there is too little of it, or a token is not in the model's vocabulary.
+        UserError: The text cannot be read, there is too little of it, or a token is not in the model's vocabulary; or the model
+            is to write the text and does not fit into memory as a whole.
     """
     if not isinstance(given, CalibrationSet):
         check_spec(recipe.calibration)
         given = calibration_set(
-            opened.tokenizer, recipe.calibration, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed
+            opened.tokenizer,
+            recipe.calibration,
+            samples=recipe.samples,
+            seq_len=recipe.seq_len,
+            seed=recipe.seed,
+            self_file=_self_file(opened, recipe, progress),
         )
     opened.check_tokens(given.input_ids)
     return given
+
+
+def _self_file(opened: OpenedModel, recipe: Recipe, progress: Progress) -> Path | None:
+    """The file with the text that the model writes itself; ``None`` if the recipe needs none."""
+    tokens = tokens_to_write(recipe.calibration, recipe.samples, recipe.seq_len)
+    if not tokens:
+        return None
+    needs_it_whole = f"calibration {recipe.calibration!r}: to write text the whole model must be in memory"
+    if recipe.engine == "streamed":
+        raise UserError(f"{needs_it_whole}: leave out --engine streamed, or name another text")
+    # The memory of forward passes alone; the analysis is planned afterwards.
+    writing = replace(recipe, criterion="random", also=(), options={}, segments=None, compensate=NONE)
+    if chosen_engine(opened, writing) == "streamed":
+        raise UserError(f"{needs_it_whole}, and is predicted not to fit: name another text, or --engine resident")
+    folder = cache_folder("self-text")
+    # Not the recipe's batch size: no result depends on that one, and this text does.
+    return self_text(
+        opened.load(),
+        opened.tokenizer,
+        tokens=tokens,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        folder=folder,
+        progress=progress,
+    )
 
 
 def _found(model: Any, recipe: Recipe, tokenizer: Any, processes: Processes) -> OpenedModel:
@@ -213,6 +264,8 @@ def _choose_engine(opened: OpenedModel, recipe: Recipe, processes: Processes, on
     Raises:
         UserError: The model cannot be streamed, or there is no scratch folder.
     """
+    if opened.source is not None and opened.is_loaded:
+        _let_go(opened)  # it wrote text; its weights would count as memory that is not free
     # A forecast runs the model's code on fake tensors, so it is made only where it is shown or decides.
     found = None if on_forecast is None else forecast(opened, recipe)
     wanted = chosen_engine(opened, recipe) if found is None else found[0].engine
@@ -221,6 +274,14 @@ def _choose_engine(opened: OpenedModel, recipe: Recipe, processes: Processes, on
         opened.stream(recipe.scratch)
     if on_forecast is not None and found is not None:
         on_forecast(*found)
+
+
+def _let_go(opened: OpenedModel) -> None:
+    opened.release()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim()
 
 
 def _check_apart(opened: OpenedModel, output: Path | None) -> None:

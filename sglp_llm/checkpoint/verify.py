@@ -15,10 +15,11 @@ from transformers.utils import logging
 
 from sglp_llm.adapters import get_adapter
 from sglp_llm.checkpoint.export import renamed
-from sglp_llm.engine.modes import evaluating, replaced_weights, skipped
+from sglp_llm.engine.modes import replaced_weights, skipped
 from sglp_llm.errors import UserError
 from sglp_llm.models import find_source
 from sglp_llm.models.loading import DecoderModel, load_streamed
+from sglp_llm.models.modes import evaluating
 
 HALF_PRECISION_TOLERANCE = 0.02
 """Largest difference of logits in bfloat16 and float16, relative to the largest logit. In float32 they must be equal."""

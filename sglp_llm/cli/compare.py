@@ -112,7 +112,10 @@ def compare(
     opened = open_for_comparison(model_of(model, chosen), replace(chosen, compensate=NONE), used)
     check_compensations(recipes, opened, chosen.samples)
     texts = evaluate or ["wikitext2"]
-    sets = [read_calibration(opened, replace(chosen, seed=each)) for each in drawn or [chosen.seed]]
+    sets = [
+        read_calibration(opened, replace(chosen, seed=each), progress=console.progress_bar)
+        for each in drawn or [chosen.seed]
+    ]
     measurements = [perplexity_measurement(opened, text, window, max_windows) for text in texts]
     if suite is not None:
         measurements.append(suite_measurement(opened, suite, limit, data_dir))

@@ -33,7 +33,10 @@ CriterionName = Annotated[str | None, typer.Option("--criterion", help="sglp, or
 Also = Annotated[list[str] | None, typer.Option(help="Score by this criterion too, in the same pass; repeatable.")]
 Calibration = Annotated[
     str | None,
-    typer.Option(help="wikitext2, c4, alpaca, bookcorpus, pydoc, text:FILE or jsonl:FILE:field (files plain or .gz)."),
+    typer.Option(
+        help="wikitext2, c4, alpaca, bookcorpus, pydoc, text:FILE, jsonl:FILE:field, chat:FILE (files plain or .gz), "
+        "self (the model writes it), or several with weights: 'wikitext2:1 self:2'."
+    ),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens in each. Default: 512.")]

@@ -14,18 +14,6 @@ from sglp_llm.models.loading import DecoderModel
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block (OPT has LayerDrop); every module's mode is restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def skipped(layers: nn.ModuleList, removed: Iterable[int]) -> Iterator[None]:
     """Inside the block the given decoder layers return their input hidden states unchanged.
 

@@ -14,11 +14,12 @@ from torch import nn
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.gradients import end_gradients, watched_gradients
 from sglp_llm.engine.loss import not_finite, sequence_loss
-from sglp_llm.engine.modes import entering_states, evaluating, leaving_states
+from sglp_llm.engine.modes import entering_states, leaving_states
 from sglp_llm.engine.observer import Batch, Need, Observer
 from sglp_llm.engine.settings import DEFAULTS, PassSettings
 from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.modes import evaluating
 
 
 def run_pass(

@@ -20,7 +20,6 @@ from sglp_llm.engine.gradients import end_gradients, watched_gradients
 from sglp_llm.engine.head import loss_and_gradient
 from sglp_llm.engine.heap import trim
 from sglp_llm.engine.loss import not_finite
-from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.observer import Batch, Need, Observer
 from sglp_llm.engine.replay import Replay
 from sglp_llm.engine.resident import batches, show_weights
@@ -28,6 +27,7 @@ from sglp_llm.engine.settings import DEFAULTS, PassSettings
 from sglp_llm.engine.states import StateStore, state_store
 from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.modes import evaluating
 from sglp_llm.processes import Processes
 
 _LOSS = "loss"  # the slot of the loss gradient with respect to the hidden states between two layers

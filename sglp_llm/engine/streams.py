@@ -9,10 +9,11 @@ import torch
 
 from sglp_llm.calibration import CalibrationSet, Parts
 from sglp_llm.engine.head import losses
-from sglp_llm.engine.modes import evaluating, replaced_weights
+from sglp_llm.engine.modes import replaced_weights
 from sglp_llm.engine.states import StateStore, state_store
 from sglp_llm.engine.streamed import Replays, Step, layers_in_turn, steps_of
 from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.modes import evaluating
 from sglp_llm.processes import Processes
 from sglp_llm.progress import Advance
 

@@ -9,11 +9,11 @@ from statistics import median
 
 import torch
 
-from sglp_llm.engine.modes import evaluating
 from sglp_llm.errors import UserError
 from sglp_llm.evaluation.costs import Costs, count_costs
 from sglp_llm.evaluation.memory import Peak, devices_of, held, synchronize, wake, watch_peak
 from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.modes import evaluating
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.progress import Advance, Progress, silent
 

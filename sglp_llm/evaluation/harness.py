@@ -20,11 +20,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
-from sglp_llm.engine.modes import evaluating
 from sglp_llm.errors import UserError, unknown
 from sglp_llm.evaluation.records import TaskScore
 from sglp_llm.evaluation.suites import Suite, check_batch_size, check_counts, data_folder, local_files, suite_of
 from sglp_llm.models.hub import offline_when_unreachable
+from sglp_llm.models.modes import evaluating
 
 if TYPE_CHECKING:
     import torch

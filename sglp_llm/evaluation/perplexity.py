@@ -9,11 +9,11 @@ import torch
 
 from sglp_llm.calibration import EvaluationWindows
 from sglp_llm.engine.loss import token_nll
-from sglp_llm.engine.modes import evaluating
 from sglp_llm.errors import UserError
 from sglp_llm.evaluation.records import EvalResult
 from sglp_llm.evaluation.streamed_losses import streamed_losses
 from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.modes import evaluating
 from sglp_llm.progress import Progress, silent
 
 if TYPE_CHECKING:

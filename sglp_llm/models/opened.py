@@ -126,6 +126,11 @@ class OpenedModel:
                 self._loaded = load_model(self.source, self._dtype, self._device_map)
         return self._loaded
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether `load` has been called, and `release` not since; of a live model always."""
+        return self._loaded is not None
+
     def release(self) -> None:
         """Releases weights that `load` has loaded; a live model is kept, because it is the caller's."""
         if self.source is not None:

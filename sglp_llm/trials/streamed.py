@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.states import state_store
 from sglp_llm.engine.streamed import Replays, Step, layers_in_turn
 from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.modes import evaluating
 from sglp_llm.progress import Progress
 from sglp_llm.trials.observer import Removed, TrialObserver, split_at
 

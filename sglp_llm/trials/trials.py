@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from sglp_llm.calibration import CalibrationSet
-from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.replay import Replay
 from sglp_llm.engine.resident import batches
 from sglp_llm.engine.streamed import steps_of
 from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.modes import evaluating
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 from sglp_llm.trials.journal import Journal

@@ -14,12 +14,12 @@ from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.calibration import CalibrationSet, Parts
 from sglp_llm.compensation.repair.student import Student
 from sglp_llm.engine.head import divergence, divergence_gradient, losses
-from sglp_llm.engine.modes import evaluating
 from sglp_llm.engine.resident import frozen
 from sglp_llm.engine.states import state_store
 from sglp_llm.engine.streamed import Step, steps_of
 from sglp_llm.engine.streams import StateStreams
 from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.modes import evaluating
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Advance, Progress, silent
 
