@@ -36,7 +36,7 @@ class Recipe:
         revision: Hub branch, tag or commit.
         dtype: The dtype of the analysis. A GGUF or ``.bin`` source is exported in it too; safetensors are copied as they are.
         device_map: accelerate's placement, ``auto`` for instance; none = one device, the GPU where there is one.
-        calibration: A text source that `sglp_llm.calibration` can read: ``wikitext2``, ``text:FILE``, ...
+        calibration: Text that `sglp_llm.calibration` can read: ``wikitext2``, ``text:FILE``, ``self``, ``wikitext2:1 c4:3``, ...
         samples: Number of calibration sequences.
         seq_len: Tokens per sequence.
         seed: Seed of everything that is random.

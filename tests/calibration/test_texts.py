@@ -11,8 +11,11 @@ from typing import Any
 
 import datasets
 import pytest
+from helpers import ROOT
 
 from sglp_llm.calibration import check_spec, load_documents
+from sglp_llm.calibration.corpora import CORPORA
+from sglp_llm.calibration.specs import FILE_FORMS, SELF
 from sglp_llm.calibration.texts import source_label
 from sglp_llm.errors import UserError
 
@@ -173,6 +176,12 @@ def test_an_unknown_name_lists_every_form(spec: str) -> None:
     assert message.endswith(
         "Known: alpaca, bookcorpus, c4, chat:FILE, jsonl:FILE:FIELD, pydoc, self, text:FILE, wikitext2"
     )
+
+
+def test_the_page_on_calibration_text_has_every_form() -> None:
+    page = (ROOT / "docs" / "calibration-text.md").read_text(encoding="utf-8")
+    forms = {*CORPORA, *FILE_FORMS.values(), SELF}
+    assert {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")} == forms
 
 
 def test_an_unknown_split_and_a_form_that_is_incomplete() -> None:
