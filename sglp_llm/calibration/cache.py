@@ -1,4 +1,4 @@
-"""Where texts that were generated on this machine are kept."""
+"""The cache folder for generated text."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_folder(*names: str) -> Path:
-    """The folder of that name in this program's cache, ``$XDG_CACHE_HOME/sglp-llm`` or ``~/.cache/sglp-llm``; not made here."""
+    """A folder in the cache ``$XDG_CACHE_HOME/sglp-llm``, by default ``~/.cache/sglp-llm``; it is not created."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").joinpath("sglp-llm", *names)

@@ -1,6 +1,6 @@
-"""Conversations -> text, and which of it the assistant has written.
+"""Conversations -> text, with the ranges that the assistant writes.
 
-The text is what the tokenizer's own chat template makes of a conversation; without one, Alpaca's prompt.
+The text is rendered by the tokenizer's chat template, or in Alpaca's prompt if the tokenizer has none.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TODAY = "26 Jul 2024"
-"""The day in templates that write today's date: the same text every day. It is the one that Llama 3.1's template names itself."""
+"""The date for templates that insert today's, so that the text does not change by the day; Llama 3.1's default."""
 
-# In front of a template: its own function of that name stands in for transformers'.
+# Put before a template, this macro replaces transformers' function of the same name.
 _SAME_DAY = f"{{% macro strftime_now(format) %}}{TODAY}{{% endmacro %}}"
 _ALPACA_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says.
+    """One message of a conversation.
 
     Attributes:
-        role: ``system``, ``user``, ``assistant``, or what else a chat template knows.
+        role: ``system``, ``user``, ``assistant``, or another role that the chat template accepts.
         content: The text.
-        context: What Alpaca's rows hold beside the instruction under ``input``; mostly empty.
+        context: The field ``input`` of Alpaca's rows; mostly empty.
     """
 
     role: str
@@ -44,11 +44,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One document of a chat; its length is in characters, like a text's.
+    """One document of a chat source; ``len`` is its size in characters.
 
     Attributes:
-        turns: Front to back, at least one.
-        where: Where it stands, for messages.
+        turns: The messages in order, at least one.
+        where: Its file and line, for error messages.
     """
 
     turns: tuple[Turn, ...]
@@ -63,8 +63,8 @@ class Rendered:
     """A conversation as text.
 
     Attributes:
-        text: All of it, without a BOS token in front where the tokenizer adds one to every text.
-        answers: Ranges of characters ``[start, stop)`` that the assistant writes, with what ends its turn; ascending, disjoint.
+        text: The whole conversation; without a leading BOS token if the tokenizer adds one to every text.
+        answers: Character ranges ``[start, stop)`` of the assistant's turns, their end markers included; ascending, disjoint.
     """
 
     text: str
@@ -72,19 +72,19 @@ class Rendered:
 
 
 def holds_conversations(source: Source) -> bool:
-    """Whether the source is one of those that `conversations` reads."""
+    """Whether `conversations` can read the source."""
     return source.name in ("alpaca", "chat")
 
 
 def conversations(source: Source, split: Split) -> Iterator[Conversation]:
-    """The conversations of ``alpaca`` or ``chat:FILE`` in the source's order, read as they are asked for.
+    """The conversations of ``alpaca`` or ``chat:FILE`` in the source's order, read lazily.
 
     A line of a file is an object with ``messages``, a list of ``{"role": ..., "content": ...}``, or with Alpaca's fields
     ``instruction``, ``output`` and, where there is one, ``input``.
 
     Args:
         source: See `holds_conversations`.
-        split: Which part of Alpaca, unless the source names one.
+        split: The split of Alpaca, unless the source names one.
 
     Raises:
         UserError: While iterating: the source cannot be read, or a line holds no conversation.
@@ -102,18 +102,18 @@ def conversations(source: Source, split: Split) -> Iterator[Conversation]:
 
 
 def render(tokenizer: PreTrainedTokenizerBase | None, conversation: Conversation) -> Rendered:
-    """The text of a conversation, and where in it the answers are.
+    """Renders a conversation as text and finds the assistant's turns in it.
 
-    A turn of the assistant begins where the template, given the turns before it, asks for an answer, and ends where the text
-    of the turns up to it ends. A template may show an earlier turn otherwise than the last one (some leave out reasoning): then
-    the turn is looked for by its content, and one that is not there word for word is no answer.
+    A turn of the assistant starts at the end of the rendered previous turns with a generation prompt, and stops at the end of
+    the rendered turns up to it. A template may render an earlier turn differently from the last one (some drop reasoning). Such
+    a turn is searched for by its content; if the content does not occur verbatim, the turn is not an answer.
 
     Args:
-        tokenizer: Its chat template is used where it has one; ``None`` means Alpaca's prompt.
-        conversation: The turns.
+        tokenizer: Its chat template is used if it has one; ``None`` means Alpaca's prompt.
+        conversation: The conversation.
 
     Raises:
-        UserError: The template refuses the turns, or there is none and a role has no place in Alpaca's prompt.
+        UserError: The template raises an error, or there is no template and Alpaca's prompt has no such role.
     """
     if tokenizer is None or tokenizer.chat_template is None:
         return _in_alpacas_prompt(conversation)
@@ -121,9 +121,9 @@ def render(tokenizer: PreTrainedTokenizerBase | None, conversation: Conversation
 
 
 def tokenised(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> tuple[list[int], list[bool]]:
-    """The token ids of a conversation without special tokens other than its template's, and which of them are answers.
+    """The token ids of a conversation, and which of them are answers.
 
-    A token belongs to an answer when its first character does.
+    No special tokens are added to those of the template. A token belongs to an answer if its first character does.
 
     Raises:
         UserError: See `render`.
@@ -137,7 +137,7 @@ def tokenised(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) ->
 
 
 def _in_pieces(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> tuple[list[int], list[bool]]:
-    """For tokenizers that do not say where their tokens stand: answers, and what is between them, each by itself."""
+    """For tokenizers without offsets: answers, and the text between them, are tokenised separately."""
     ids: list[int] = []
     answers: list[bool] = []
     borders = [0, *(place for answer in rendered.answers for place in answer), len(rendered.text)]
@@ -174,7 +174,7 @@ def _alpaca_turns(instruction: str, context: str, output: str) -> tuple[Turn, ..
 
 
 def _in_alpacas_prompt(conversation: Conversation) -> Rendered:
-    """Alpaca's prompt; a system turn at the beginning stands in for its first sentences, and further turns follow alike."""
+    """Alpaca's prompt for any number of turns; a leading system turn replaces its first sentences."""
     turns = conversation.turns
     has_context = any(turn.context for turn in turns)
     text = ""
@@ -184,8 +184,8 @@ def _in_alpacas_prompt(conversation: Conversation) -> Rendered:
     for turn in turns:
         if turn.role not in _ALPACA_ROLES:
             raise UserError(
-                f"{conversation.where}: the tokenizer has no chat template, and in Alpaca's prompt the role {turn.role!r} has"
-                f" no place; it knows {', '.join(_ALPACA_ROLES)}"
+                f"{conversation.where}: the tokenizer has no chat template, and Alpaca's prompt has no role"
+                f" {turn.role!r}, only {', '.join(_ALPACA_ROLES)}"
             )
         heading = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}[turn.role]
         text += (SEPARATOR if text else "") + heading
@@ -199,7 +199,7 @@ def _in_alpacas_prompt(conversation: Conversation) -> Rendered:
 
 
 class _Template:
-    """A tokenizer's chat template, and the turns of one conversation."""
+    """A tokenizer's chat template, applied to one conversation."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> None:
         self._tokenizer, self._where = tokenizer, conversation.where
@@ -213,7 +213,7 @@ class _Template:
         """See `render`."""
         text = self._text(self._messages)
         answers = []
-        reached = 0  # behind what was found of the turns so far
+        reached = 0  # end of the last turn that was found
         for number, message in enumerate(self._messages):
             if message["role"] == "assistant":
                 answer = self._answer(number, text, reached)
@@ -225,7 +225,7 @@ class _Template:
         return Rendered(text, tuple(answers))
 
     def _answer(self, number: int, text: str, reached: int) -> tuple[int, int] | None:
-        """Where in the text a turn of the assistant is; ``None`` where it cannot be found."""
+        """The range of a turn of the assistant; ``None`` if it cannot be found."""
         content = self._messages[number]["content"].strip()
         before = self._text_or_none(self._messages[:number], add_generation_prompt=True)
         after = self._text_or_none(self._messages[: number + 1])
@@ -236,17 +236,17 @@ class _Template:
         found = text.find(content, max(start, 0))
         following = [message["content"].strip() for message in self._messages[number + 1 : number + 2]]
         limit = text.find(following[0], max(start, reached)) if any(following) else -1
-        # The same words may stand in the turn that follows.
+        # A match inside the next turn is not the answer.
         if not content or found < 0 or 0 <= limit < found:
             return None
         stop = found + len(content)
-        # What ends the turn where it is the last one, as far as the same follows here.
+        # The end marker: what follows the content if the turn is the last one, as far as it follows here too.
         ending = "" if after is None or content not in after else after[after.rindex(content) + len(content) :]
         same = takewhile(lambda pair: pair[0] == pair[1], zip(ending, text[stop:], strict=False))
         return start, stop + sum(1 for _ in same)
 
     def _text_or_none(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str | None:
-        """``None`` where the template refuses these turns alone, as some do before the user has said something."""
+        """``None`` if the template raises an error, as some do without a user turn."""
         try:
             return self._text(messages, add_generation_prompt)
         except UserError:
@@ -260,11 +260,11 @@ class _Template:
                 add_generation_prompt=add_generation_prompt,
                 chat_template=_SAME_DAY + self._tokenizer.get_chat_template(),
             )
-        except Exception as error:  # a template is a program: whatever it does not expect fails in its own words
+        except Exception as error:  # templates raise errors of their own
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"{self._where}: the tokenizer's chat template refuses the conversation ({reason})"
+                f"{self._where}: the tokenizer's chat template rejects the conversation ({reason})"
             ) from None
         assert isinstance(text, str)
-        # Only where windows begin with a BOS token anyway: SmolLM2's is what begins every turn of its template.
+        # Only if every window begins with a BOS token: SmolLM2's BOS token is the start marker of a turn.
         return text.removeprefix(self._tokenizer.bos_token) if self._adds_bos else text

@@ -1,4 +1,4 @@
-"""Several sources at once, each with a weight: ``"wikitext2:1 c4:1 self:2"``."""
+"""Mixtures of several sources, each with a weight: ``"wikitext2:1 c4:1 self:2"``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Portion:
     """One source of a mixture.
 
     Attributes:
-        source: Its specification, without a weight.
-        weight: Its share is in proportion to this, which is positive.
+        source: The specification of the source, without its weight.
+        weight: Positive; shares are proportional to the weights.
     """
 
     source: str
@@ -30,24 +30,24 @@ class Portion:
 
 
 Spec = str | Sequence[Portion]
-"""A specification as it is written, or what `mixture` made of it."""
+"""A specification as a string, or parsed by `mixture`."""
 
 
 def mixture(spec: Spec) -> tuple[Portion, ...]:
-    """The sources that a specification names, separated by spaces, each with what stands behind its last colon as its weight.
+    """Parses a specification: one source or several, separated by spaces, each optionally followed by ``:WEIGHT``.
 
-    A weight is a number such as ``2`` or ``0.5``; without one it is 1. What could be a weight or the end of a file's name is
-    the name where there is such a file. The name of a file in a mixture of several sources cannot have spaces in it; the one
-    file that makes a specification alone can.
+    A weight is a number such as ``2`` or ``0.5``; the default is 1. If a file exists whose name ends in ``:NUMBER``, the number
+    is part of the name and not a weight. File names in a mixture of several sources cannot contain spaces; the name of a
+    single file can.
 
     Args:
-        spec: The specification; a mixture that was taken apart already is given back.
+        spec: The specification; a parsed mixture is returned unchanged.
 
     Returns:
-        One portion or more.
+        At least one portion.
 
     Raises:
-        UserError: A source is unknown, a weight is 0, or a source stands there twice.
+        UserError: A source is unknown or named twice, or a weight is 0.
     """
     if not isinstance(spec, str):
         return tuple(spec)
@@ -61,22 +61,21 @@ def mixture(spec: Spec) -> tuple[Portion, ...]:
 
 
 def shares(portions: Sequence[Portion], total: int) -> list[int]:
-    """How many of ``total`` equal things come from each source: by weight, by largest remainder; some may get none."""
+    """Shares ``total`` sequences in proportion to the weights, by largest remainder; a share may be 0."""
     weights = [Fraction(portion.weight) for portion in portions]
     scale = lcm(*(weight.denominator for weight in weights))
     return spread(total, [int(weight * scale) for weight in weights])
 
 
 def interleaved(counts: Sequence[int], seed: int) -> list[int]:
-    """A seeded random order of the sources, in which the things of each one keep their own order.
+    """Interleaves the sequences of several sources at random; the order within each source does not change.
 
     Args:
-        counts: How many things each source has.
-        seed: Of the order.
+        counts: Number of sequences of each source.
+        seed: Seed of the order.
 
     Returns:
-        For every place in the new order, the number of the thing that comes there, where before the sources stood one behind
-        the other. One source alone stays as it is.
+        A permutation of the concatenated sequences: for each new position, the old one. The identity for a single source.
     """
     order = [source for source, count in enumerate(counts) for _ in range(count)]
     random.Random(seed).shuffle(order)
@@ -89,7 +88,7 @@ def interleaved(counts: Sequence[int], seed: int) -> list[int]:
 
 
 def _is_one(spec: str) -> bool:
-    """Whether spaces belong to the name of a file: there is such a file, or what follows them is no source."""
+    """Whether spaces belong to a file name: the file exists, or the words after them are not sources."""
     if spec.partition(":")[0] not in FILE_FORMS:
         return not spec.strip()
     return _is_file(spec) or not all(is_source_name(part.partition(":")[0]) for part in spec.split())
@@ -107,7 +106,7 @@ def _portion(part: str) -> Portion:
 
 
 def _is_file(spec: str) -> bool:
-    """Whether the specification as it stands is that of a file which is there."""
+    """Whether this, taken as the specification of one source, names an existing file."""
     try:
         path = parse_source(spec).path
         return path is not None and path.exists()

@@ -1,4 +1,4 @@
-"""Documents -> windows of token ids: how they are put in order, joined, tokenised and cut."""
+"""Documents -> windows of token ids: shuffled, joined, tokenised and cut."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PIECE_CHARACTERS = 4_000_000
 """Longest text tokenised in one call: a fast tokenizer holds a few hundred bytes per token during the call."""
 
 STREAM_CHARACTERS = 500_000
-"""How much of a text of any length is tokenised at once."""
+"""Least length of the text that a stream tokenises in one call."""
 
 UNSETTLED_TOKENS = 16
 """The last tokens of a text that was not read to its end, which might merge with what follows: never used."""
@@ -41,7 +41,7 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def check_length(name: str, value: int) -> None:
-    """Refuses a length in tokens at which nothing is predicted.
+    """Refuses sequences that are too short for a prediction.
 
     Raises:
         UserError: It is too small.
@@ -51,7 +51,7 @@ def check_length(name: str, value: int) -> None:
 
 
 def shuffled(documents: Iterable[_Document], rng: random.Random) -> Iterator[_Document]:
-    """The documents in random order, with a bounded number of them in memory; their lengths are in characters."""
+    """The documents in random order, through a shuffle buffer; ``len`` of a document is its size in characters."""
     pool: list[_Document] = []
     size = 0
     for document in documents:
@@ -101,10 +101,10 @@ def _tokenised_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[list[int]]:
-    """The token ids of the joined documents, piece by piece as the documents are read.
+    """The token ids of the joined documents, in pieces, as the documents are read.
 
-    A piece is at least `STREAM_CHARACTERS` long where there is as much, and ends with a document, or inside one that is longer
-    than `PIECE_CHARACTERS`; only at the seams can tokens differ from those of the whole text.
+    A piece has at least `STREAM_CHARACTERS` characters, if there are as many, and ends at the end of a document, or inside a
+    document longer than `PIECE_CHARACTERS`. Only at the ends of pieces can the tokens differ from those of the whole text.
     """
     text: list[str] = []
     size, seam = 0, ""

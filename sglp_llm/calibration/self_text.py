@@ -1,7 +1,6 @@
-"""Text that a model writes itself, by sampling; what it was trained on is in its own words the easiest to have.
+"""Samples text from the model itself, as calibration or training text that needs no data set.
 
-A file in a folder, one document a line. Batches are kept as they are written, and each has a seed of its own: a run that was
-interrupted goes on, and gets the text that it would have had.
+Batches are stored as they are generated, and each has its own seed, so that an interrupted run resumes with the same text.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 SAMPLED_VALUES = 4096
-"""Values of each parameter that tell one model from another of the same shape: training changes nearly all of them."""
+"""Values of each parameter that go into the hash: they distinguish fine-tuned models of the same shapes."""
 
 EMPTY_BATCHES = 8
-"""After so many batches without a word in a row the model is taken not to write any."""
+"""Generation stops with an error after this many consecutive batches without text."""
 
 
 def tokens_to_write(spec: Spec, sequences: int, seq_len: int) -> int:
-    """How much text `self_text` must write for a number of sequences; 0 where ``self`` is no part of the specification.
+    """The tokens that `self_text` must generate for a number of sequences; 0 if ``self`` is not in the specification.
 
-    One sequence more than its share: documents that are joined can have a token less than each alone.
+    One sequence more than the share of ``self``, since joined documents can have fewer tokens than separate ones.
 
     Args:
         spec: One or several sources.
-        sequences: Of all sources together.
-        seq_len: Tokens in one.
+        sequences: Number of sequences of all sources together.
+        seq_len: Tokens per sequence.
     """
     portions = mixture(spec)
     own = [
@@ -69,32 +68,32 @@ def self_text(
     folder: Path,
     progress: Progress = silent,
 ) -> Path:
-    """Lets a model write documents, and keeps them.
+    """Samples documents from a model and stores them; a file that exists already is reused.
 
-    A document begins with the BOS token (without one: the EOS token, or else the first token that is none of the special ones)
-    or with a prompt, and ends where the model ends it, at the latest after ``seq_len`` tokens. Sampled is from the model's own
-    distribution, whatever its generation settings say. The same settings give the same text on the same kind of device with the
-    same software, and then the file that is there is used.
+    A document starts with the BOS token (if there is none, the EOS token, or else the first token that is not special) or with
+    a prompt, and ends with an EOS token or after ``seq_len`` tokens. The model's generation settings are not used, except for
+    its EOS tokens. The same arguments give the same text on the same type of device with the same versions of torch and
+    transformers.
 
     Args:
-        model: The model, whole in memory.
-        tokenizer: Its own.
-        tokens: At least as many in all, counted as the tokenizer reads the text again.
-        seq_len: Tokens of the longest document, its beginning included.
-        seed: Of what is drawn; the generators of the process stay as they are.
-        prompts: How documents begin, in turn, and part of them; empty for documents from nothing.
-        batch_size: Documents that are written at once. Another number gives another text.
-        temperature: Logits are divided by it.
-        top_p: Only the most likely tokens that have this share of the probability together are drawn.
-        folder: Where the file is kept; made when it is missing.
-        progress: Shows the tokens that are written.
+        model: The model, with the whole of it in memory.
+        tokenizer: The model's own.
+        tokens: Least number of tokens in all, as the tokenizer encodes the text again.
+        seq_len: Most tokens per document, its start included.
+        seed: Seed of the sampling; the random state of the process does not change.
+        prompts: Starts of the documents, used in turn and kept in the text; empty = no prompt.
+        batch_size: Documents generated at once; the text depends on it.
+        temperature: Sampling temperature.
+        top_p: Share of the probability for nucleus sampling; 1 = all tokens.
+        folder: Folder of the file; created if it is missing.
+        progress: Reports the tokens generated.
 
     Returns:
-        The file: JSONL, each document under `SELF_FIELD`. Its name has a hash of everything that the text depends on.
+        A JSONL file with one document per line, in the field `SELF_FIELD`. Its name contains a hash of everything that the text
+        depends on.
 
     Raises:
-        UserError: A setting is out of range, the model is not in memory as a whole, a prompt does not fit, or the model writes
-            nothing.
+        UserError: A setting is out of range, the model is streamed, a prompt is too long, or the model generates no text.
     """
     _check(model, tokens, seq_len, batch_size, temperature, top_p)
     beginnings = [_prompt(tokenizer, prompt, seq_len) for prompt in prompts] or [[_first_token(model, tokenizer)]]
@@ -151,7 +150,7 @@ def _check(model: DecoderModel, tokens: int, seq_len: int, batch_size: int, temp
 def _prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, seq_len: int) -> list[int]:
     ids = tokenise(tokenizer, prompt)
     if not ids:
-        raise UserError("prompts: one is empty; without prompts documents begin from nothing")
+        raise UserError("prompts: one is empty; leave all of them out to sample without prompts")
     if adds_bos(tokenizer):
         ids = [int(tokenizer.bos_token_id), *ids]
     if len(ids) >= seq_len:
@@ -172,7 +171,7 @@ def _vocabulary(model: DecoderModel) -> int:
 
 @dataclass(frozen=True)
 class _Writer:
-    """A model and the settings that it writes with."""
+    """A model with its sampling settings."""
 
     model: DecoderModel
     tokenizer: PreTrainedTokenizerBase
@@ -183,11 +182,11 @@ class _Writer:
     top_p: float
 
     def batch(self, number: int, seed: int) -> list[str]:
-        """Samples one batch of documents; the same ones for the same number and seed."""
+        """Samples one batch of documents; the same number and seed give the same ones."""
         first = number * self.batch_size
         rows = [self.beginnings[index % len(self.beginnings)] for index in range(first, first + self.batch_size)]
         width = max(map(len, rows))
-        # Padded in front: what is written then begins in the same place in every row.
+        # Left padding: the new tokens start at the same position in every row.
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=self.model.input_device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=ids.device)
         settings = self._settings(width)
@@ -220,7 +219,7 @@ class _Writer:
         )
 
     def ends(self) -> list[int]:
-        """The tokens that end a document: the tokenizer's, and those that the model's generation settings name."""
+        """The EOS tokens of the tokenizer and of the model's generation settings."""
         named = getattr(self.model.model.generation_config, "eos_token_id", None)
         ends = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         return list(dict.fromkeys(int(end) for end in ends if end is not None and end < _vocabulary(self.model)))
@@ -228,7 +227,7 @@ class _Writer:
 
 @contextmanager
 def _own_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Inside the block the model has no other generation settings: transformers adds what the given ones leave open."""
+    """Replaces the model's generation settings, which transformers would merge into the given ones."""
     before = model.generation_config
     model.generation_config = settings
     try:
@@ -239,23 +238,23 @@ def _own_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
 
 @contextmanager
 def _seeded(number: int, seed: int) -> Iterator[None]:
-    """A generator state for one batch; afterwards that of the process is what it was."""
-    # A seed is set on every device, whichever of them the model is on.
+    """Seeds one batch, and restores the random state afterwards."""
+    # manual_seed seeds every device.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    mixed = hashlib.sha256(f"{seed} {number}".encode()).digest()  # no batch of one seed is a batch of the next
+    mixed = hashlib.sha256(f"{seed} {number}".encode()).digest()  # seed + number would repeat batches of the next seed
     with torch.random.fork_rng(devices):
         torch.manual_seed(int.from_bytes(mixed[:8], "big") >> 1)
         yield
 
 
 def _digest(writer: _Writer, tokens: int, seed: int) -> str:
-    """A short hash of everything that the text depends on."""
+    """A hash of everything that the text depends on."""
     model, tokenizer = writer.model.model, writer.tokenizer
     values = hashlib.sha256()
     shapes = []
     for name, parameter in model.named_parameters():
         shapes.append((name, str(parameter.dtype), parameter.shape))
-        if not parameter.is_meta:  # accelerate keeps it elsewhere
+        if not parameter.is_meta:  # offloaded by accelerate
             flat = parameter.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES)].contiguous()
             values.update(sample.view(torch.uint8).cpu().numpy().tobytes())
@@ -275,7 +274,7 @@ def _digest(writer: _Writer, tokens: int, seed: int) -> str:
 
 
 def _stored(file: Path) -> list[str] | None:
-    """The documents in a file; ``None`` without one, or where a power failure has cut it short."""
+    """The documents of a stored batch; ``None`` if the file is missing or incomplete."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         return [json.loads(line)[SELF_FIELD] for line in lines]
@@ -284,7 +283,7 @@ def _stored(file: Path) -> list[str] | None:
 
 
 def _store(file: Path, documents: Sequence[str]) -> None:
-    """Writes a file whole or not at all; two runs that write the same one write the same."""
+    """Writes a file atomically; concurrent runs write the same content."""
     partial = file.with_suffix(f".{os.getpid()}.partial")
     partial.write_text("".join(json.dumps({SELF_FIELD: text}) + "\n" for text in documents), encoding="utf-8")
     partial.replace(file)

@@ -89,7 +89,7 @@ def calibration_set(
         samples: Number of sequences.
         seq_len: Tokens in one, the BOS token included where there is one.
         seed: Seed of the only random generator that is used.
-        self_file: Where the text lies that ``self`` stands for: see `sglp_llm.calibration.self_text`.
+        self_file: The file for ``self``, from `sglp_llm.calibration.self_text`.
 
     Raises:
         UserError: A number is too small, the text cannot be read, or there is too little of it.
@@ -133,7 +133,7 @@ def evaluation_windows(
     portions = mixture(spec)
     if len(portions) > 1:
         raise UserError(
-            f"{source_label(portions, 'test')} is a mixture, and perplexity is measured on one text: name one of them"
+            f"{source_label(portions, 'test')} is a mixture, and perplexity is measured on one source: name one of them"
         )
     check_length("window", window)
     if max_windows is not None and max_windows < 1:

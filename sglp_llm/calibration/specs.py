@@ -1,4 +1,4 @@
-"""How one source is written: ``wikitext2:test``, ``text:FILE``, ``jsonl:FILE:FIELD``, ``chat:FILE`` or ``self``."""
+"""The specification of one source, parsed: ``wikitext2:test``, ``text:FILE``, ``jsonl:FILE:FIELD``, ``chat:FILE`` or ``self``."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from sglp_llm.calibration.corpora import CORPORA, Split
 from sglp_llm.errors import UserError, unknown
 
 SELF = "self"
-"""Text that the model writes itself."""
+"""The source that is text written by the model itself."""
 
 SELF_FIELD = "text"
-"""Under which key a file holds such text, one document a line."""
+"""The field of a JSONL file that holds such text, one document per line."""
 
 FILE_FORMS = {"text": "text:FILE", "jsonl": "jsonl:FILE:FIELD", "chat": "chat:FILE"}
-"""The sources that are files, by what they begin with."""
+"""The forms of file sources, by their first word."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source, taken apart.
+    """A parsed specification.
 
     Attributes:
         name: A corpus, a key of `FILE_FORMS`, or `SELF`.
-        split: Where one was written.
-        path: The file, where it is one.
-        field: Key of the text in a line's object, of ``jsonl`` alone.
+        split: The split that the specification names, if any.
+        path: The file of a file source.
+        field: The field that holds the text; ``jsonl`` only.
     """
 
     name: str
@@ -36,16 +36,16 @@ class Source:
     field: str | None = None
 
     def label(self, split: Split) -> str:
-        """The source of a corpus as results name it, with the split that was read: the one here, or else the given one."""
+        """The name of a corpus as shown in results: with its split, by default the given one."""
         assert self.name in CORPORA
         return f"{self.name}:{self.split or split}"
 
 
 def parse_source(spec: str) -> Source:
-    """Takes the specification of one source apart; nothing is read.
+    """Parses the specification of one source; reads nothing.
 
     Raises:
-        UserError: The name is unknown, or the form incomplete.
+        UserError: The name is unknown, or the form is incomplete.
     """
     name, _, rest = spec.partition(":")
     if name == "jsonl":
@@ -70,5 +70,5 @@ def parse_source(spec: str) -> Source:
 
 
 def is_source_name(name: str) -> bool:
-    """Whether a source can begin like that."""
+    """Whether this is the first word of a source's specification."""
     return name in CORPORA or name in FILE_FORMS or name == SELF

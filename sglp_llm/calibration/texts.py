@@ -33,7 +33,7 @@ def load_documents(
     text:FILE           the whole file                               no split                    no split
     jsonl:FILE:FIELD    the field's value in one line's object       no split                    no split
     chat:FILE           the conversation in one line's object        no split                    no split
-    self                what a model has written, see `self_text`    no split                    no split
+    self                text that a model wrote, see `self_text`     no split                    no split
     ==================  ===========================================  ==========================  ======================
 
     Files are UTF-8, plain or, where the name ends in ``.gz``, compressed. What ``pydoc`` holds depends on the Python
@@ -43,8 +43,8 @@ def load_documents(
     Args:
         spec: One of the above; ``:train`` or ``:test`` after a name without FILE overrides ``split``.
         split: Which part of a source that has two.
-        tokenizer: The conversations of ``chat:FILE`` are put in its chat template; without one, in Alpaca's prompt.
-        self_file: Where the text lies that ``self`` stands for; without one, ``self`` cannot be read.
+        tokenizer: Renders the conversations of ``chat:FILE``; ``None`` means Alpaca's prompt.
+        self_file: The file for ``self``; without it, ``self`` cannot be read.
 
     Raises:
         UserError: The specification is wrong; while iterating: the text cannot be read.
@@ -53,7 +53,7 @@ def load_documents(
     documents: Iterator[str]
     if source.name == SELF:
         if self_file is None:
-            raise UserError(f"{SELF} is text that a model writes, and here only text that is there can be read")
+            raise UserError(f"{SELF} is text that a model writes, and no model writes text here; name another source")
         documents = _jsonl_file(self_file, SELF_FIELD)
     elif source.name == "chat":
         documents = (render(tokenizer, conversation).text for conversation in conversations(source, split))

@@ -1,4 +1,4 @@
-"""Texts and conversations -> the sequences that a model is trained on, with the tokens that it is to predict."""
+"""Texts and conversations -> training sequences with labels."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NOT_PREDICTED = -100
-"""The label that transformers' losses, and torch's, leave out."""
+"""The label that the losses of transformers and torch ignore."""
 
 Piece = tuple[list[int], list[bool] | None]
-"""Consecutive token ids, and which of them are to be predicted; ``None`` means all."""
+"""Consecutive token ids, and which of them are predicted; ``None`` means all."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class TrainingSequences:
 
     Attributes:
         input_ids: ``[n, seq_len]``, int64.
-        labels: ``[n, seq_len]``, int64: the id of each token, as transformers wants it (it predicts a token from those before
-            it), or `NOT_PREDICTED`.
-        source: The specification, with its splits and weights.
+        labels: ``[n, seq_len]``, int64: the token ids, not shifted, as transformers expects them, or `NOT_PREDICTED`.
+        source: The specification, with splits and weights.
         hash: sha256, in hex, of shape, ids and labels: the same on every machine for the same sequences.
     """
 
@@ -58,22 +57,21 @@ def training_sequences(
     self_file: Path | None = None,
     progress: Progress = silent,
 ) -> TrainingSequences:
-    """Packs documents into sequences without padding: joined and put in random order like those of a calibration set.
+    """Packs documents into sequences without padding, shuffled and joined as for a calibration set.
 
-    A source is read, and is in memory as text, only as far as its share needs. Conversations (``alpaca``, ``chat:FILE``) are in
-    the tokenizer's chat template, or in Alpaca's prompt where it has none; of them a sequence in which nothing would be
-    predicted is left out.
+    Sources are streamed: each is read only as far as its share needs. Conversations (``alpaca``, ``chat:FILE``) are rendered by
+    the tokenizer's chat template, or in Alpaca's prompt if it has none. Sequences in which no token is predicted are left out.
 
     Args:
         tokenizer: The model's own.
         spec: One source, see `sglp_llm.calibration.load_documents`, or several, see `mixture`; ``train`` is the default split.
-        tokens: At least as many in all, rounded up to whole sequences; ``None`` means all that one source has, without its
-            last, partial sequence.
-        seq_len: Tokens in one sequence, the BOS token included where the tokenizer puts one in front of a text.
-        seed: Of the order of documents and of sequences.
-        answers_only: Whether of conversations only the assistant's turns are predicted; plain text is predicted everywhere.
-        self_file: Where the text lies that ``self`` stands for: see `sglp_llm.calibration.self_text`.
-        progress: Shows the tokens that were read.
+        tokens: Number of tokens in all, rounded up to whole sequences; ``None`` means all of a single source, without the last,
+            partial sequence.
+        seq_len: Tokens per sequence, the BOS token included if the tokenizer adds one to every text.
+        seed: Seed of the order of documents and of sequences.
+        answers_only: Whether in conversations only the assistant's turns are predicted; in plain text every token is.
+        self_file: The file for ``self``, from `sglp_llm.calibration.self_text`.
+        progress: Reports the tokens read.
 
     Raises:
         UserError: A number is too small, a source cannot be read or has too little text, or all of a mixture was asked for.
@@ -84,8 +82,7 @@ def training_sequences(
     portions = mixture(spec)
     if tokens is None and len(portions) > 1:
         raise UserError(
-            f"{source_label(portions, 'train')}: the weights of a mixture share a number of tokens; say how many,"
-            " or name one source"
+            f"{source_label(portions, 'train')}: a mixture needs a number of tokens to share; give one, or name one source"
         )
     total = None if tokens is None else -(-tokens // seq_len)
     counts = [None] if total is None else shares(portions, total)
@@ -166,7 +163,7 @@ def _too_little(portion: Portion, count: int, seq_len: int, body: int, windows: 
     if read < count * body:
         problem = f"but {wanted} need{'' if count > 1 else 's'} {count * body}"
     else:
-        problem = f"but of {wanted} there is something to predict in {windows} only"
+        problem = f"but of {wanted} only {windows} have a token to predict"
     fewer = f" (at most {windows * seq_len})" if windows else ""
     return UserError(
         f"{source_label((portion,), 'train')}: the text has {read} tokens, {problem};"

@@ -35,7 +35,7 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         help="wikitext2, c4, alpaca, bookcorpus, pydoc, text:FILE, jsonl:FILE:field, chat:FILE (files plain or .gz), "
-        "self (the model writes it), or several with weights: 'wikitext2:1 self:2'."
+        "self (sampled from the model), or several with weights: 'wikitext2:1 self:2'."
     ),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")]

@@ -115,5 +115,5 @@ def test_no_text_is_written_for_another_calibration(tiny: Path, cache: Path, mon
 def test_eval_has_no_model_that_writes(tiny: Path) -> None:
     outcome = run_cli("eval", tiny, "--data", "self", "--window", 16)
     assert outcome.code == 2
-    assert "self is text that a model writes" in outcome.error
-    assert "is a mixture, and perplexity is measured on one text" in run_cli("eval", tiny, "--data", "pydoc c4").error
+    assert "self is text that a model writes, and no model writes" in outcome.error
+    assert "is a mixture, and perplexity is measured on one source" in run_cli("eval", tiny, "--data", "pydoc c4").error

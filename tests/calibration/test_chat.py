@@ -142,7 +142,8 @@ def test_a_role_that_only_a_template_knows_is_left_to_the_template(tmp_path: Pat
     check_spec(spec)
     assert list(load_documents(spec, "train", tokenizer_with(CHATML))) == ["<|tool|>\nx</s>\n<|assistant|>\ny</s>\n"]
     with pytest.raises(
-        UserError, match="line 1: the tokenizer has no chat template, and in Alpaca's prompt the role 'to"
+        UserError,
+        match="line 1: the tokenizer has no chat template, and Alpaca's prompt has no role 'tool', only system",
     ):
         list(load_documents(spec, "train", tiny_tokenizer()))
 
@@ -202,7 +203,7 @@ def test_a_template_that_trims_and_has_a_bos_token_of_its_own() -> None:
     assert found.text == "[ASK] yes or no? [/ASK] yes</s>[ASK] Why yes? [/ASK] Because of\n\nthe Zürich naïveté.</s>"
     assert answers(tokenizer, chat(*MESSAGES[1:])) == [" yes</s>", " Because of\n\nthe Zürich naïveté.</s>"]
     with pytest.raises(
-        UserError, match=r"^here: the tokenizer's chat template refuses the conversation \(only user and"
+        UserError, match=r"^here: the tokenizer's chat template rejects the conversation \(only user and"
     ):
         render(tokenizer, chat(*MESSAGES))
 

@@ -201,7 +201,7 @@ def test_self_is_known_but_not_there_to_be_read() -> None:
         lambda: calibration_set(tiny_tokenizer(), "self"),
         lambda: evaluation_windows(tiny_tokenizer(), "self", window=8),
     ):
-        with pytest.raises(UserError, match="self is text that a model writes"):
+        with pytest.raises(UserError, match="self is text that a model writes, and no model writes"):
             read()
 
 

@@ -117,7 +117,7 @@ def test_a_sequence_in_which_nothing_would_be_predicted_is_left_out(tmp_path: Pa
     assert 0 < len(data.input_ids) < len(whole.input_ids)
     rows = [{"messages": [{"role": "user", "content": "z" * 300}]}]
     write_rows(tmp_path / "b", rows)
-    with pytest.raises(UserError, match="but of 2 sequences of 16 there is something to predict in 0 only; ask"):
+    with pytest.raises(UserError, match="but of 2 sequences of 16 only 0 have a token to predict; ask"):
         training_sequences(tiny_tokenizer(), f"chat:{tmp_path}/b", tokens=32, seq_len=16)
 
 
@@ -182,7 +182,7 @@ def test_a_mixture_shares_the_tokens_and_each_source_gives_what_it_gives_alone(t
     assert sorted(found) == sorted(rows)
     assert found != rows
     assert mixed.source == f"{texts}:3 {chats}"
-    with pytest.raises(UserError, match="the weights of a mixture share a number of tokens; say how many"):
+    with pytest.raises(UserError, match="a mixture needs a number of tokens to share; give one"):
         training_sequences(tiny_tokenizer(), f"{texts} {chats}", tokens=None, seq_len=32)
 
 
@@ -202,7 +202,7 @@ def test_what_a_model_wrote_stands_in_a_file(tmp_path: Path, texts: str) -> None
     own = training_sequences(tiny_tokenizer(), "self", tokens=64, seq_len=16, self_file=file)
     assert own.source == "self"
     assert own.hash == training_sequences(tiny_tokenizer(), texts, tokens=64, seq_len=16).hash
-    with pytest.raises(UserError, match="self is text that a model writes"):
+    with pytest.raises(UserError, match="self is text that a model writes, and no model writes"):
         training_sequences(tiny_tokenizer(), "self", tokens=64, seq_len=16)
 
 
