@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglp_llm.calibration import EvaluationWindows
+from sglp_llm.engine.final import final_states
+from sglp_llm.engine.head import losses
 from sglp_llm.engine.loss import token_nll
 from sglp_llm.errors import UserError
 from sglp_llm.evaluation.records import EvalResult
-from sglp_llm.evaluation.streamed_losses import streamed_losses
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.models.modes import evaluating
 from sglp_llm.progress import Progress, silent
@@ -65,7 +66,8 @@ def window_losses(
     model = model.model if isinstance(model, DecoderModel) else model
     _check_context(model, length)
     if decoder is not None and decoder.weights is not None:
-        return streamed_losses(decoder, windows.input_ids, batch_size, progress)
+        found = final_states(decoder, windows.input_ids, batch_size, progress)
+        return torch.cat([losses(replay, states).cpu() for _, replay, states in found])
     means: list[torch.Tensor] = []
     with torch.inference_mode(), evaluating(model), progress("Scoring", count) as advance:
         for batch in windows.input_ids.split(batch_size):
