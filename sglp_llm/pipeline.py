@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +18,7 @@ from sglp_llm.errors import UserError
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME, Recipe, preset_settings, save_plan, save_recipe
 from sglp_llm.processes import ALONE, Processes
-from sglp_llm.progress import Progress, silent
+from sglp_llm.progress import Progress, silent, timed
 from sglp_llm.records import Analysis, PrunePlan, RunReport
 from sglp_llm.report.model_card import write_model_card
 from sglp_llm.sizes import parse_bytes
@@ -141,7 +138,7 @@ def prune(
                 on_forecast=on_forecast,
                 progress=progress,
             )
-            with _timed(seconds, "analysis"):
+            with timed(seconds, "analysis"):
                 analysis = run_analysis(found, recipe, progress, processes)
             plan = analysis.plan
         else:
@@ -159,7 +156,7 @@ def prune(
         expected = expected_logits(decoder, plan.removed, found.calibration.input_ids, plan.replaced)
         del decoder
     with atomic_folder(output, overwrite) as folder:
-        with _timed(seconds, "export"):
+        with timed(seconds, "export"):
             _export(opened, plan, folder, max_shard_size, progress)
             save_plan(plan, folder / PLAN_FILE_NAME)
             save_recipe(
@@ -169,7 +166,7 @@ def prune(
         opened.release()
         verification = None
         if expected is not None:
-            with _timed(seconds, "reload check"):
+            with timed(seconds, "reload check"):
                 verification = asdict(verify_checkpoint(folder, expected, dtype, device, opened.streamed))
         written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
     return RunReport(str(output), plan, written, verification, seconds, analysis)
@@ -195,12 +192,3 @@ def _export(opened: OpenedModel, plan: PrunePlan, folder: Path, max_shard_size: 
         carry_over_files(opened.source.path, folder)
     else:
         opened.save_tokenizer(folder)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = round(time.perf_counter() - start, 3)

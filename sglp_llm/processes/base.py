@@ -71,6 +71,16 @@ class Processes:
             if not torch.equal(digests[index], digests[0]):
                 raise UserError(f"process {index} has another {what} than process 0: give all hosts the same files")
 
+    def wait(self) -> None:
+        """Returns when all processes have called it; a collective call.
+
+        Raises:
+            UserError: Another process failed.
+        """
+        import torch
+
+        self.sum(torch.zeros(1))
+
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """All processes complete the block, or all raise; a collective call at its end. Must not be nested.
