@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeVar
 
@@ -28,6 +29,9 @@ ALPACA_WITHOUT_INPUT = (
 
 _Document = TypeVar("_Document")
 
+_STREAMED = {"wikitext103": {"streaming": True}}
+"""Corpora too large to be downloaded as a whole when their beginning is enough."""
+
 
 def alpaca_rows(split: Split) -> Iterator[dict[str, str]]:
     """Rows of Alpaca (cleaned) with the keys ``instruction``, ``input`` (may be empty) and ``output``.
@@ -50,8 +54,8 @@ def _pydoc(split: Split) -> Iterator[str]:
     return _part((topics[name] for name in sorted(topics)), 5, split)
 
 
-def _wikitext2(split: Split) -> Iterator[str]:
-    rows = _hub_rows("wikitext2", "Salesforce/wikitext", ["text"], name="wikitext-2-raw-v1", split=split)
+def _wikitext(source: str, name: str, split: Split) -> Iterator[str]:
+    rows = _hub_rows(source, "Salesforce/wikitext", ["text"], name=name, split=split, **_STREAMED.get(source, {}))
     article: list[str] = []
     for row in rows:
         text = row["text"]
@@ -68,6 +72,13 @@ def _c4(split: Split) -> Iterator[str]:
     return (row["text"] for row in rows)
 
 
+def _fineweb_edu(split: Split) -> Iterator[str]:
+    rows = _hub_rows(
+        "fineweb-edu", "HuggingFaceFW/fineweb-edu", ["text"], name="sample-10BT", split="train", streaming=True
+    )
+    return _part((row["text"] for row in rows), 100, split)
+
+
 def _bookcorpus(split: Split) -> Iterator[str]:
     # A Parquet copy: the original, bookcorpus/bookcorpus, is a script, which datasets has not run since version 4.
     rows = _hub_rows("bookcorpus", "rojagtap/bookcorpus", ["text"], split="train", streaming=True)
@@ -79,8 +90,10 @@ CORPORA: dict[str, Callable[[Split], Iterator[str]]] = {
     "alpaca": _alpaca,
     "bookcorpus": _bookcorpus,
     "c4": _c4,
+    "fineweb-edu": _fineweb_edu,
     "pydoc": _pydoc,
-    "wikitext2": _wikitext2,
+    "wikitext2": partial(_wikitext, "wikitext2", "wikitext-2-raw-v1"),
+    "wikitext103": partial(_wikitext, "wikitext103", "wikitext-103-raw-v1"),
 }
 """The documents of a split, by the corpus's name."""
 

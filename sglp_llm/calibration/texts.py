@@ -26,9 +26,11 @@ def load_documents(
     specification       one document                                 train                       test
     ==================  ===========================================  ==========================  ======================
     wikitext2           an article of WikiText-2 (raw)               its train split             its test split
+    wikitext103         an article of WikiText-103 (raw)             its train split             its test split
     c4                  a web page of C4 (en)                        first shard of train        first of validation
     alpaca              a row of Alpaca (cleaned) in its prompt      the rest                    every tenth row
     bookcorpus          128 consecutive sentences                    the rest                    every tenth document
+    fineweb-edu         a web page of FineWeb-Edu (10BT sample)      the rest                    every hundredth page
     pydoc               a topic of the Python installation's help    the rest                    every fifth topic
     text:FILE           the whole file                               no split                    no split
     jsonl:FILE:FIELD    the field's value in one line's object       no split                    no split

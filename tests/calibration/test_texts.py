@@ -174,7 +174,7 @@ def test_an_unknown_name_lists_every_form(spec: str) -> None:
     message = refusal(spec)
     assert message.startswith(f"unknown calibration set {spec!r}")
     assert message.endswith(
-        "Known: alpaca, bookcorpus, c4, chat:FILE, jsonl:FILE:FIELD, pydoc, self, text:FILE, wikitext2"
+        "Known: alpaca, bookcorpus, c4, chat:FILE, fineweb-edu, jsonl:FILE:FIELD, pydoc, self, text:FILE, wikitext103, wikitext2"
     )
 
 
