@@ -15,7 +15,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	    { echo "make setup needs Python 3.10 to 3.13 with venv, and $(PYTHON) is not one: name another, as in make setup PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,report]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,heal,report]'
 	touch $(READY)
 
 demo: setup

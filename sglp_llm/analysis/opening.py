@@ -192,14 +192,23 @@ def read_calibration(
             samples=recipe.samples,
             seq_len=recipe.seq_len,
             seed=recipe.seed,
-            self_file=_self_file(opened, recipe, progress),
+            self_file=self_file(opened, recipe, progress),
         )
     opened.check_tokens(given.input_ids)
     return given
 
 
-def _self_file(opened: OpenedModel, recipe: Recipe, progress: Progress) -> Path | None:
-    """The file with the text that the model writes itself; ``None`` if the recipe needs none."""
+def self_file(opened: OpenedModel, recipe: Recipe, progress: Progress = silent) -> Path | None:
+    """The file with the text that the model writes itself; ``None`` if the recipe needs none.
+
+    Args:
+        opened: The model that writes; it is loaded if there is text to write.
+        recipe: Names the text and its size.
+        progress: See `open_for_analysis`.
+
+    Raises:
+        UserError: The model does not fit into memory as a whole.
+    """
     tokens = tokens_to_write(recipe.calibration, recipe.samples, recipe.seq_len)
     if not tokens:
         return None

@@ -17,6 +17,11 @@ def shipped_recipes() -> dict[str, Path]:
     return _yaml_files(_shipped_folder("recipes"))
 
 
+def shipped_healing_recipes() -> dict[str, Path]:
+    """The healing recipes' files by name, sorted."""
+    return _yaml_files(_shipped_folder("recipes") / "heal")
+
+
 def shipped_suites() -> dict[str, Path]:
     """The files of the suites of lm-eval tasks by name, sorted."""
     return _yaml_files(_shipped_folder("eval"))

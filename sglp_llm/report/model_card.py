@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sglp_llm.plan import PLAN_FILE_NAME
 from sglp_llm.plan.plans import TENSORS_SUFFIX
 from sglp_llm.records import PrunePlan
 
 
-def write_model_card(path: Path, plan: PrunePlan) -> None:
+def write_model_card(path: Path, plan: PrunePlan, healing: Mapping[str, Any] | None = None) -> None:
     """Writes a short model card with the Hub's metadata.
 
     Args:
         path: The file to write.
         plan: What was done; its ``source`` names the base model.
+        healing: The record of the training after it, as plain data.
     """
     assert plan.source is not None
     on_hub = plan.revision is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", plan.source.name)
@@ -29,6 +31,8 @@ def write_model_card(path: Path, plan: PrunePlan) -> None:
     if "calibration" in settings:
         how += f" on {settings['samples']} x {settings['seq_len']} tokens of `{settings['calibration'].split(':')[0]}`"
     rest = "the cuts repaired" if plan.replaced else "nothing retrained"
+    if healing is not None:
+        rest = "the rest retrained"
     path.write_text(
         f"""---
 {base}library_name: transformers
@@ -44,7 +48,7 @@ tags:
 
 - Removed layers (0-based, of the original): {", ".join(map(str, plan.removed))}
 - Chosen by {how}
-{_compensation(plan)}- Everything that led to the choice: `sglp_plan.json`; the settings: `sglp_recipe.yaml`
+{_compensation(plan)}{_healing(healing)}- Everything that led to the choice: `sglp_plan.json`; the settings: `sglp_recipe.yaml`
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,6 +73,25 @@ def _compensation(plan: PrunePlan) -> str:
         how += " for the cuts " + ", ".join(f"{cut['start']}..{cut['stop'] - 1}" for cut in cuts)
     file = Path(PLAN_FILE_NAME).with_suffix(TENSORS_SUFFIX)
     return f"- Compensated {how}: {len(plan.replaced)} tensors of layers that stay are new (`{file}`)\n"
+
+
+def _healing(record: Mapping[str, Any] | None) -> str:
+    """Lines of the list, or nothing."""
+    if record is None:
+        return ""
+    settings, before, after = record["settings"], record["before"], record["after"]
+    teacher = "the next token" if record["teacher"] is None else "the original model's predictions"
+    return (
+        f"- Retrained on {teacher}: {record['tokens']:,} tokens of `{_without_paths(record['data'])}`, "
+        f"`train: {settings['train']}` ({record['parameters']:,} parameters)\n"
+        f"- Held-out next-token loss {before['next_token_loss']:.4f} -> {after['next_token_loss']:.4f} nats a token: "
+        "`sglp_healing.json`, `train_log.jsonl`\n"
+    )
+
+
+def _without_paths(specification: str) -> str:
+    """Of files only their names are said."""
+    return " ".join(Path(part).name if "/" in part else part for part in specification.split())
 
 
 def _is_cut(value: object) -> bool:

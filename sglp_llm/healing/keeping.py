@@ -1,0 +1,154 @@
+"""What a training keeps on disk while it runs: its log, and the weights with the lowest held-out loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from sglp_llm.processes import ALONE, Processes
+from sglp_llm.progress import Progress, silent
+from sglp_llm.tensor_files.tensors import read_tensors, write_tensors
+
+LOG_FILE_NAME = "train_log.jsonl"
+DIVERGED = 0.1
+"""A run stops when its held-out loss is higher than at the start by this share of it: less may be noise of the first steps."""
+
+_BEST_FILE_NAME = "best.safetensors"
+_STATE_FILE_NAME = "held_out.json"
+
+HeldOut = dict[str, float]
+"""Means over the held-out sequences in nats a token: ``loss`` (what is trained on), ``next_token_loss``, and with a teacher
+``divergence``."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training has done; the model holds the best weights.
+
+    Attributes:
+        steps: Optimizer steps that were planned.
+        best_step: The step after which the held-out loss was lowest; 0 means that nothing was better than the start.
+        before: Held-out losses at the start.
+        after: Held-out losses with the best weights.
+        stopped: Why it ended before the last step; ``None`` when it did not.
+        log: One record a step, and one a measurement of the held-out losses.
+    """
+
+    steps: int
+    best_step: int
+    before: HeldOut
+    after: HeldOut
+    stopped: str | None
+    log: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how a training runs; no result depends on it, but for rounding.
+
+    Attributes:
+        folder: For checkpoints, the log and the best weights; it exists.
+        batch_size: Sequences computed at once by one process; the sequences of a step are a multiple of it times the number of
+            processes.
+        bfloat16: Whether matrices are multiplied in bfloat16.
+        resume: Go on from the last checkpoint in the folder.
+        report_to: transformers' names of experiment trackers, such as ``tensorboard``.
+        progress: Called with the tokens that are done.
+        processes: Those that share every step.
+    """
+
+    folder: Path
+    batch_size: int
+    bfloat16: bool = False
+    resume: bool = False
+    report_to: tuple[str, ...] = ()
+    progress: Progress = silent
+    processes: Processes = ALONE
+
+
+class Keeper(TrainerCallback):
+    """Keeps the log and the weights with the lowest held-out loss, on disk, and stops a run that diverges."""
+
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        self._run = run
+        self._log: list[dict[str, Any]] = []
+        self._state: dict[str, Any] = {}
+        self._stopped: str | None = None
+        self._started = time.perf_counter()
+
+    def begin(self) -> None:
+        """Forgets what an earlier run has left, or takes it up."""
+        state, log = self._file(_STATE_FILE_NAME), self._file(LOG_FILE_NAME)
+        if self._run.resume:
+            self._state = json.loads(state.read_text(encoding="utf-8"))
+            self._log = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        elif self._run.processes.is_main:
+            for file in (state, log, self._file(_BEST_FILE_NAME)):
+                file.unlink(missing_ok=True)
+
+    def result(self, steps: int) -> Training:
+        """What was found; the model gets the best weights."""
+        if self._state["best_step"] > 0 and self._run.processes.is_main:
+            with torch.no_grad():
+                for name, value in read_tensors(self._file(_BEST_FILE_NAME)).items():
+                    self._parameters[name].copy_(value)
+        return Training(
+            steps, self._state["best_step"], self._state["before"], self._state["best"], self._stopped, self._log
+        )
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._log = [line for line in self._log if line["step"] <= state.global_step]
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        known = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_next_token_loss", "eval_divergence")
+        line = {name: float(logs[name]) for name in known if name in logs}
+        if line:
+            seconds = round(time.perf_counter() - self._started, 3)
+            self._log.append({"step": state.global_step, "seconds": seconds, **line})
+            self._write(LOG_FILE_NAME, "".join(json.dumps(each) + "\n" for each in self._log))
+        if not math.isfinite(line.get("loss", 0.0)):
+            self._stop(control, f"the loss is not finite at step {state.global_step}")
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        found = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
+        if "before" not in self._state:
+            self._state = {"before": found, "best": found, "best_step": 0}
+        elif found["loss"] < self._state["best"]["loss"]:
+            self._state |= {"best": found, "best_step": state.global_step}
+            if self._run.processes.is_main:
+                partial = self._file(_BEST_FILE_NAME + ".partial")
+                write_tensors(partial, {name: each.detach() for name, each in self._parameters.items()})
+                partial.replace(self._file(_BEST_FILE_NAME))
+        elif not found["loss"] <= (1 + DIVERGED) * self._state["before"]["loss"]:
+            before = self._state["before"]["loss"]
+            self._stop(
+                control,
+                f"the held-out loss is {found['loss']:.4f} at step {state.global_step}, above {before:.4f} at the start",
+            )
+        self._write(_STATE_FILE_NAME, json.dumps(self._state))
+
+    def _stop(self, control: TrainerControl, why: str) -> None:
+        self._stopped = self._stopped or why
+        control.should_training_stop = True
+        control.should_save = False
+
+    def _file(self, name: str) -> Path:
+        return self._run.folder / name
+
+    def _write(self, name: str, text: str) -> None:
+        if self._run.processes.is_main:
+            partial = self._file(name + ".partial")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self._file(name))

@@ -1,0 +1,132 @@
+"""What a training will take, before it begins: memory for both models and a batch, and the steps that a given time allows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from sglp_llm.errors import UserError
+from sglp_llm.healing.loss import divergence, next_token_loss
+from sglp_llm.healing.opening import Pupils
+from sglp_llm.healing.teacher import Teacher
+from sglp_llm.memory.dry_run import DryRun
+from sglp_llm.memory.free import free_memory
+from sglp_llm.memory.parameter_counts import count_parameters
+from sglp_llm.memory.peaks import USABLE
+from sglp_llm.plan.healing_recipe import HealingRecipe
+
+_ADAM_BYTES = 4 + 4 + 4
+"""Bytes of a trained parameter beside its value: the gradient and AdamW's two means, in float32."""
+
+_LOGITS = 4
+"""Float32 tensors as large as the logits of a batch that exist at once: both models' and two of the divergence."""
+
+_TIMED_STEPS = 2
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether the device multiplies bfloat16 faster than float32."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capability = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(capability and capability())
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a training is predicted to take in memory beside the student's own weights, in bytes.
+
+    Attributes:
+        trained: Gradients and optimizer state of the trained parameters.
+        sequence: Activations and logits of one sequence.
+        teacher: Weights of the teacher; 0 without one.
+        free: What there is, measured with the student in memory; ``None`` where the system does not say.
+    """
+
+    trained: int
+    sequence: int
+    teacher: int
+    free: int | None
+
+    def fits(self, batch_size: int, with_teacher: bool) -> bool:
+        """Whether that many sequences can be computed at once."""
+        needed = self.trained + batch_size * self.sequence + (self.teacher if with_teacher else 0)
+        return self.free is None or needed <= USABLE * self.free
+
+
+def footprint(models: Pupils, recipe: HealingRecipe, trained_parameters: int) -> Footprint:
+    """Predicts what training takes, by a dry run of the student.
+
+    Args:
+        models: The models; the student is in memory.
+        recipe: The settings.
+        trained_parameters: Number of trained parameters.
+    """
+    config = models.student.config
+    student = DryRun(config, torch.float32)
+    activations = student.training_peak(len(student.layers), recipe.seq_len)
+    logits = _LOGITS * 4 * recipe.seq_len * int(config.vocab_size)
+    teacher = 0
+    if models.teacher is not None:
+        dry = DryRun(models.teacher.config, torch.float32)
+        stored = getattr(models.teacher.config, "dtype", None) or torch.float32
+        teacher = count_parameters(dry.model, dry.layers).total * stored.itemsize
+    free = free_memory()
+    there = free.host if free.device is None else free.device
+    return Footprint(trained_parameters * _ADAM_BYTES, activations + logits, teacher, there)
+
+
+def batch_size_that_fits(predicted: Footprint, most: int, with_teacher: bool) -> int:
+    """The largest divisor of ``most`` sequences that can be computed at once, at least 1."""
+    sizes = [size for size in range(most, 0, -1) if most % size == 0]
+    return next((size for size in sizes if predicted.fits(size, with_teacher)), 1)
+
+
+def steps_in(
+    seconds: float,
+    model: nn.Module,
+    teacher: Teacher | None,
+    recipe: HealingRecipe,
+    batch_size: int,
+    config: PretrainedConfig,
+) -> int:
+    """Optimizer steps that fit into a time, from timing the loss and its gradients on random tokens.
+
+    Args:
+        seconds: The time for all steps, and for measuring the held-out loss.
+        model: The student, its parameters as they will be trained.
+        teacher: In memory, or ``None``.
+        recipe: The settings.
+        batch_size: Sequences computed at once.
+        config: The student's.
+
+    Raises:
+        UserError: There is not time enough for one step.
+    """
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    ids = torch.randint(int(config.vocab_size), (batch_size, recipe.seq_len), generator=generator).to(device)
+    best = float("inf")
+    for _ in range(_TIMED_STEPS):
+        start = time.perf_counter()
+        logits = model(input_ids=ids, use_cache=False).logits
+        if teacher is None:
+            loss = next_token_loss(logits, ids)
+        else:
+            loss = divergence(logits, teacher.targets(torch.zeros(batch_size), ids), ids, recipe.temperature)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    step = best * recipe.sequences / batch_size
+    # The held-out sequences take a third of a step's time for each of theirs, and are measured so many times.
+    share = 1 + recipe.held_out * (1 + recipe.evaluations) / 3
+    steps = int(seconds / (step * share))
+    if steps < 1:
+        raise UserError(f"minutes: one step takes about {step:.0f} s, and there are {seconds:.0f} s for all of them")
+    return steps

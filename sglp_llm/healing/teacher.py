@@ -1,0 +1,174 @@
+"""The teacher: the model whose next-token distributions the student learns, in memory or from disk."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sglp_llm.engine.final import final_states
+from sglp_llm.healing.loss import TopK, top_k_of
+from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.modes import evaluating
+from sglp_llm.processes import ALONE, Processes
+from sglp_llm.progress import Progress, silent
+from sglp_llm.tensor_files.tensors import read_tensors, write_tensors
+from sglp_llm.trials import Journal
+
+SHARD_SEQUENCES = 16
+"""Sequences of one file of stored log-probabilities."""
+
+_OPEN_SHARDS = 8
+_CHUNK_BYTES = 64 * 2**20  # of float32 logits at a time
+
+
+class Teacher(ABC):
+    """What the loss is compared with."""
+
+    @abstractmethod
+    def targets(self, sequences: Tensor, input_ids: Tensor) -> Tensor | TopK:
+        """The teacher's predictions for some training sequences.
+
+        Args:
+            sequences: ``[batch]`` int64: their numbers.
+            input_ids: ``[batch, tokens]``.
+
+        Returns:
+            Logits ``[batch, tokens, vocabulary]``, or the most likely tokens.
+        """
+
+
+class OnlineTeacher(Teacher):
+    """A teacher in memory, which runs beside the student.
+
+    Args:
+        model: The teacher, whole in memory.
+        top_k: Give the most likely tokens instead of all logits.
+        temperature: Of the distribution that these are taken from.
+        bfloat16: Multiply matrices in bfloat16, as the student does.
+    """
+
+    def __init__(
+        self, model: DecoderModel, top_k: int | None = None, temperature: float = 1.0, bfloat16: bool = False
+    ) -> None:
+        self._model, self._top_k, self._temperature = model, top_k, temperature
+        self._bfloat16 = bfloat16
+
+    def targets(self, sequences: Tensor, input_ids: Tensor) -> Tensor | TopK:
+        device = self._model.input_device
+        rounded = torch.autocast(device.type, torch.bfloat16, enabled=self._bfloat16)
+        with torch.no_grad(), evaluating(self._model.model), rounded:
+            logits: Tensor = self._model.model(input_ids=input_ids.to(device), use_cache=False).logits
+        return logits if self._top_k is None else top_k_of(logits, self._top_k, self._temperature)
+
+
+class StoredTeacher(Teacher):
+    """A teacher whose most likely tokens were computed before, see `store_teacher`.
+
+    Args:
+        folder: With the shards of all sequences.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+
+    def targets(self, sequences: Tensor, input_ids: Tensor) -> TopK:
+        rows = [self._row(int(number)) for number in sequences]
+        ids, log_probs = (torch.stack(each) for each in zip(*rows, strict=True))
+        return TopK(ids.long(), log_probs)
+
+    def _row(self, number: int) -> tuple[Tensor, Tensor]:
+        shard, row = divmod(number, SHARD_SEQUENCES)
+        if shard not in self._open:
+            self._open[shard] = read_tensors(shard_file(self._folder, shard))
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(shard)
+        return self._open[shard]["ids"][row], self._open[shard]["log_probs"][row]
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    """The file of the sequences ``[shard * SHARD_SEQUENCES, (shard + 1) * SHARD_SEQUENCES)``."""
+    return folder / f"top-k-{shard:05}.safetensors"
+
+
+def store_teacher(
+    model: DecoderModel,
+    input_ids: Tensor,
+    folder: Path,
+    *,
+    top_k: int,
+    temperature: float,
+    identity: dict[str, str | None],
+    progress: Progress = silent,
+    processes: Processes = ALONE,
+) -> StoredTeacher:
+    """Computes the teacher's most likely tokens at every position and stores them, shard by shard.
+
+    Shards that an interrupted run has finished are kept. A streamed teacher is read once for all shards that are missing.
+
+    Args:
+        model: The teacher, resident or streamed.
+        input_ids: ``[sequences, tokens]``: all training and held-out sequences.
+        folder: Where the shards are written; made where it is missing.
+        top_k: How many tokens at each position.
+        temperature: Of the distribution that they are taken from.
+        identity: What tells the teacher from others, as in `OpenedModel.setting`.
+        progress: Called with the layers times batches that are done.
+        processes: Each computes its share of the shards.
+
+    Raises:
+        UserError: The folder holds the shards of another teacher, other sequences or other settings.
+    """
+    text = hashlib.sha256(input_ids.numpy().astype("<i8").tobytes()).hexdigest()
+    setting = {**identity, "sequences": text, "top_k": top_k, "temperature": temperature}
+    Journal(folder / "setting", setting)
+    count = -(-len(input_ids) // SHARD_SEQUENCES)
+    mine = processes.share(count)
+    missing = [shard for shard in range(mine.start, mine.stop) if not shard_file(folder, shard).exists()]
+    groups = [missing] if model.weights is not None else [[shard] for shard in missing]
+    for group in groups if missing else []:
+        rows = [torch.arange(len(input_ids))[shard * SHARD_SEQUENCES :][:SHARD_SEQUENCES] for shard in group]
+        _store(model, input_ids, rows, group, folder, top_k, temperature, progress)
+    processes.wait()  # nobody reads a shard that another process has not written yet
+    return StoredTeacher(folder)
+
+
+def _store(
+    model: DecoderModel,
+    input_ids: Tensor,
+    rows: Sequence[Tensor],
+    shards: Sequence[int],
+    folder: Path,
+    top_k: int,
+    temperature: float,
+    progress: Progress,
+) -> None:
+    found: list[TopK] = []
+    lengths = [len(each) for each in rows]
+    for _, replay, states in final_states(model, input_ids[torch.cat(list(rows))], 1, progress, "Teacher"):
+        length = max(1, _CHUNK_BYTES // (4 * replay.vocabulary))
+        parts = [
+            top_k_of(replay.logits(states[:, first : first + length], slice(first, first + length)), top_k, temperature)
+            for first in range(0, states.shape[1], length)
+        ]
+        ids = torch.cat([part.ids for part in parts], dim=1).to(torch.int32).cpu()
+        found.append(TopK(ids, torch.cat([part.log_probs for part in parts], dim=1).cpu()))
+        if len(found) == lengths[0]:
+            shard = shards[len(shards) - len(lengths)]
+            _write_shard(shard_file(folder, shard), found)
+            found.clear()
+            del lengths[0]
+
+
+def _write_shard(file: Path, found: Sequence[TopK]) -> None:
+    partial = file.with_suffix(".partial")
+    ids, log_probs = (torch.cat([getattr(each, name) for each in found]) for name in ("ids", "log_probs"))
+    write_tensors(partial, {"ids": ids, "log_probs": log_probs})
+    partial.replace(file)

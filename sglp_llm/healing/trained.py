@@ -1,0 +1,163 @@
+"""Which parameters are trained: all, those around the cuts, or low-rank adapters. The only room for the library `peft`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sglp_llm.errors import UserError
+from sglp_llm.models.loading import DecoderModel
+from sglp_llm.plan.healing_recipe import HealingRecipe
+from sglp_llm.records import PrunePlan
+
+_DROPPED_SHARES = ("layerdrop", "dropout", "attention_dropout", "activation_dropout")
+"""Attributes of transformers' modules that are probabilities of leaving something out while training."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model of which some parameters take gradients.
+
+    Attributes:
+        model: What is trained: the model itself, or peft's wrapper around it. Trained parameters are float32.
+        parameters: Number of trained parameters.
+        changed: Names of the parameters of the plain model that training changes.
+    """
+
+    model: nn.Module
+    parameters: int
+    changed: frozenset[str]
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes peft's adapter; only with LoRA, and before `merged`."""
+        save: Any = self.model.save_pretrained
+        save(folder)
+
+    def merged(self) -> PreTrainedModel:
+        """The model with everything that was learned in its own weights; the adapters are gone afterwards."""
+        if not hasattr(self.model, "merge_and_unload"):
+            assert isinstance(self.model, PreTrainedModel)
+            return self.model
+        merge: Any = self.model.merge_and_unload
+        merged: PreTrainedModel = merge()
+        return merged
+
+
+def seams_of(plan: PrunePlan) -> tuple[int, ...]:
+    """Where layers are missing: for each cut the index, in the shortened model, of the first layer behind it."""
+    kept = plan.kept
+    bounds = [(-1, kept[0]), *pairwise(kept), (kept[-1], plan.num_layers)]
+    return tuple(index for index, (before, after) in enumerate(bounds) if after - before > 1)
+
+
+def layers_around(seams: Sequence[int], num_layers: int, each_side: int) -> set[int]:
+    """The decoder layers next to the cuts of a shortened model.
+
+    Args:
+        seams: See `seams_of`.
+        num_layers: Depth of the shortened model.
+        each_side: Layers before and behind each cut; there are fewer at the ends.
+    """
+    return {layer for seam in seams for layer in range(seam - each_side, seam + each_side) if 0 <= layer < num_layers}
+
+
+def check_peft(recipe: HealingRecipe) -> None:
+    """Refuses, before any work is done, LoRA without peft.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    if recipe.train == "lora" and find_spec("peft") is None:
+        raise UserError("train lora needs peft: pip install 'sglp-llm[heal]'")
+
+
+def make_trainable(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan | None) -> Trained:
+    """Lets the recipe's parameters take gradients, in float32, and no others.
+
+    Args:
+        decoder: The shortened model, in memory.
+        recipe: For ``train`` and what belongs to it.
+        plan: What was removed; needed for ``seam`` and ``partial``.
+
+    Raises:
+        UserError: The layers around the cuts are to be trained, and there is no plan, or it is another model's.
+    """
+    model = decoder.model
+    model.requires_grad_(False)
+    _drop_nothing(model)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.train == "lora":
+        return _with_adapters(decoder, recipe)
+    chosen: set[int] = set()
+    if recipe.train in ("seam", "partial"):
+        if plan is None:
+            raise UserError(
+                f"train {recipe.train}: there is no sglp_plan.json in the folder that says where the cuts are"
+            )
+        chosen = layers_around(seams_of(plan), decoder.num_layers, recipe.seam_layers)
+    if recipe.train == "partial":
+        chosen |= set(range(max(0, decoder.num_layers - recipe.last_layers), decoder.num_layers))
+    inside = {id(parameter) for layer in decoder.layers for parameter in layer.parameters()}
+    embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    head = model.get_output_embeddings()
+    tied = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    wanted = {id(parameter) for layer in chosen for parameter in decoder.layers[layer].parameters()}
+    count, changed = 0, set[str]()
+    for name, parameter in model.named_parameters():
+        behind = id(parameter) not in inside and (id(parameter) not in embedding or id(parameter) in tied)
+        if recipe.train == "full" or id(parameter) in wanted or (recipe.train == "partial" and behind):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+            count += parameter.numel()
+            changed.add(name)
+    return Trained(model, count, frozenset(changed))
+
+
+def _drop_nothing(model: nn.Module) -> None:
+    """Turns dropout and LayerDrop off: text is seen about once, and no step may depend on how it is shared by processes."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in _DROPPED_SHARES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _with_adapters(decoder: DecoderModel, recipe: HealingRecipe) -> Trained:
+    """LoRA (Hu et al., arXiv 2106.09685) on every linear of every decoder layer."""
+    check_peft(recipe)
+    from peft import LoraConfig, get_peft_model
+
+    names = {id(module): name for name, module in decoder.model.named_modules()}
+    targets = [
+        names[id(module)]
+        for layer in decoder.layers
+        for module in layer.modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    transposed = any(isinstance(module, Conv1D) for module in decoder.model.modules())
+    config = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        target_modules=targets,
+        fan_in_fan_out=transposed,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        model = get_peft_model(decoder.model, config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    changed = frozenset(f"{name}.weight" for name in targets)
+    return Trained(model, sum(parameter.numel() for parameter in trained), changed)

@@ -1,0 +1,216 @@
+"""Trains the student with transformers' Trainer, keeps the best weights on held-out text, and goes on after an interruption."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from sglp_llm.calibration.training import TrainingSequences
+from sglp_llm.healing.keeping import Keeper, Run, Training
+from sglp_llm.healing.loss import divergence, next_token_loss
+from sglp_llm.healing.teacher import Teacher
+from sglp_llm.healing.trained import Trained
+from sglp_llm.plan.healing_recipe import HealingRecipe
+
+
+def rate_factor(recipe: HealingRecipe, step: int, steps: int) -> float:
+    """What the peak learning rate is multiplied by at a step, counted from 0: a linear warm-up, then the recipe's schedule."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / (recipe.warmup_steps + 1)
+    done = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
+    falling = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[recipe.schedule]
+    return recipe.final_rate + (1 - recipe.final_rate) * falling
+
+
+def train(
+    trained: Trained,
+    teacher: Teacher | None,
+    sequences: TrainingSequences,
+    held_out: range,
+    recipe: HealingRecipe,
+    steps: int,
+    run: Run,
+) -> Training:
+    """Minimises ``alpha * divergence + (1 - alpha) * next-token loss`` on all sequences that are not held out.
+
+    Args:
+        trained: The student.
+        teacher: ``None`` for the next-token loss alone.
+        sequences: All sequences.
+        held_out: Numbers of those whose loss decides which weights are kept.
+        recipe: The settings.
+        steps: Optimizer steps.
+        run: See `Run`.
+    """
+    order = _order([number for number in range(len(sequences.input_ids)) if number not in held_out], recipe, steps)
+    checkpoint = get_last_checkpoint(str(run.folder)) if run.resume else None
+    run = replace(run, resume=checkpoint is not None)
+    trainer = _Distiller(trained, teacher, sequences, held_out, recipe, order, steps, run)
+    trainer.keeper.begin()
+    with run.progress("Healing", steps * recipe.sequences * sequences.input_ids.shape[1]) as advance:
+        trainer.add_callback(_Report(advance, recipe.sequences * sequences.input_ids.shape[1]))
+        trainer.train(resume_from_checkpoint=checkpoint)
+    # Otherwise the model would go on computing in bfloat16, and in a wrapper that nobody can save.
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    return trainer.keeper.result(steps)
+
+
+def _order(numbers: Sequence[int], recipe: HealingRecipe, steps: int) -> list[int]:
+    """The training sequences in the order in which they are seen, shuffled anew for every pass over them."""
+    generator, order = torch.Generator().manual_seed(recipe.seed), list[int]()
+    while len(order) < steps * recipe.sequences:
+        order += [numbers[index] for index in torch.randperm(len(numbers), generator=generator).tolist()]
+    return order[: steps * recipe.sequences]
+
+
+class _Examples(Dataset[dict[str, Tensor]]):
+    def __init__(self, sequences: TrainingSequences, order: Sequence[int]) -> None:
+        self._sequences, self._order = sequences, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        number = self._order[index]
+        return {
+            "input_ids": self._sequences.input_ids[number],
+            "labels": self._sequences.labels[number],
+            "sequence": torch.tensor(number),
+        }
+
+
+class _Distiller(Trainer):
+    """transformers' Trainer with the loss of distillation and its own held-out measurement."""
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        trained: Trained,
+        teacher: Teacher | None,
+        sequences: TrainingSequences,
+        held_out: range,
+        recipe: HealingRecipe,
+        order: Sequence[int],
+        steps: int,
+        run: Run,
+    ) -> None:
+        self._teacher, self._recipe, self._run = teacher, recipe, run
+        self._sequences, self._held_out = sequences, held_out
+        self.keeper = Keeper(trained.model, run)
+        every = max(1, steps // recipe.evaluations)
+        arguments = TrainingArguments(
+            output_dir=str(run.folder),
+            per_device_train_batch_size=run.batch_size,
+            gradient_accumulation_steps=recipe.sequences // (run.batch_size * run.processes.count),
+            max_steps=steps,
+            learning_rate=recipe.peak_rate,
+            weight_decay=recipe.weight_decay,
+            max_grad_norm=recipe.max_grad_norm,
+            adam_beta2=0.95,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps",
+            eval_steps=every,
+            eval_on_start=not run.resume,
+            save_strategy="steps",
+            save_steps=every,
+            save_total_limit=1,
+            bf16=run.bfloat16,
+            use_cpu=not torch.cuda.is_available(),
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to=list(run.report_to) or "none",
+            seed=recipe.seed,
+            ddp_backend=None if run.processes.count == 1 else "nccl" if torch.cuda.is_available() else "gloo",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            log_level="error",
+        )
+        rates = [parameter for parameter in trained.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(rates, lr=recipe.peak_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
+        schedule = LambdaLR(optimizer, lambda step: rate_factor(recipe, step, steps))
+        super().__init__(
+            model=trained.model,
+            args=arguments,
+            train_dataset=_Examples(sequences, order),
+            eval_dataset=_Examples(sequences, held_out),
+            optimizers=(optimizer, schedule),
+            callbacks=[self.keeper],
+        )
+        self.remove_callback(PrinterCallback)
+        # The loss is a mean of its batch: the Trainer is to divide it by the number of batches of a step.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        parts = self._losses(model, inputs)
+        return (parts["loss"], parts) if return_outputs else parts["loss"]
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The held-out losses, each process measuring its share."""
+        share = self._run.processes.share(len(self._held_out))
+        mine = self._held_out[share.start : share.stop]
+        sums: dict[str, Tensor] = {}
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for first in mine[:: self._run.batch_size]:
+                part = slice(first, min(first + self._run.batch_size, mine.stop))
+                batch = {
+                    "input_ids": self._sequences.input_ids[part],
+                    "labels": self._sequences.labels[part],
+                    "sequence": torch.arange(part.start, part.stop),
+                }
+                for name, mean in self._losses(self.model, self._prepare_inputs(batch)).items():
+                    known = sums.get(name, torch.zeros((), dtype=torch.float64))
+                    sums[name] = known + (part.stop - part.start) * mean.double().cpu()
+        self.model.train(was_training)
+        names = ["loss", "next_token_loss", *([] if self._teacher is None else ["divergence"])]
+        means = self._run.processes.sum(
+            torch.stack([sums.get(name, torch.zeros((), dtype=torch.float64)) for name in names])
+        ) / len(self._held_out)
+        found = {f"eval_{name}": float(value) for name, value in zip(names, means, strict=True)}
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    def _losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        labels, recipe = inputs["labels"], self._recipe
+        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+        if self._teacher is None:
+            own = next_token_loss(logits, labels)
+            return {"loss": own, "next_token_loss": own.detach()}
+        targets = self._teacher.targets(inputs["sequence"], inputs["input_ids"])
+        apart = divergence(logits, targets, labels, recipe.temperature)
+        if recipe.alpha == 1 and logits.requires_grad:
+            return {"loss": apart}  # the next-token loss costs as much again, and only measurements look at it
+        own = next_token_loss(logits, labels)
+        total = recipe.alpha * apart + (1 - recipe.alpha) * own
+        return {"loss": total, "next_token_loss": own.detach(), "divergence": apart.detach()}
+
+
+class _Report(TrainerCallback):
+    """Advances the progress bar."""
+
+    def __init__(self, advance: Any, tokens: int) -> None:
+        self._advance, self._tokens = advance, tokens
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._advance(state.global_step * self._tokens)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._advance(self._tokens)
