@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sglp_llm.checkpoint.export import drop_layers
     from sglp_llm.errors import UserError
     from sglp_llm.evaluation.harness import evaluate_tasks
+    from sglp_llm.healing.heal import heal
     from sglp_llm.pipeline import analyze, prune
     from sglp_llm.plan import Recipe, load_plan, load_recipe
     from sglp_llm.processes.distributed import current_processes
@@ -29,6 +30,7 @@ __all__ = [
     "current_processes",
     "drop_layers",
     "evaluate_tasks",
+    "heal",
     "load_plan",
     "load_recipe",
     "prune",
@@ -46,6 +48,7 @@ _HOMES = {
     "current_processes": "processes.distributed",
     "drop_layers": "checkpoint.export",
     "evaluate_tasks": "evaluation.harness",
+    "heal": "healing.heal",
     "load_plan": "plan",
     "load_recipe": "plan",
     "prune": "pipeline",

@@ -14,7 +14,8 @@ from sglp_llm.engine import Need
 from sglp_llm.errors import unknown
 from sglp_llm.evaluation.suites import load_suite
 from sglp_llm.plan import Recipe, load_recipe, preset_names, preset_settings
-from sglp_llm.plan.shipped import preset_description, shipped_recipes, shipped_suites
+from sglp_llm.plan.healing_recipe import load_healing_recipe
+from sglp_llm.plan.shipped import preset_description, shipped_healing_recipes, shipped_recipes, shipped_suites
 from sglp_llm.registry import member
 
 
@@ -22,7 +23,7 @@ def catalog(what: str) -> tuple[str, list[str], list[list[str]]]:
     """Title, column names and rows.
 
     Args:
-        what: ``adapters``, ``criteria``, ``compensations``, ``presets``, ``recipes`` or ``suites``.
+        what: ``adapters``, ``criteria``, ``compensations``, ``presets``, ``recipes``, ``healing-recipes`` or ``suites``.
 
     Raises:
         UserError: ``what`` is none of these.
@@ -33,6 +34,7 @@ def catalog(what: str) -> tuple[str, list[str], list[list[str]]]:
         "compensations": _compensations,
         "presets": _presets,
         "recipes": _recipes,
+        "healing-recipes": _healing_recipes,
         "suites": _suites,
     }
     if what not in makers:
@@ -79,6 +81,17 @@ def _recipes() -> tuple[str, list[str], list[list[str]]]:
         budget = ", ".join(f"{key} {value}" for key, value in recipe.budget.to_dict().items())
         rows.append([name, str(recipe.model), budget, recipe.criterion])
     return "Recipes", ["name", "model", "budget", "criterion"], rows
+
+
+def _healing_recipes() -> tuple[str, list[str], list[list[str]]]:
+    rows = []
+    for name in shipped_healing_recipes():
+        recipe = load_healing_recipe(name)
+        length = next(
+            f"{recipe.to_dict()[key]:,} {key}" for key in ("tokens", "minutes", "epochs") if key in recipe.to_dict()
+        )
+        rows.append([name, recipe.train, "teacher" if recipe.distil else "next token", recipe.data, length])
+    return "Healing recipes", ["name", "trains", "on", "data", "length"], rows
 
 
 def _suites() -> tuple[str, list[str], list[list[str]]]:

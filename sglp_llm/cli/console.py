@@ -23,6 +23,7 @@ from rich.table import Table
 from sglp_llm.analysis.observing import CKA_COLUMN_SUM
 from sglp_llm.evaluation.records import EvalResult, TaskScore
 from sglp_llm.evaluation.side_by_side import Row
+from sglp_llm.healing.records import HealReport
 from sglp_llm.plan import plan_to_dict
 from sglp_llm.progress import Advance
 from sglp_llm.records import Analysis, PrunePlan, RunReport
@@ -115,10 +116,14 @@ def print_report(report: RunReport) -> None:
     else:
         print(f"Removed           {_removed(report.plan)}")
         _print_compensation(report.plan)
-    if report.verification is None:
+    _print_check(report.verification)
+    _print_end(report.seconds, report.output, report.bytes_written)
+
+
+def _print_check(found: Mapping[str, Any] | None) -> None:
+    if found is None:
         print("Reload check      switched off")
     else:
-        found = report.verification
         same = (
             "equal"
             if found["max_difference"] == 0
@@ -126,8 +131,11 @@ def print_report(report: RunReport) -> None:
         )
         cache = "; generation with and without KV cache agrees" if found["generation"] else ""
         print(f"Reload check      {found['tokens']} logit vectors {same} in {found['dtype']}{cache}")
-    print(f"Time              {', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in report.seconds.items())}")
-    print(f"Written           {report.output} ({show_bytes(report.bytes_written)} of weights)")
+
+
+def _print_end(seconds: Mapping[str, float], output: str, written: int) -> None:
+    print(f"Time              {', '.join(f'{stage} {each:.1f} s' for stage, each in seconds.items())}")
+    print(f"Written           {output} ({show_bytes(written)} of weights)")
 
 
 def print_perplexity(result: EvalResult, model: str) -> None:
@@ -171,6 +179,34 @@ def print_scores(rows: Sequence[Row], model: str, baseline: str | None = None) -
 
 def _number_and_error(score: TaskScore) -> list[str]:
     return [f"{score.value:.4f}", "" if score.stderr is None else f"{score.stderr:.4f}"]
+
+
+def healing_to_dict(report: HealReport) -> dict[str, Any]:
+    """The run as plain data, for ``--json``."""
+    return {
+        "output": report.output,
+        "record": report.record.to_dict(),
+        "bytes_written": report.bytes_written,
+        "verification": report.verification,
+        "seconds": dict(report.seconds),
+    }
+
+
+def print_healing(report: HealReport) -> None:
+    """What was trained, what it brought on held-out text, and where the result is."""
+    record = report.record
+    print(f"Student           {record.student.name}")
+    print(f"Teacher           {'none' if record.teacher is None else record.teacher.name}")
+    print(f"Trained           {show_count(record.parameters)} parameters ({record.settings['train']})")
+    print(f"Text              {record.data}, {record.sequences} sequences, and {record.held_out} held out")
+    print(
+        f"Steps             {record.steps}; kept are the weights of step {record.best_step} ({record.tokens:,} tokens)"
+    )
+    for name, label in (("divergence", "Divergence"), ("next_token_loss", "Next-token loss")):
+        if name in record.before:
+            print(f"{label:<18}{record.before[name]:.4f} -> {record.after[name]:.4f} nats a token, held out")
+    _print_check(report.verification)
+    _print_end(report.seconds, report.output, report.bytes_written)
 
 
 def _print_layers(plan: PrunePlan) -> None:

@@ -13,6 +13,7 @@ from sglp_llm.cli.analyze import analyze
 from sglp_llm.cli.bench import bench
 from sglp_llm.cli.compare import compare
 from sglp_llm.cli.evaluate import evaluate
+from sglp_llm.cli.heal import heal
 from sglp_llm.cli.members import list_members
 from sglp_llm.cli.plan_memory import plan_memory
 from sglp_llm.cli.prune import prune
@@ -29,13 +30,14 @@ app = typer.Typer(
 
 app.command()(analyze)
 app.command()(prune)
+app.command()(heal)
 app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(bench)
 app.command(name="plan-memory")(plan_memory)
 app.command(name="ls")(list_members)
 
-IN_MANY_PROCESSES = ("analyze", "prune")
+IN_MANY_PROCESSES = ("analyze", "prune", "heal")
 """Verbs that share their work between the processes that a launcher started."""
 
 _INTERRUPTED = 130

@@ -11,10 +11,12 @@ from sglp_llm.cli.quiet import prepare
 
 
 def list_members(
-    what: Annotated[str, typer.Argument(metavar="adapters|criteria|compensations|presets|recipes|suites")],
+    what: Annotated[
+        str, typer.Argument(metavar="adapters|criteria|compensations|presets|recipes|healing-recipes|suites")
+    ],
     as_json: Json = False,
 ) -> None:
-    """List what is available: model families, criteria, compensations, presets, recipes, suites."""
+    """List what is available: model families, criteria, compensations, presets, recipes, healing recipes, suites."""
     console = prepare()
     from sglp_llm.cli.catalog import catalog
 

@@ -34,8 +34,8 @@ Also = Annotated[list[str] | None, typer.Option(help="Score by this criterion to
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="wikitext2, c4, alpaca, bookcorpus, pydoc, text:FILE, jsonl:FILE:field, chat:FILE (files plain or .gz), "
-        "self (sampled from the model), or several with weights: 'wikitext2:1 self:2'."
+        help="wikitext2, wikitext103, c4, fineweb-edu, alpaca, bookcorpus, pydoc, text:FILE, jsonl:FILE:field, "
+        "chat:FILE (files plain or .gz), self (sampled from the model), or several with weights: 'wikitext2:1 self:2'."
     ),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")]
@@ -174,3 +174,24 @@ def model_of(model: str | None, recipe: Any) -> str:
     if not name:
         raise UserError("which model? Give MODEL (Hub id, folder or .gguf file), or a recipe that names one")
     return str(name)
+
+
+def healing_recipe_of(
+    name: str | None, tokens: str | None, data: str | None, settings: dict[str, Any] | None = None
+) -> Any:
+    """The healing recipe of that name, or the defaults, with the options that more than one verb has.
+
+    Args:
+        name: A YAML file, or the name of a healing recipe that comes with the package.
+        tokens: Number of training tokens, as ``1.6M``.
+        data: Training text; ``None`` means the recipe's own.
+        settings: Further settings; those that are None were not given.
+
+    Raises:
+        UserError: There is no such recipe, or a setting is wrong.
+    """
+    from sglp_llm.plan.healing_recipe import HealingRecipe, load_healing_recipe
+    from sglp_llm.sizes import parse_count
+
+    recipe = HealingRecipe() if name is None else load_healing_recipe(name)
+    return recipe.with_changes(tokens=None if tokens is None else parse_count(tokens), data=data, **(settings or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +40,7 @@ from sglp_llm.cli.options import (
     SeqLen,
     TargetParams,
     TrialSamples,
+    healing_recipe_of,
     model_of,
     recipe_of,
     settings_of,
@@ -81,6 +83,13 @@ def prune(
     max_shard_size: Annotated[
         str | None, typer.Option(help="Largest weight file, e.g. 2GB. Default: like the source.")
     ] = None,
+    heal: Annotated[
+        bool, typer.Option("--heal", help="Train the result on the original's predictions, see heal.")
+    ] = False,
+    heal_recipe: Annotated[
+        str | None, typer.Option(help="YAML file, or a name from `sglp-llm ls healing-recipes`.")
+    ] = None,
+    heal_tokens: Annotated[str | None, typer.Option(help="Training tokens, e.g. 1.6M. Default: 128k.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
     verify: Annotated[bool, typer.Option(help="Reload the result and compare it with the source.")] = True,
     push_to_hub: Annotated[
@@ -98,7 +107,10 @@ def prune(
         raise UserError(f"--plan already says which layers go: leave out --{given[0].replace('_', '-')}")
     if private and push_to_hub is None:
         raise UserError("--private is about the Hub repository: give --push-to-hub REPO too")
+    if not heal and (heal_recipe is not None or heal_tokens is not None):
+        raise UserError("--heal-recipe and --heal-tokens are about training: give --heal too")
     console = prepare()
+    from sglp_llm.checkpoint import check_output
     from sglp_llm.cli.memory_table import MemoryLines, price_line
     from sglp_llm.models.hub import check_repo_name, upload
     from sglp_llm.pipeline import prune
@@ -112,26 +124,54 @@ def prune(
             check_repo_name(push_to_hub)
         chosen = recipe_of(recipe, settings, model, preset)
         given_plan = None if plan is None else load_plan(plan)
+        training = (
+            healing_recipe_of(heal_recipe, heal_tokens, None if heal_recipe else chosen.calibration) if heal else None
+        )
+        if heal:
+            check_output(output, overwrite)
+    # What was pruned is the student, and is gone when the result is written.
+    written = output.with_name(f"{output.name}.pruned") if heal else output
+    progress = console.progress_bar if processes.is_main else silent
     memory = MemoryLines(None if as_json else price_line(chosen))
     report = prune(
         model_of(model, chosen),
-        output,
+        written,
         plan=given_plan,
         recipe=chosen,
         calibration="pydoc" if plan is not None and recipe is None and calibration is None else None,
-        overwrite=overwrite,
-        verify=verify,
-        progress=console.progress_bar if processes.is_main else silent,
+        overwrite=overwrite or heal,
+        verify=verify and not heal,
+        progress=progress,
         on_forecast=memory.print_forecast if processes.is_main else None,
         processes=processes,
     )
+    healed = None
+    if training is not None:
+        from sglp_llm.healing.heal import heal as train
+
+        processes.wait()  # the main process has written what all train
+        healed = train(
+            written,
+            output,
+            recipe=training,
+            overwrite=overwrite,
+            verify=verify,
+            progress=progress,
+            processes=processes,
+        )
     if not processes.is_main:
         return
     if as_json:
-        console.print_json({**console.report_to_dict(report), "memory": memory.to_dict()})
+        healing = {} if healed is None else {"healing": console.healing_to_dict(healed)}
+        console.print_json({**console.report_to_dict(report), **healing, "memory": memory.to_dict()})
     else:
         console.print_report(report)
+        if healed is not None:
+            print()
+            console.print_healing(healed)
         memory.print_peak()
+    if healed is not None:
+        shutil.rmtree(written, ignore_errors=True)
     if push_to_hub is not None:
         address = upload(output, push_to_hub, private)
         print(f"Uploaded          {address}", file=sys.stderr if as_json else sys.stdout)
