@@ -96,6 +96,8 @@ def heal(
         trained = make_trainable(decoder, recipe, models.plan)
         with timed(seconds, "teacher"):
             online, batch_size = _online(models, recipe, trained, processes)
+        if models.teacher is not None and online is None:
+            recipe = replace(recipe, store=True, top_k=recipe.top_k or DEFAULT_TOP_K)
         steps = _steps(models, recipe, trained, online, batch_size, work, processes)
         with timed(seconds, "text"):
             sequences, held_out, steps = _text(models, recipe, steps, progress)
@@ -286,11 +288,12 @@ def _stored(
     """The teacher's most likely tokens on disk; ``None`` without a teacher."""
     if models.teacher is None:
         return None
+    assert recipe.top_k is not None
     teacher = store_teacher(
         models.teacher.load(),
         sequences.input_ids,
         work / "teacher",
-        top_k=recipe.top_k or DEFAULT_TOP_K,
+        top_k=recipe.top_k,
         temperature=recipe.temperature,
         identity=models.teacher.setting,
         progress=progress,

@@ -114,9 +114,7 @@ class _Distiller(Trainer):
             gradient_accumulation_steps=recipe.sequences // (run.batch_size * run.processes.count),
             max_steps=steps,
             learning_rate=recipe.peak_rate,
-            weight_decay=recipe.weight_decay,
             max_grad_norm=recipe.max_grad_norm,
-            adam_beta2=0.95,
             logging_steps=1,
             logging_nan_inf_filter=False,
             eval_strategy="steps",
@@ -135,8 +133,12 @@ class _Distiller(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
             log_level="error",
         )
-        rates = [parameter for parameter in trained.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(rates, lr=recipe.peak_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # a process computes on one device; the Trainer would copy the model to all that it sees
+        parameters = [each for each in trained.model.parameters() if each.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=recipe.peak_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
+        )
         schedule = LambdaLR(optimizer, lambda step: rate_factor(recipe, step, steps))
         super().__init__(
             model=trained.model,
