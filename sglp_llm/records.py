@@ -169,7 +169,8 @@ class ComparisonRow:
             of the paired differences over windows.
         losses: See `Measured`, by measurement.
         plan: Folder of the plan, relative to the comparison's.
-        compensation_seconds: Wall time of the compensation, the same for rows that share one; 0 without one.
+        compensation_seconds: Wall time of the compensation and of training after it, which rows that remove the same layers in the
+            same way share; 0 without.
     """
 
     method: str

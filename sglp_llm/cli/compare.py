@@ -24,6 +24,7 @@ from sglp_llm.cli.options import (
     Segments,
     SeqLen,
     TrialSamples,
+    healing_recipe_of,
     model_of,
     recipe_of,
     settings_of,
@@ -37,7 +38,7 @@ def compare(
     criteria: Annotated[
         str,
         typer.Option(
-            help="Criteria and presets, separated by commas; angular+linear is compensated by linear.",
+            help="Criteria and presets, separated by commas; angular+linear has a compensation, +heal trains.",
         ),
     ] = "sglp,bi",
     ratios: Annotated[
@@ -61,6 +62,10 @@ def compare(
     measured: Annotated[
         Path | None, typer.Option(help="Keep what is measured here, for other comparisons of the model too.")
     ] = None,
+    heal_recipe: Annotated[
+        str | None, typer.Option(help="How +heal trains: YAML file, or a name from `sglp-llm ls healing-recipes`.")
+    ] = None,
+    heal_tokens: Annotated[str | None, typer.Option(help="Training tokens of +heal, e.g. 1.6M. Default: 128k.")] = None,
     recipe: RecipeName = None,
     option: Option = None,
     calibration: Calibration = None,
@@ -108,6 +113,7 @@ def compare(
     names = [name.strip() for name in criteria.split(",") if name.strip()]
     chosen = recipe_of(recipe, settings, model).with_changes(**budgets[0].to_dict())
     recipes = checked_recipes(chosen, names, budgets)
+    training = healing_recipe_of(heal_recipe, heal_tokens, None if heal_recipe else chosen.calibration)
     used = list(dict.fromkeys(each[0].criterion for each in recipes.values()))
     opened = open_for_comparison(model_of(model, chosen), replace(chosen, compensate=NONE), used)
     check_compensations(recipes, opened, chosen.samples)
@@ -125,7 +131,7 @@ def compare(
         own = replace(chosen, seed=sequences.seed)
         kept = measured or output / MEASURED
         results.append(
-            compare(opened, sequences, own, names, budgets, measurements, folder, console.progress_bar, kept)
+            compare(opened, sequences, own, names, budgets, measurements, folder, console.progress_bar, kept, training)
         )
         write_tables(results[-1], folder)
         plot_perplexity(results[-1], folder)

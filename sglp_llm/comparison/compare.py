@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from sglp_llm.analysis.observing import check_criteria
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.checkpoint.replaced import as_stored
 from sglp_llm.comparison.choices import choices
+from sglp_llm.comparison.healed import DecidedRow, RunOfComparison, trained_after
 from sglp_llm.comparison.measured import Measurement, Shortened, measured
-from sglp_llm.comparison.methods import chooser, is_single, method_recipe
+from sglp_llm.comparison.methods import chooser, is_healed, is_single, method_recipe
 from sglp_llm.comparison.pairs import paired_difference, pairs
 from sglp_llm.compensation import NONE, check_compensation
 from sglp_llm.errors import UserError
 from sglp_llm.method.selection import check_budget
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import PLAN_FILE_NAME, Recipe, load_plan, plan_from_indices, save_plan
+from sglp_llm.plan.healing_recipe import HealingRecipe
 from sglp_llm.progress import Progress, silent
 from sglp_llm.records import Budget, Comparison, ComparisonRow
 from sglp_llm.trials import Journal
@@ -52,6 +54,7 @@ def compare(
     folder: Path,
     progress: Progress = silent,
     kept: Path | None = None,
+    healing: HealingRecipe | None = None,
 ) -> Comparison:
     """Runs every method at every depth, and measures the shortened models in memory.
 
@@ -70,6 +73,7 @@ def compare(
         progress: Reports the progress of every step.
         kept: Journal of the measured numbers, which all comparisons of a model can share, whatever their calibration; in
             ``folder`` by default.
+        healing: How the models of methods that end in ``+heal`` are trained; the defaults are `HealingRecipe`'s.
 
     Raises:
         UserError: A method or budget does not fit.
@@ -85,7 +89,7 @@ def compare(
     # Another version may store results in another form.
     model = {**opened.setting, "sglp-llm": __version__}
     numbers = Journal(kept or folder / MEASURED, {"dtype": recipe.dtype, **model})
-    run = _Run(opened, calibration, Journal(folder / "journal", {**settings, **model}), folder, progress)
+    run = RunOfComparison(opened, calibration, Journal(folder / "journal", {**settings, **model}), folder, progress)
 
     choosers = {name: chooser(recipe, name, budgets[0]) for name in methods}
     own = {choosers[name]: [replace(each, compensate=NONE) for each in recipes[name]] for name in methods}
@@ -95,6 +99,12 @@ def compare(
         for name in methods
         for each, sets in zip(recipes[name], chosen[choosers[name]], strict=True)
     ]
+    if any(map(is_healed, methods)):
+        recipe_of_training = healing or HealingRecipe()
+        settings["healing"] = recipe_of_training.to_dict()
+        plans = [
+            (name, trained_after(run, plan, recipe_of_training) if is_healed(name) else plan) for name, plan in plans
+        ]
     dense = Shortened(())
     found = measured(opened, [dense, *(plan.model for _, plan in plans)], measurements, numbers, progress)
     dense_losses = {name: each.losses for name, each in found[dense].items()}
@@ -114,6 +124,7 @@ def compare(
         )
         for name, plan in plans
     )
+    single = [name for name in methods if is_single(recipes[name][0]) and not is_healed(name)]
     if any(each[0].compensate != NONE for each in recipes.values()):
         settings |= {"held_out": recipe.held_out, "candidates": recipe.candidates}
     return Comparison(
@@ -122,7 +133,7 @@ def compare(
         dense=results(dense),
         dense_losses=dense_losses,
         rows=rows,
-        pairs=pairs(rows, dense_losses, [name for name in methods if is_single(recipes[name][0])]),
+        pairs=pairs(rows, dense_losses, single),
         selection_seconds=seconds,
         settings=settings,
         versions=software_versions(),
@@ -164,25 +175,7 @@ def check_compensations(recipes: Mapping[str, list[Recipe]], opened: OpenedModel
         check_compensation(each[0].compensate, adapter, opened.config, samples)
 
 
-@dataclass(frozen=True)
-class _Run:
-    opened: OpenedModel
-    calibration: CalibrationSet
-    journal: Journal
-    folder: Path
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class _Decided:
-    """A row's model, the folder of its plan, and the seconds of its compensation."""
-
-    model: Shortened
-    folder: Path
-    seconds: float
-
-
-def _decided(run: _Run, method: str, recipe: Recipe, sets: Sequence[Sequence[int]]) -> _Decided:
+def _decided(run: RunOfComparison, method: str, recipe: Recipe, sets: Sequence[Sequence[int]]) -> DecidedRow:
     """Takes a method's best set of layers at one depth, with its compensation if it has one, and saves the plan.
 
     Args:
@@ -212,7 +205,7 @@ def _decided(run: _Run, method: str, recipe: Recipe, sets: Sequence[Sequence[int
 
     if recipe.compensate == NONE:
         save(sets[0], {}, {})
-        return _Decided(Shortened(tuple(sorted(sets[0]))), folder, 0.0)
+        return DecidedRow(Shortened(tuple(sorted(sets[0]))), folder, 0.0)
 
     def repaired() -> dict[str, Any]:
         start = time.perf_counter()
@@ -228,7 +221,7 @@ def _decided(run: _Run, method: str, recipe: Recipe, sets: Sequence[Sequence[int
     if first != folder:
         known = load_plan(first)
         save(kept["removed"], known.replaced, known.compensation)
-    return _Decided(Shortened(tuple(sorted(kept["removed"])), kept["tensors"], first), folder, kept["seconds"])
+    return DecidedRow(Shortened(tuple(sorted(kept["removed"])), kept["tensors"], first), folder, kept["seconds"])
 
 
 def _digest(replaced: Mapping[str, torch.Tensor]) -> str:

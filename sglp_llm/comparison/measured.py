@@ -84,19 +84,25 @@ class Shortened:
     Attributes:
         removed: Original indices of the removed layers, ascending; empty for the whole model.
         tensors: Digest of the replaced tensors; empty when there are none.
-        folder: Folder of the plan with those tensors.
+        folder: Folder of the plan with those tensors, or of the trained checkpoint.
+        is_trained: Whether it is a checkpoint that was trained after the removal; ``tensors`` is the digest of its files then.
     """
 
     removed: tuple[int, ...]
     tensors: str = ""
     folder: Path | None = field(default=None, compare=False)
+    is_trained: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"without {list(self.removed)}" + (f" with {self.tensors}" if self.tensors else "")
 
     @contextmanager
     def of(self, opened: OpenedModel) -> Iterator[PreTrainedModel]:
-        """The opened model, shortened inside the block."""
+        """The opened model, shortened inside the block; or the trained one."""
+        if self.is_trained:
+            assert self.folder is not None
+            yield opened.alike(self.folder).load().model
+            return
         replaced = {}
         if self.tensors:
             assert self.folder is not None

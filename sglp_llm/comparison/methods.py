@@ -13,6 +13,7 @@ from sglp_llm.plan.recipe import SGLP
 from sglp_llm.records import Budget
 
 _SEARCH = "search"
+_HEALED = "+heal"
 
 
 def method_recipe(recipe: Recipe, method: str, budget: Budget) -> Recipe:
@@ -21,13 +22,14 @@ def method_recipe(recipe: Recipe, method: str, budget: Budget) -> Recipe:
     Args:
         recipe: The settings that all methods share; its criterion, budget and compensation are not used. Its options of a
             criterion override a preset's.
-        method: A criterion, ``sglp``, or a preset; ``+NAME`` adds a compensation. A name that is both means the preset.
+        method: A criterion, ``sglp``, or a preset; ``+NAME`` adds a compensation, and ``+heal`` at the end training after it. A
+            name that is both means the preset.
         budget: How much to remove.
 
     Raises:
         UserError: The criterion, preset or compensation is unknown, or the settings do not fit together.
     """
-    base, plus, compensation = method.partition("+")
+    base, plus, compensation = method.removesuffix(_HEALED).partition("+")
     settings = _settings_of(base)
     # All methods see the same sequences, however many a preset would take.
     shared = {"samples", "seq_len", "calibration", *(["trial_samples"] if recipe.trial_samples else [])}
@@ -42,6 +44,11 @@ def method_recipe(recipe: Recipe, method: str, budget: Budget) -> Recipe:
 def is_single(recipe: Recipe) -> bool:
     """Whether a method is one criterion alone: neither a search over sets that others propose, nor with a compensation."""
     return recipe.compensate == NONE and recipe.criterion != _SEARCH
+
+
+def is_healed(method: str) -> bool:
+    """Whether a method's model is trained after the removal."""
+    return method.endswith(_HEALED)
 
 
 def chooser(recipe: Recipe, method: str, budget: Budget) -> str:

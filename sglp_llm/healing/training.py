@@ -134,7 +134,9 @@ class _Distiller(Trainer):
             log_level="error",
         )
         if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # a process computes on one device; the Trainer would copy the model to all that it sees
+            arguments._n_gpu = (
+                1  # a process computes on one device; the Trainer would copy the model to all that it sees
+            )
         parameters = [each for each in trained.model.parameters() if each.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters, lr=recipe.peak_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay

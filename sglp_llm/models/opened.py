@@ -67,6 +67,14 @@ class OpenedModel:
             self.num_layers = self.source.num_layers
             self.config = self.source.config
 
+    def alike(self, model: str | Path) -> OpenedModel:
+        """Another model, opened with the same dtype, placement and tokenizer.
+
+        Raises:
+            UserError: See `find_source`.
+        """
+        return OpenedModel(model, None, self._dtype, self._device_map, self._tokenizer)
+
     @property
     def revision(self) -> str | None:
         """The Hub commit, where there is one."""
