@@ -169,8 +169,8 @@ class ComparisonRow:
             of the paired differences over windows.
         losses: See `Measured`, by measurement.
         plan: Folder of the plan, relative to the comparison's.
-        compensation_seconds: Wall time of the compensation and of training after it, which rows that remove the same layers in the
-            same way share; 0 without.
+        compensation_seconds: Wall time of the compensation and of training after it, shared by rows that have the same;
+            0 without.
     """
 
     method: str
