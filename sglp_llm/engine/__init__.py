@@ -1,4 +1,4 @@
-"""Runs passes over the calibration set and gives observers hidden states, gradients and their norms. Start with `observer.py`.
+"""Returns the loss of a pass, which shows observers hidden states, gradients and their norms. Start with `observer.py`.
 
 `passes.py` runs a pass with `resident.py` (the whole model in memory) or `streamed.py` (one decoder layer at a time).
 """
