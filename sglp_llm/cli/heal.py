@@ -81,6 +81,7 @@ def heal(
     if output is None:
         raise UserError("where to? Give --output FOLDER")
     console = prepare()
+    from sglp_llm.cli.memory_table import MemoryLines
     from sglp_llm.healing.heal import heal
     from sglp_llm.processes.distributed import current_processes
     from sglp_llm.progress import silent
@@ -105,7 +106,9 @@ def heal(
         return
     if report.record.stopped is not None:
         print(f"Stopped early: {report.record.stopped}", file=sys.stderr)
+    memory = MemoryLines()
     if as_json:
-        console.print_json(console.healing_to_dict(report))
+        console.print_json({**console.healing_to_dict(report), "memory": memory.to_dict()})
     else:
         console.print_healing(report)
+        memory.print_peak()

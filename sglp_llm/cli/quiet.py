@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any
 
 
@@ -15,6 +16,7 @@ def prepare() -> Any:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would fill a log file
         os.environ.setdefault("TQDM_MININTERVAL", "60")  # lm-eval shows its bars regardless
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of their own later releases
     from transformers.utils import logging
 
     logging.set_verbosity_error()
