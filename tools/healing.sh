@@ -64,4 +64,5 @@ for drop in ${DROPS:-6 9}; do
         done
     done
 done
-"$bin/python" tools/healing_page.py "$output" docs/healing.md
+how="DROPS=\"${DROPS:-6 9}\" STARTS=\"${STARTS:-sglp search+linear best}\" TOKENS=${TOKENS:-20k} WINDOWS=${WINDOWS:-302} LIMIT=${LIMIT:-100}"
+"$bin/python" tools/healing_page.py "$output" docs/healing.md "$how"

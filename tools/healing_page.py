@@ -1,4 +1,4 @@
-"""Writes docs/healing.md from what tools/healing.sh has measured: python tools/healing_page.py FOLDER PAGE."""
+"""Writes docs/healing.md from what tools/healing.sh has measured: python tools/healing_page.py FOLDER PAGE SETTINGS."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from machine import describe
 
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
 SUITES = {"offline": "tasks", "generation_offline": "generation"}
@@ -15,8 +18,8 @@ HEAD = """# What training after a removal adds
 SmolLM2-135M-Instruct without some of its 30 decoder layers, before and after `sglp-llm heal`. Made by `tools/healing.sh DATA`,
 which says what is trained on and what is measured on: the two have no text in common.
 
-- Columns named after a text are ln(perplexity / dense perplexity) on windows of 512 tokens, with the standard error of the
-  difference of two means.
+- Columns named after a text are ln(perplexity / dense perplexity) on windows of 512 tokens. The standard error is that of the
+  difference of two means as if the windows were not the same ones, and so too large.
 - `tasks` is the average over the tasks of the suite `offline`, `generation` that of the suite `generation_offline`.
 - `divergence` is the KL from the original on held-out training text, nats a token, before and after; `tokens` are those until the
   weights that were kept.
@@ -26,7 +29,7 @@ which says what is trained on and what is measured on: the two have no text in c
 
 
 def main() -> None:
-    folder, page = map(Path, sys.argv[1:])
+    folder, page = map(Path, sys.argv[1:3])
     names = sorted({file.name.removesuffix(".wikitext2.json") for file in folder.glob("*.wikitext2.json")})
     dense = "dense"
     suites = [suite for suite in SUITES if (folder / f"{dense}.{suite}.json").exists()]
@@ -38,7 +41,8 @@ def main() -> None:
         lines.append(f"| `{name}` | {' | '.join([*cells, *_healing(folder / name)])} |")
     windows = {text: _read(folder, dense, text)["windows"] for text in TEXTS}
     said = " and ".join(f"{count} windows of {TEXTS[text]}" for text, count in windows.items())
-    page.write_text(f"{HEAD}\nMeasured on {said}.\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    measured = f"Measured on {said}, with `{sys.argv[3]} tools/healing.sh DATA`; machine: {describe()}."
+    page.write_text(f"{HEAD}\n{measured}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _read(folder: Path, name: str, what: str) -> dict[str, Any]:
