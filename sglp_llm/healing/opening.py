@@ -16,7 +16,7 @@ from sglp_llm.records import PrunePlan
 
 
 @dataclass(frozen=True)
-class Pupils:
+class HealingModels:
     """The models of one run.
 
     Attributes:
@@ -30,7 +30,9 @@ class Pupils:
     teacher: OpenedModel | None
 
 
-def open_models(model: str | Path, output: Path, recipe: HealingRecipe, tokenizer: Any, processes: Processes) -> Pupils:
+def open_models(
+    model: str | Path, output: Path, recipe: HealingRecipe, tokenizer: Any, processes: Processes
+) -> HealingModels:
     """Finds the shortened model and its teacher.
 
     Args:
@@ -54,7 +56,7 @@ def open_models(model: str | Path, output: Path, recipe: HealingRecipe, tokenize
         raise UserError(
             f"{folder / PLAN_FILE_NAME}: the plan leaves {len(plan.kept)} decoder layers, and the model has {student.num_layers}"
         )
-    return Pupils(student, plan, _teacher(student, plan, recipe, processes) if recipe.distil else None)
+    return HealingModels(student, plan, _teacher(student, plan, recipe, processes) if recipe.distil else None)
 
 
 def _teacher(student: OpenedModel, plan: PrunePlan | None, recipe: HealingRecipe, processes: Processes) -> OpenedModel:

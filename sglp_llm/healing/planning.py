@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from sglp_llm.errors import UserError
 from sglp_llm.healing.loss import divergence, next_token_loss
-from sglp_llm.healing.opening import Pupils
+from sglp_llm.healing.opening import HealingModels
 from sglp_llm.healing.teacher import Teacher
 from sglp_llm.memory.dry_run import DryRun
 from sglp_llm.memory.free import free_memory
@@ -58,7 +58,7 @@ class Footprint:
         return self.free is None or needed <= USABLE * self.free
 
 
-def footprint(models: Pupils, recipe: HealingRecipe, trained_parameters: int) -> Footprint:
+def footprint(models: HealingModels, recipe: HealingRecipe, trained_parameters: int) -> Footprint:
     """Predicts what training takes, by a dry run of the student.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from sglp_llm.checkpoint.export import export_from_files
 from sglp_llm.checkpoint.replaced import as_stored
 from sglp_llm.healing.keeping import LOG_FILE_NAME
-from sglp_llm.healing.opening import Pupils
+from sglp_llm.healing.opening import HealingModels
 from sglp_llm.healing.records import HEALING_FILE_NAME, HealingRecord
 from sglp_llm.healing.trained import Trained
 from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME
@@ -23,7 +23,7 @@ from sglp_llm.report.loss_curve import plot_losses
 from sglp_llm.report.model_card import write_model_card
 
 
-def export(models: Pupils, trained: Trained, folder: Path, progress: Progress) -> dict[str, torch.Tensor]:
+def export(models: HealingModels, trained: Trained, folder: Path, progress: Progress) -> dict[str, torch.Tensor]:
     """Writes the student's checkpoint with what was learned in it; adapters are merged, and gone afterwards.
 
     Args:
@@ -49,7 +49,7 @@ def export(models: Pupils, trained: Trained, folder: Path, progress: Progress) -
     return values
 
 
-def write_papers(models: Pupils, folder: Path, record: HealingRecord, recipe: HealingRecipe, work: Path) -> None:
+def write_papers(models: HealingModels, folder: Path, record: HealingRecord, recipe: HealingRecipe, work: Path) -> None:
     """Everything beside the weights: the plan and recipe of the pruning, and the record, recipe and log of the healing."""
     assert models.student.source is not None
     source = models.student.source.path
