@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
-from helpers import tiny_tokenizer
+from helpers import TEXT, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sglp_llm.adapters import get_adapter
@@ -23,8 +23,8 @@ from sglp_llm.cli import main as cli
 
 torch.set_num_threads(1)  # for models this small, more threads only add synchronisation
 
-QUICK = ("--calibration", "pydoc", "--samples", "4", "--seq-len", "16")
-"""The smallest calibration that makes an analysis."""
+QUICK = ("--calibration", TEXT, "--samples", "4", "--seq-len", "16")
+"""The smallest calibration that makes an analysis, on text that is the same with every Python."""
 
 PLAN = {"num_layers": 6, "removed": [2, 4]}
 """A hand-written plan."""
