@@ -129,7 +129,7 @@ def read_text(
     try:
         sequences = read(tokens=None if number is None else number * recipe.seq_len)
     except UserError:
-        if recipe.minutes is None:
+        if recipe.minutes is None or len(mixture(recipe.data)) > 1:
             raise
         # Time for more than there is: all of it, more than once.
         sequences, held = read(tokens=None), None

@@ -173,6 +173,8 @@ REFUSED: list[tuple[dict[str, object], tuple[object, ...], str]] = [
     ({"data": "nothing"}, (), "unknown calibration set 'nothing'"),
     ({"data": f"{TEXT} self"}, ("--no-teacher",), "the original model writes the text"),
     ({"data": "self", "tokens": None, "epochs": 1}, (), "give tokens, not epochs"),
+    ({"data": f"{TEXT} jsonl:{{data}}:text", "tokens": None, "minutes": 0.02}, (), "data.jsonl:text: the text has "),
+    ({"data": f"{TEXT} jsonl:{{data}}:text", "tokens": None, "epochs": 1}, (), "a mixture needs a number of tokens"),
     ({"teacher": "{other}"}, (), "is not the model that the plan was made for"),
     ({"teacher": "{gone}"}, (), "there is no such folder or file"),
     ({}, ("--no-teacher", "--store-teacher"), "store keeps the teacher's logits, and distil is false"),
