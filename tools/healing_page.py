@@ -26,7 +26,7 @@ which says what is trained on and what is measured on: the two have no text in c
 - A name with `+` was trained: `full` all parameters, `partial` the layers around the cuts, the last ones and the head, `seam` the
   layers around the cuts, `lora` adapters of rank 16 on all linears; `no-teacher` by the next-token loss alone.
 - The text is WikiText-2 and C4 in equal parts. `-wikitext2` and `-c4` say that it was that one alone, `-self` that the original
-  model sampled it (`--data self`), and `-80k` that there were 80k tokens.
+  model sampled it (`--data self`), and `-80k` that it was the same `heal` command with `--tokens 80k`, given by hand.
 """
 
 
