@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Iterable, Iterator, Sized
@@ -123,3 +124,12 @@ def windows_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], body: int, bo
     if not bos:
         return windows
     return torch.cat([torch.full((len(windows), 1), tokenizer.bos_token_id, dtype=torch.int64), windows], dim=1)
+
+
+def hash_of(*tensors: torch.Tensor) -> str:
+    """The sha256, in hex, of tensors of one shape: of the shape, and of their values in little-endian order."""
+    digest = hashlib.sha256(repr(tuple(tensors[0].shape)).encode())
+    for tensor in tensors:
+        values = tensor.numpy()
+        digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()

@@ -7,7 +7,6 @@ front of a text, every window starts with one. Nothing is padded, and nothing de
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglp_llm.calibration.mixtures import Portion, Spec, interleaved, mixture, shares
-from sglp_llm.calibration.packing import adds_bos, check_length, shuffled, token_ids, windows_of
+from sglp_llm.calibration.packing import adds_bos, check_length, hash_of, shuffled, token_ids, windows_of
 from sglp_llm.calibration.texts import load_documents, source_label
 from sglp_llm.errors import UserError
 
@@ -50,7 +49,7 @@ class CalibrationSet:
         if samples is None or samples >= len(self.input_ids):
             return self
         ids, mask = self.input_ids[:samples], self.mask[:samples]
-        return replace(self, input_ids=ids, mask=mask, hash=_hash(ids, mask))
+        return replace(self, input_ids=ids, mask=mask, hash=hash_of(ids, mask))
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def calibration_set(
             drawn.append(_drawn(tokenizer, documents, portion, count, samples, seq_len, seed))
     input_ids = torch.cat(drawn)[interleaved(counts, seed)]
     mask = torch.ones_like(input_ids, dtype=torch.bool)
-    return CalibrationSet(input_ids, mask, source_label(portions, "train"), seed, _hash(input_ids, mask), bos)
+    return CalibrationSet(input_ids, mask, source_label(portions, "train"), seed, hash_of(input_ids, mask), bos)
 
 
 def evaluation_windows(
@@ -177,10 +176,3 @@ def _drawn(
         )
     windows = list(range(available)) if available == count else rng.sample(range(available), count)
     return windows_of(tokenizer, ids, body, bos)[windows]
-
-
-def _hash(input_ids: torch.Tensor, mask: torch.Tensor) -> str:
-    digest = hashlib.sha256(repr(tuple(input_ids.shape)).encode())
-    digest.update(input_ids.numpy().astype("<i8").tobytes())
-    digest.update(mask.numpy().tobytes())
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 
 from sglp_llm.calibration.chat import conversations, holds_conversations, tokenised
 from sglp_llm.calibration.mixtures import Portion, Spec, mixture, shares
-from sglp_llm.calibration.packing import SEPARATOR, adds_bos, check_length, shuffled, token_stream, tokenise
+from sglp_llm.calibration.packing import SEPARATOR, adds_bos, check_length, hash_of, shuffled, token_stream, tokenise
 from sglp_llm.calibration.specs import parse_source
 from sglp_llm.calibration.texts import load_documents, source_label
 from sglp_llm.errors import UserError
@@ -96,7 +95,7 @@ def training_sequences(
     order = list(range(len(input_ids)))
     random.Random(seed).shuffle(order)
     input_ids, labels = input_ids[order], labels[order]
-    return TrainingSequences(input_ids, labels, source_label(portions, "train"), _hash(input_ids, labels))
+    return TrainingSequences(input_ids, labels, source_label(portions, "train"), hash_of(input_ids, labels))
 
 
 def _pieces(
@@ -169,10 +168,3 @@ def _too_little(portion: Portion, count: int, seq_len: int, body: int, windows: 
         f"{source_label((portion,), 'train')}: the text has {read} tokens, {problem};"
         f" ask for fewer tokens{fewer} or shorter sequences, or give more text"
     )
-
-
-def _hash(input_ids: torch.Tensor, labels: torch.Tensor) -> str:
-    digest = hashlib.sha256(repr(tuple(input_ids.shape)).encode())
-    for tensor in (input_ids, labels):
-        digest.update(tensor.numpy().astype("<i8").tobytes())
-    return digest.hexdigest()

@@ -18,6 +18,7 @@ from sglp_llm.pipeline import prune
 from sglp_llm.plan import load_plan
 from sglp_llm.plan.healing_recipe import HealingRecipe
 from sglp_llm.progress import Progress
+from sglp_llm.tensor_files.tensors import sha256_of
 from sglp_llm.trials import Journal
 
 _FOLDER = "healed"
@@ -74,18 +75,9 @@ def trained_after(run: RunOfComparison, row: DecidedRow, recipe: HealingRecipe) 
         work = trained.with_name(f"{trained.name}.healing")
         heal(pruned, trained, recipe=chosen, resume=work.exists(), progress=run.progress, verify=False, overwrite=True)
         shutil.rmtree(pruned)
-        return {"digest": _digest(trained), "seconds": time.perf_counter() - start}
+        digest = sha256_of(*sorted(trained.glob("*.safetensors")))[:16]
+        return {"digest": digest, "seconds": time.perf_counter() - start}
 
     kept = run.journal.once(what, train)
     model = replace(row.model, tensors=kept["digest"], folder=folder / _TRAINED, is_trained=True)
     return replace(row, model=model, seconds=row.seconds + kept["seconds"])
-
-
-def _digest(folder: Path) -> str:
-    """Of the weight files."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()[:16]

@@ -5,7 +5,6 @@ The replaced tensors of a compensated plan are in a file in safetensors format b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sys
@@ -86,11 +85,11 @@ def save_plan(plan: PrunePlan, path: Path) -> None:
     """
     data = plan_to_dict(plan)
     if plan.replaced:
-        from sglp_llm.tensor_files.tensors import write_tensors
+        from sglp_llm.tensor_files.tensors import sha256_of, write_tensors
 
         tensors = path.with_suffix(TENSORS_SUFFIX)
         write_tensors(tensors, plan.replaced)
-        data["replaced"] = {"file": tensors.name, "sha256": _sha256(tensors), **data["replaced"]}
+        data["replaced"] = {"file": tensors.name, "sha256": sha256_of(tensors), **data["replaced"]}
     items = data.items()
     path.write_text("{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in items) + "\n}\n")
 
@@ -219,14 +218,14 @@ def _replaced(value: object, folder: Path | None, where: str) -> dict[str, torch
     file = folder / name
     if not file.is_file():
         raise UserError(f"{where}: the plan's replaced tensors are missing: {name} must lie beside it")
+    from sglp_llm.tensor_files.tensors import read_tensors, sha256_of
+
     try:
-        digest = _sha256(file)
+        digest = sha256_of(file)
     except OSError as error:
         raise UserError(f"{where}: cannot read {name} ({error.strerror})") from None
     if digest != fields["sha256"]:
         raise UserError(f"{where}: {name} does not hold the tensors that the plan was saved with: its sha256 differs")
-    from sglp_llm.tensor_files.tensors import read_tensors
-
     tensors = read_tensors(file)
     for tensor, shape in shapes.items():
         if tensor not in tensors:
@@ -236,14 +235,6 @@ def _replaced(value: object, folder: Path | None, where: str) -> dict[str, torch
                 f"{where}: replaced: {tensor!r} has the shape {list(tensors[tensor].shape)} in {name}, not {shape}"
             )
     return {tensor: tensors[tensor] for tensor in shapes}
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _identity(value: object, where: str) -> ModelIdentity | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +34,16 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     file.unlink(missing_ok=True)
     entries = [(name, new_tensor(tensor)) for name, tensor in tensors.items()]
     write_safetensors(file, entries, {"format": "pt"}, lambda _: None)
+
+
+def sha256_of(*files: Path) -> str:
+    """The sha256, in hex, of the files' bytes one after another, read a piece at a time."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def new_tensor(tensor: torch.Tensor) -> NewTensor:
