@@ -6,7 +6,7 @@ The text is rendered by the tokenizer's chat template, or in Alpaca's prompt if 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +96,7 @@ def conversations(source: Source, split: Split) -> Iterator[Conversation]:
     empty = True
     for where, row in json_lines(source.path):
         empty = False
-        yield Conversation(_turns(row, where), where)
+        yield Conversation(turns_of(row, where), where)
     if empty:
         raise UserError(f"{source.path}: the file is empty")
 
@@ -118,6 +118,17 @@ def render(tokenizer: PreTrainedTokenizerBase | None, conversation: Conversation
     if tokenizer is None or tokenizer.chat_template is None:
         return _in_alpacas_prompt(conversation)
     return _Template(tokenizer, conversation).rendered()
+
+
+def question(tokenizer: PreTrainedTokenizerBase | None, conversation: Conversation) -> str:
+    """Renders turns to which the assistant is to answer, up to where its answer begins.
+
+    Raises:
+        UserError: See `render`.
+    """
+    if tokenizer is None or tokenizer.chat_template is None:
+        return _in_alpacas_prompt(replace(conversation, turns=(*conversation.turns, Turn("assistant", "")))).text
+    return _Template(tokenizer, conversation).question()
 
 
 def tokenised(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> tuple[list[int], list[bool]]:
@@ -148,7 +159,12 @@ def _in_pieces(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> tuple[
     return ids, answers
 
 
-def _turns(row: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
+def turns_of(row: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
+    """The turns of one object of a file, see `conversations`.
+
+    Raises:
+        UserError: It holds no conversation.
+    """
     if "messages" not in row:
         if not {"instruction", "output"} & row.keys():
             known = ", ".join(map(repr, row)) or "none"
@@ -223,6 +239,10 @@ class _Template:
             elif (found := text.find(message["content"].strip(), reached)) >= 0:
                 reached = found + len(message["content"].strip())
         return Rendered(text, tuple(answers))
+
+    def question(self) -> str:
+        """See `question`."""
+        return self._text(self._messages, add_generation_prompt=True)
 
     def _answer(self, number: int, text: str, reached: int) -> tuple[int, int] | None:
         """The range of a turn of the assistant; ``None`` if it cannot be found."""

@@ -17,7 +17,7 @@ from helpers import tiny_tokenizer
 from tiny_models import Tiny, every_tiny, random_model
 
 from sglp_llm.calibration import calibration_set, load_documents
-from sglp_llm.calibration import self_text as module
+from sglp_llm.calibration.sampling import Sampler
 from sglp_llm.calibration.self_text import self_text, tokens_to_write
 from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel, wrap_model
@@ -127,7 +127,7 @@ def test_what_a_document_begins_with(model: DecoderModel, bos: str | None, eos: 
     tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "</s>"]})
     tokenizer.add_tokens([f"<{number}>" for number in range(12)])  # the last ones are beyond the model's embeddings
     tokenizer.bos_token, tokenizer.eos_token = bos, eos
-    assert module._first_token(model, tokenizer) == expected
+    assert Sampler(model, tokenizer, 8, 1, 1.0, 1.0).first_token() == expected
 
 
 def test_nothing_outside_changes(model: DecoderModel, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ CHANGES: list[dict[str, Any]] = [
 
 def test_a_file_that_is_complete_is_used(model: DecoderModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(model, tmp_path)
-    monkeypatch.delattr(module._Writer, "batch")
+    monkeypatch.delattr(Sampler, "continued")
     assert write(model, tmp_path) == file
 
 
@@ -180,16 +180,16 @@ def test_an_interrupted_run_goes_on(
     model: DecoderModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str | None
 ) -> None:
     whole = write(model, tmp_path / "whole", tokens=2000).read_bytes()
-    batch = module._Writer.batch
+    batch = Sampler.continued
     asked: list[int] = []
 
-    def interrupted(self: Any, number: int, seed: int) -> list[str]:
+    def interrupted(self: Any, rows: Any, number: int, seed: int) -> list[list[int]]:
         asked.append(number)
         if number == 3 and len(asked) == 4:
             raise KeyboardInterrupt
-        return batch(self, number, seed)
+        return batch(self, rows, number, seed)
 
-    monkeypatch.setattr(module._Writer, "batch", interrupted)
+    monkeypatch.setattr(Sampler, "continued", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(model, tmp_path / "cut", tokens=2000)
     parts = sorted((tmp_path / "cut").iterdir())
