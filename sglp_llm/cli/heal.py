@@ -13,9 +13,9 @@ from sglp_llm.cli.quiet import prepare
 from sglp_llm.errors import UserError
 
 _SETTINGS = (
-    "teacher distil train seam_layers last_layers lora_rank lora_alpha minutes epochs held_out seq_len sequences "
-    "batch_size alpha temperature top_k store learning_rate schedule final_rate warmup_steps weight_decay "
-    "gradient_checkpointing dtype engine scratch seed"
+    "teacher distil train seam_layers seam_side last_layers lora_rank lora_alpha answers on_policy prompt_tokens shortest "
+    "minutes epochs held_out seq_len sequences batch_size alpha beta temperature hidden_weight top_k store learning_rate "
+    "schedule final_rate warmup_steps weight_decay gradient_checkpointing dtype engine scratch seed"
 )
 
 
@@ -33,6 +33,21 @@ def heal(
         list[str] | None,
         typer.Option(help="Training text: as for --calibration, a mixture such as 'wikitext2:1 c4:1'; repeatable."),
     ] = None,
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            help="teacher: the original answers the questions of alpaca or chat:FILE. Default: data, its own answers."
+        ),
+    ] = None,
+    on_policy: Annotated[
+        float | None, typer.Option(help="Share of the steps whose sequences the student continues itself. Default: 0.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence that it continues. Default: 64.")
+    ] = None,
+    shortest: Annotated[
+        int | None, typer.Option(help="Tokens that it adds in the first step, more in later ones. Default: 16.")
+    ] = None,
     tokens: Annotated[str | None, typer.Option(help="Training tokens, e.g. 1.6M. Default: 128k.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Wall time instead.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over all of the text instead.")] = None,
@@ -41,6 +56,9 @@ def heal(
         typer.Option(help="full (default), partial, seam (layers around the cuts) or lora: what is trained."),
     ] = None,
     seam_layers: Annotated[int | None, typer.Option(help="Layers on each side of a cut. Default: 2.")] = None,
+    seam_side: Annotated[
+        str | None, typer.Option(help="Only those before or behind the cuts, or both (default).")
+    ] = None,
     last_layers: Annotated[int | None, typer.Option(help="Last layers that partial trains. Default: 3.")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Default: 16.")] = None,
     lora_alpha: Annotated[int | None, typer.Option(help="Default: 32.")] = None,
@@ -56,6 +74,13 @@ def heal(
     weight_decay: Annotated[float | None, typer.Option(help="Default: 0.")] = None,
     alpha: Annotated[
         float | None, typer.Option(help="Weight of the divergence; the next-token loss has the rest. Default: 1.")
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Divergence: 0 (default) is KL from the teacher, 1 the reverse, 0.5 Jensen-Shannon."),
+    ] = None,
+    hidden_weight: Annotated[
+        float | None, typer.Option(help="Weight of the difference of hidden states behind the cuts. Default: 0.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of both distributions. Default: 1.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Use the teacher's most likely tokens only.")] = None,

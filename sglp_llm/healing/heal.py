@@ -15,17 +15,19 @@ from sglp_llm.checkpoint import atomic_folder, check_output
 from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError
 from sglp_llm.healing.keeping import Run, Training
+from sglp_llm.healing.matching import matched_in, matched_layers
 from sglp_llm.healing.opening import HealingModels, open_models
+from sglp_llm.healing.planning import in_bfloat16
 from sglp_llm.healing.preparing import (
     begin,
     check_batch,
-    in_bfloat16,
-    read_text,
+    check_may_be_stored,
     teacher_in_memory,
     teacher_on_disk,
     timed_steps,
     work_folder,
 )
+from sglp_llm.healing.reading import read_text
 from sglp_llm.healing.records import HealingRecord, HealReport
 from sglp_llm.healing.trained import Trained, check_peft, make_trainable
 from sglp_llm.healing.training import train
@@ -89,11 +91,13 @@ def heal(
             raise UserError(f"keep_adapter is about LoRA, and train is {recipe.train}: leave it out")
         work = work_folder(output, resume)
         models = open_models(model, output, recipe, tokenizer, processes)
+        pairs = matched_layers(models.plan, recipe)
         decoder = models.student.load()
         trained = make_trainable(decoder, recipe, models.plan)
         with timed(seconds, "teacher"):
             online, batch_size = teacher_in_memory(models, recipe, trained, processes)
         if models.teacher is not None and online is None:
+            check_may_be_stored(recipe)
             recipe = replace(recipe, store=True, top_k=recipe.top_k or DEFAULT_TOP_K)
         steps = timed_steps(models, recipe, trained, online, batch_size, work, processes)
         with timed(seconds, "text"):
@@ -103,7 +107,8 @@ def heal(
             teacher = online or teacher_on_disk(models, recipe, sequences, work, progress, processes)
         run = Run(work, batch_size, in_bfloat16(recipe), resume, report_to, progress, processes)
         with timed(seconds, "training"):
-            training = train(trained, teacher, sequences, held_out, recipe, steps, run)
+            matched = matched_in(decoder, online, pairs)
+            training = train(trained, teacher, sequences, held_out, recipe, steps, run, matched)
     record = _record(models, sequences, held_out, recipe, trained, training)
     if not processes.is_main:
         return HealReport(str(output), record, training.log, 0, None, seconds)

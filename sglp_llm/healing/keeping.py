@@ -22,6 +22,9 @@ LOG_FILE_NAME = "train_log.jsonl"
 DIVERGED = 0.1
 """A run stops when its held-out loss is higher than at the start by this share of it: less may be noise of the first steps."""
 
+CHECKPOINT_SHARE = 0.05
+"""Checkpoints take at most this share of the time, after the first: of a large model one takes as long as many steps."""
+
 _BEST_FILE_NAME = "best.safetensors"
 _STATE_FILE_NAME = "held_out.json"
 
@@ -84,7 +87,8 @@ class Keeper(TrainerCallback):
         self._log: list[dict[str, Any]] = []
         self._state: dict[str, Any] = {}
         self._stopped: str | None = None
-        self._started = time.perf_counter()
+        self._started = self._asked = self._saved = time.perf_counter()
+        self._saving = 0.0
 
     def begin(self) -> None:
         """Forgets what an earlier run has left, or takes it up."""
@@ -138,6 +142,14 @@ class Keeper(TrainerCallback):
                 f"the held-out loss is {found['loss']:.4f} at step {state.global_step}, above {before:.4f} at the start",
             )
         self._write(_STATE_FILE_NAME, json.dumps(self._state))
+        if state.global_step > 0 and self._stopped is None:
+            self._asked = time.perf_counter()
+            due = CHECKPOINT_SHARE * (self._asked - self._saved) >= self._saving
+            control.should_save = self._run.processes.agreed(int(due)) > 0
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._saved = time.perf_counter()
+        self._saving = self._saved - self._asked
 
     def _stop(self, control: TrainerControl, why: str) -> None:
         self._stopped = self._stopped or why

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -34,6 +36,11 @@ def has_fast_bfloat16() -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capability = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(capability and capability())
+
+
+def in_bfloat16(recipe: HealingRecipe) -> bool:
+    """Whether matrices are multiplied in bfloat16."""
+    return has_fast_bfloat16() if recipe.dtype == "auto" else recipe.dtype == "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,58 @@ def batch_size_that_fits(predicted: Footprint, most: int, with_teacher: bool) ->
     return next((size for size in sizes if predicted.fits(size, with_teacher)), 1)
 
 
+def batch_that_runs(attempt: Callable[[int], None], batch_size: int) -> int:
+    """The largest divisor of a batch size, itself included, with which something does not run out of memory.
+
+    Args:
+        attempt: Called with a batch size.
+        batch_size: The largest to try.
+
+    Raises:
+        UserError: It runs out of memory with one sequence.
+    """
+    for size in (size for size in range(batch_size, 0, -1) if batch_size % size == 0):
+        try:
+            attempt(size)
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+            clear_device_cache(garbage_collection=True)
+        else:
+            return size
+    raise UserError(
+        "out of memory with one sequence at a time: give --gradient-checkpointing, a smaller --seq-len, or --train lora"
+    )
+
+
+def try_batch(
+    model: nn.Module, teacher: Teacher | None, recipe: HealingRecipe, batch_size: int, config: PretrainedConfig
+) -> None:
+    """Computes the loss and its gradients once on random tokens, waits for them and forgets them.
+
+    Args:
+        model: The student, its parameters as they will be trained.
+        teacher: In memory, or ``None``.
+        recipe: The settings.
+        batch_size: Sequences computed at once.
+        config: The student's.
+    """
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    ids = torch.randint(int(config.vocab_size), (batch_size, recipe.seq_len), generator=generator).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(recipe)):
+        logits = model(input_ids=ids, use_cache=False).logits
+    if teacher is None:
+        loss = next_token_loss(logits, ids)
+    else:
+        targets = teacher.targets(torch.zeros(batch_size), ids)
+        loss = divergence(logits, targets, ids, recipe.temperature, recipe.beta)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def steps_in(
     seconds: float,
     model: nn.Module,
@@ -107,21 +166,10 @@ def steps_in(
     Raises:
         UserError: There is not time enough for one step.
     """
-    generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
-    ids = torch.randint(int(config.vocab_size), (batch_size, recipe.seq_len), generator=generator).to(device)
     best = float("inf")
     for _ in range(_TIMED_STEPS):
         start = time.perf_counter()
-        logits = model(input_ids=ids, use_cache=False).logits
-        if teacher is None:
-            loss = next_token_loss(logits, ids)
-        else:
-            loss = divergence(logits, teacher.targets(torch.zeros(batch_size), ids), ids, recipe.temperature)
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        try_batch(model, teacher, recipe, batch_size, config)
         best = min(best, time.perf_counter() - start)
     step = best * recipe.sequences / batch_size
     # The held-out sequences take a third of a step's time for each of theirs, and are measured so many times.

@@ -7,22 +7,25 @@ from pathlib import Path
 
 import torch
 
-from sglp_llm.analysis.opening import self_file
-from sglp_llm.calibration import TrainingSequences, mixture, training_sequences
-from sglp_llm.calibration.specs import SELF
+from sglp_llm.calibration import TrainingSequences
 from sglp_llm.errors import UserError
 from sglp_llm.healing.opening import HealingModels
-from sglp_llm.healing.planning import batch_size_that_fits, footprint, has_fast_bfloat16, steps_in
+from sglp_llm.healing.planning import (
+    batch_size_that_fits,
+    batch_that_runs,
+    footprint,
+    in_bfloat16,
+    steps_in,
+    try_batch,
+)
 from sglp_llm.healing.teacher import OnlineTeacher, Teacher, store_teacher
 from sglp_llm.healing.trained import Trained
-from sglp_llm.plan import Recipe
 from sglp_llm.plan.healing_recipe import HealingRecipe
 from sglp_llm.processes import Processes
 from sglp_llm.progress import Progress
 from sglp_llm.trials import Journal
 
 _STEPS_FILE_NAME = "steps"
-_MOST_HELD_OUT = 64  # sequences; more say no more about which weights are best
 
 
 def check_batch(recipe: HealingRecipe, processes: Processes) -> None:
@@ -73,7 +76,7 @@ def timed_steps(
     if kept.exists():
         return int(kept.read_text(encoding="utf-8"))
     steps = steps_in(60 * recipe.minutes, trained.model, teacher, recipe, batch_size, models.student.config)
-    return _agreed(steps, processes)
+    return processes.agreed(steps)
 
 
 def teacher_in_memory(
@@ -84,83 +87,34 @@ def teacher_in_memory(
     beside = models.teacher is not None and not recipe.store and not models.teacher.streamed
     if recipe.store is None:
         beside = beside and predicted.fits(recipe.batch_size or 1, True)
-    beside = _agreed(int(beside), processes) > 0
+    beside = processes.agreed(int(beside)) > 0
     batch_size = recipe.batch_size
     if batch_size is None:
-        batch_size = _agreed(batch_size_that_fits(predicted, recipe.sequences // processes.count, beside), processes)
-    if not beside:
-        return None, batch_size
-    assert models.teacher is not None
-    return OnlineTeacher(models.teacher.load(), recipe.top_k, recipe.temperature, in_bfloat16(recipe)), batch_size
+        batch_size = processes.agreed(batch_size_that_fits(predicted, recipe.sequences // processes.count, beside))
+    teacher = None
+    if beside:
+        assert models.teacher is not None
+        teacher = OnlineTeacher(models.teacher.load(), recipe.top_k, recipe.temperature, in_bfloat16(recipe))
+    if recipe.batch_size is None and torch.cuda.is_available():
+        # A prediction can be wrong, and a graphics processor, unlike the host, says in time that its memory is full.
+        attempt = partial(try_batch, trained.model, teacher, recipe, config=models.student.config)
+        sizes = torch.zeros(processes.count, dtype=torch.float64)
+        sizes[processes.index] = batch_that_runs(attempt, batch_size)
+        batch_size = int(processes.sum(sizes).min())
+    return teacher, batch_size
 
 
-def in_bfloat16(recipe: HealingRecipe) -> bool:
-    return has_fast_bfloat16() if recipe.dtype == "auto" else recipe.dtype == "bfloat16"
-
-
-def _agreed(number: int, processes: Processes) -> int:
-    """The main process's number, in all processes."""
-    return int(processes.sum(torch.tensor(float(number if processes.is_main else 0), dtype=torch.float64)))
-
-
-def read_text(
-    models: HealingModels, recipe: HealingRecipe, steps: int | None, progress: Progress
-) -> tuple[TrainingSequences, range, int]:
-    """The sequences, those of them that are held out (the last ones), and the number of steps.
+def check_may_be_stored(recipe: HealingRecipe) -> None:
+    """Refuses to go on without the teacher in memory where the recipe needs it there.
 
     Raises:
-        UserError: The text cannot be read, there is too little of it, or its tokens are not the model's.
+        UserError: It does.
     """
-    step_tokens = recipe.sequences * recipe.seq_len
-    if steps is None and recipe.tokens is not None:
-        steps = max(1, round(recipe.tokens / step_tokens))
-    wanted = None if steps is None else steps * recipe.sequences
-    held = None if wanted is None else max(1, min(_MOST_HELD_OUT, round(recipe.held_out * wanted)))
-    number = None if wanted is None or held is None else wanted + held
-    read = partial(
-        training_sequences,
-        models.student.tokenizer,
-        recipe.data,
-        seq_len=recipe.seq_len,
-        seed=recipe.seed,
-        self_file=_written_text(models, recipe, number, progress),
-        progress=progress,
-    )
-    try:
-        sequences = read(tokens=None if number is None else number * recipe.seq_len)
-    except UserError:
-        if recipe.minutes is None or len(mixture(recipe.data)) > 1:
-            raise
-        # Time for more than there is: all of it, more than once.
-        sequences, held = read(tokens=None), None
-    models.student.check_tokens(sequences.input_ids)
-    count = len(sequences.input_ids)
-    if held is None:
-        held = max(1, min(_MOST_HELD_OUT, round(recipe.held_out * count)))
-    if count - held < 1:
-        raise UserError(f"{sequences.source}: {count} sequences of {recipe.seq_len} tokens are too few to hold one out")
-    if steps is None:
-        assert recipe.epochs is not None
-        steps = max(1, round(recipe.epochs * (count - held) / recipe.sequences))
-    return sequences, range(count - held, count), steps
-
-
-def _written_text(
-    models: HealingModels, recipe: HealingRecipe, sequences: int | None, progress: Progress
-) -> Path | None:
-    """The text that the original writes, where the recipe's data are ``self`` or a mixture with it."""
-    if all(portion.source != SELF for portion in mixture(recipe.data)):
-        return None
-    if models.teacher is None:
-        raise UserError(
-            f"data {recipe.data!r}: the original model writes the text: leave out --no-teacher, or name another"
-        )
-    if sequences is None:
-        raise UserError(f"data {recipe.data!r}: text that a model writes has no end: give tokens, not epochs")
-    settings = Recipe(
-        calibration=recipe.data, samples=sequences, seq_len=recipe.seq_len, seed=recipe.seed, engine=recipe.engine
-    )
-    return self_file(models.teacher, settings, progress)
+    for key in ("hidden_weight", "on_policy"):
+        if getattr(recipe, key):
+            raise UserError(
+                f"{key} needs the teacher in memory, and it is predicted not to fit: leave it out, or give --online-teacher"
+            )
 
 
 def begin(work: Path, models: HealingModels, sequences: TrainingSequences, recipe: HealingRecipe, steps: int) -> None:

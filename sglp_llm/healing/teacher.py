@@ -51,19 +51,22 @@ class OnlineTeacher(Teacher):
         top_k: Give the most likely tokens instead of all logits.
         temperature: Of the distribution that these are taken from.
         bfloat16: Multiply matrices in bfloat16, as the student does.
+
+    Attributes:
+        model: The teacher.
     """
 
     def __init__(
         self, model: DecoderModel, top_k: int | None = None, temperature: float = 1.0, bfloat16: bool = False
     ) -> None:
-        self._model, self._top_k, self._temperature = model, top_k, temperature
+        self.model, self._top_k, self._temperature = model, top_k, temperature
         self._bfloat16 = bfloat16
 
     def targets(self, sequences: Tensor, input_ids: Tensor) -> Tensor | TopK:
-        device = self._model.input_device
+        device = self.model.input_device
         rounded = torch.autocast(device.type, torch.bfloat16, enabled=self._bfloat16)
-        with torch.no_grad(), evaluating(self._model.model), rounded:
-            logits: Tensor = self._model.model(input_ids=input_ids.to(device), use_cache=False).logits
+        with torch.no_grad(), evaluating(self.model.model), rounded:
+            logits: Tensor = self.model.model(input_ids=input_ids.to(device), use_cache=False).logits
         return logits if self._top_k is None else top_k_of(logits, self._top_k, self._temperature)
 
 

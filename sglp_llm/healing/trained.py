@@ -37,6 +37,13 @@ class Trained:
     parameters: int
     changed: frozenset[str]
 
+    @property
+    def plain(self) -> PreTrainedModel:
+        """The transformers model that computes, adapters in its place and not yet merged."""
+        model: Any = self.model
+        plain: PreTrainedModel = model.get_base_model() if hasattr(model, "merge_and_unload") else model
+        return plain
+
     def save_adapter(self, folder: Path) -> None:
         """Writes peft's adapter; only with LoRA, and before `merged`."""
         save: Any = self.model.save_pretrained
@@ -59,15 +66,17 @@ def seams_of(plan: PrunePlan) -> tuple[int, ...]:
     return tuple(index for index, (before, after) in enumerate(bounds) if after - before > 1)
 
 
-def layers_around(seams: Sequence[int], num_layers: int, each_side: int) -> set[int]:
-    """The decoder layers next to the cuts of a shortened model.
+def layers_around(seams: Sequence[int], num_layers: int, recipe: HealingRecipe) -> set[int]:
+    """The decoder layers next to the cuts of a shortened model; there are fewer at the ends.
 
     Args:
         seams: See `seams_of`.
         num_layers: Depth of the shortened model.
-        each_side: Layers before and behind each cut; there are fewer at the ends.
+        recipe: For how many, and on which side.
     """
-    return {layer for seam in seams for layer in range(seam - each_side, seam + each_side) if 0 <= layer < num_layers}
+    before = 0 if recipe.seam_side == "behind" else recipe.seam_layers
+    behind = 0 if recipe.seam_side == "before" else recipe.seam_layers
+    return {layer for seam in seams for layer in range(seam - before, seam + behind) if 0 <= layer < num_layers}
 
 
 def check_peft(recipe: HealingRecipe) -> None:
@@ -104,7 +113,9 @@ def make_trainable(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan
             raise UserError(
                 f"train {recipe.train}: there is no sglp_plan.json in the folder that says where the cuts are"
             )
-        chosen = layers_around(seams_of(plan), decoder.num_layers, recipe.seam_layers)
+        chosen = layers_around(seams_of(plan), decoder.num_layers, recipe)
+        if not chosen:
+            raise UserError(f"seam_side {recipe.seam_side}: there are no layers on that side of the cut")
     if recipe.train == "partial":
         chosen |= set(range(max(0, decoder.num_layers - recipe.last_layers), decoder.num_layers))
     inside = {id(parameter) for layer in decoder.layers for parameter in layer.parameters()}

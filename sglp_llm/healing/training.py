@@ -16,7 +16,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sglp_llm.calibration.training import TrainingSequences
 from sglp_llm.healing.keeping import Keeper, Run, Training
-from sglp_llm.healing.loss import divergence, next_token_loss
+from sglp_llm.healing.loss import divergence, hidden_state_loss, next_token_loss
+from sglp_llm.healing.matching import NOTHING_MATCHED, Matched, outputs_of
+from sglp_llm.healing.on_policy import continued, is_on_policy, new_tokens
 from sglp_llm.healing.teacher import Teacher
 from sglp_llm.healing.trained import Trained
 from sglp_llm.plan.healing_recipe import HealingRecipe
@@ -39,8 +41,12 @@ def train(
     recipe: HealingRecipe,
     steps: int,
     run: Run,
+    matched: Matched = NOTHING_MATCHED,
 ) -> Training:
-    """Minimises ``alpha * divergence + (1 - alpha) * next-token loss`` on all sequences that are not held out.
+    """Minimises a loss on all sequences that are not held out.
+
+    It is ``(1 - hidden_weight) * (alpha * divergence + (1 - alpha) * next-token loss) + hidden_weight * hidden-state loss``.
+    In the steps that are on-policy it is that of sequences which the student continues.
 
     Args:
         trained: The student.
@@ -50,11 +56,12 @@ def train(
         recipe: The settings.
         steps: Optimizer steps.
         run: See `Run`.
+        matched: Layers for the hidden-state loss, with a teacher in memory.
     """
     order = _order([number for number in range(len(sequences.input_ids)) if number not in held_out], recipe, steps)
     checkpoint = get_last_checkpoint(str(run.folder)) if run.resume else None
     run = replace(run, resume=checkpoint is not None)
-    trainer = _Distiller(trained, teacher, sequences, held_out, recipe, order, steps, run)
+    trainer = _Distiller(trained, teacher, sequences, held_out, recipe, order, steps, run, matched)
     trainer.keeper.begin()
     with run.progress("Healing", steps * recipe.sequences * sequences.input_ids.shape[1]) as advance:
         trainer.add_callback(_Report(advance, recipe.sequences * sequences.input_ids.shape[1]))
@@ -103,10 +110,12 @@ class _Distiller(Trainer):
         order: Sequence[int],
         steps: int,
         run: Run,
+        matched: Matched,
     ) -> None:
-        self._teacher, self._recipe, self._run = teacher, recipe, run
+        self._teacher, self._recipe, self._run, self._matched = teacher, recipe, run, matched
         self._sequences, self._held_out = sequences, held_out
         self.keeper = Keeper(trained.model, run)
+        self._plain = trained.plain
         every = max(1, steps // recipe.evaluations)
         arguments = TrainingArguments(
             output_dir=str(run.folder),
@@ -120,8 +129,7 @@ class _Distiller(Trainer):
             eval_strategy="steps",
             eval_steps=every,
             eval_on_start=not run.resume,
-            save_strategy="steps",
-            save_steps=every,
+            save_strategy="no",  # the Keeper says when
             save_total_limit=1,
             bf16=run.bfloat16,
             use_cpu=not torch.cuda.is_available(),
@@ -129,6 +137,8 @@ class _Distiller(Trainer):
             disable_tqdm=True,
             report_to=list(run.report_to) or "none",
             seed=recipe.seed,
+            # Of hidden states alone the layers behind the last compared one have no gradient.
+            ddp_find_unused_parameters=recipe.hidden_weight == 1,
             ddp_backend=None if run.processes.count == 1 else "nccl" if torch.cuda.is_available() else "gloo",
             dataloader_pin_memory=torch.cuda.is_available(),
             log_level="error",
@@ -161,6 +171,10 @@ class _Distiller(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        step = self.state.global_step
+        if is_on_policy(self._recipe, step):
+            length = new_tokens(self._recipe, step, self.args.max_steps)
+            inputs = {**inputs, **continued(self._plain, inputs, self._recipe, step, length)}
         parts = self._losses(model, inputs)
         return (parts["loss"], parts) if return_outputs else parts["loss"]
 
@@ -184,6 +198,7 @@ class _Distiller(Trainer):
                     sums[name] = known + (part.stop - part.start) * mean.double().cpu()
         self.model.train(was_training)
         names = ["loss", "next_token_loss", *([] if self._teacher is None else ["divergence"])]
+        names += ["hidden_state_loss"] if self._matched.student else []
         means = self._run.processes.sum(
             torch.stack([sums.get(name, torch.zeros((), dtype=torch.float64)) for name in names])
         ) / len(self._held_out)
@@ -194,17 +209,30 @@ class _Distiller(Trainer):
 
     def _losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         labels, recipe = inputs["labels"], self._recipe
-        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+        with outputs_of(self._matched.student) as states:
+            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
         if self._teacher is None:
             own = next_token_loss(logits, labels)
             return {"loss": own, "next_token_loss": own.detach()}
-        targets = self._teacher.targets(inputs["sequence"], inputs["input_ids"])
-        apart = divergence(logits, targets, labels, recipe.temperature)
-        if recipe.alpha == 1 and logits.requires_grad:
-            return {"loss": apart}  # the next-token loss costs as much again, and only measurements look at it
-        own = next_token_loss(logits, labels)
-        total = recipe.alpha * apart + (1 - recipe.alpha) * own
-        return {"loss": total, "next_token_loss": own.detach(), "divergence": apart.detach()}
+        with outputs_of(self._matched.teacher) as wanted:
+            targets = self._teacher.targets(inputs["sequence"], inputs["input_ids"])
+        # Losses over the vocabulary cost as much as some layers: those without weight are for measurements alone.
+        measuring, parts = not logits.requires_grad, dict[str, Tensor]()
+        others = 1 - recipe.hidden_weight
+        if measuring or others * recipe.alpha:
+            parts["divergence"] = divergence(logits, targets, labels, recipe.temperature, recipe.beta)
+        if measuring or others * (1 - recipe.alpha):
+            parts["next_token_loss"] = next_token_loss(logits, labels)
+        if states:
+            apart = [hidden_state_loss(*pair, labels) for pair in zip(states, wanted, strict=True)]
+            parts["hidden_state_loss"] = torch.stack(apart).mean()
+        weights = {
+            "divergence": others * recipe.alpha,
+            "next_token_loss": others * (1 - recipe.alpha),
+            "hidden_state_loss": recipe.hidden_weight,
+        }
+        total = torch.stack([weights[name] * part for name, part in parts.items() if weights[name]]).sum()
+        return {"loss": total, **{name: part.detach() for name, part in parts.items()}}
 
 
 class _Report(TrainerCallback):

@@ -14,6 +14,11 @@ from sglp_llm.plan.yaml_files import dump_yaml, read_yaml, record_from_dict
 HEALING_RECIPE_FILE_NAME = "sglp_healing_recipe.yaml"
 
 _LENGTHS = ("tokens", "minutes", "epochs")
+_POSITIVE = (
+    *_LENGTHS,
+    *("sequences", "batch_size", "temperature", "top_k", "learning_rate", "max_grad_norm", "evaluations"),
+    *("seam_layers", "last_layers", "lora_rank", "lora_alpha", "prompt_tokens", "shortest"),
+)
 _RATES = {"full": 2e-4, "partial": 3e-4, "seam": 5e-4, "lora": 1e-3}
 
 
@@ -28,10 +33,16 @@ class HealingRecipe:
             decoder layers; ``partial``, the layers around each cut, the last layers, the final norm and the head; ``full``, all
             parameters.
         seam_layers: Decoder layers on each side of a cut, for ``seam`` and ``partial``.
+        seam_side: Only those ``before`` the cuts, only those ``behind`` them, or ``both``.
         last_layers: Decoder layers at the end, for ``partial``.
         lora_rank: Rank of the adapters.
         lora_alpha: Their scale is ``lora_alpha / lora_rank``.
         data: Training text: what `sglp_llm.calibration` can read, or a mixture such as ``"wikitext2:1 c4:1"``.
+        answers: Who has written the answers in conversations: ``data``, or the ``teacher``, which is asked the same questions.
+        on_policy: Share of the steps whose sequences the student continues itself, by sampling; their loss is that of its own
+            tokens (Agarwal et al., arXiv 2306.13649).
+        prompt_tokens: Tokens of a sequence that the student continues.
+        shortest: Tokens that it adds in the first step. They become more, until in the last step they fill ``seq_len``.
         tokens: Number of training tokens, or
         minutes: wall time, from which the number of steps follows by timing the first ones, or
         epochs: passes over all of the text.
@@ -40,7 +51,10 @@ class HealingRecipe:
         sequences: Sequences of one optimizer step, over all processes.
         batch_size: Sequences computed at once by one process; none = as many as one step has, fewer where memory runs out.
         alpha: Weight of the divergence from the teacher; the next-token loss has ``1 - alpha``.
+        beta: Which divergence: 0 is ``KL(teacher || student)``, 1 is ``KL(student || teacher)``, and between them it is the
+            generalised Jensen-Shannon divergence (arXiv 2306.13649, section 2).
         temperature: Of both distributions in the divergence, which is multiplied by its square.
+        hidden_weight: Weight of the difference of the hidden states behind the cuts; the other losses have ``1 - hidden_weight``.
         top_k: Use the teacher's ``top_k`` most likely tokens, and one bucket for the rest; none = all logits.
         store: Whether the teacher's top-k is computed beforehand and read from disk, so that the teacher is not in memory while
             the student is trained; none = where both are predicted not to fit.
@@ -62,10 +76,15 @@ class HealingRecipe:
     distil: bool = True
     train: Literal["seam", "lora", "partial", "full"] = "full"
     seam_layers: int = 2
+    seam_side: Literal["both", "before", "behind"] = "both"
     last_layers: int = 3
     lora_rank: int = 16
     lora_alpha: int = 32
     data: str = "wikitext2"
+    answers: Literal["data", "teacher"] = "data"
+    on_policy: float = 0.0
+    prompt_tokens: int = 64
+    shortest: int = 16
     tokens: int | None = None
     minutes: float | None = None
     epochs: float | None = None
@@ -74,7 +93,9 @@ class HealingRecipe:
     sequences: int = 4
     batch_size: int | None = None
     alpha: float = 1.0
+    beta: float = 0.0
     temperature: float = 1.0
+    hidden_weight: float = 0.0
     top_k: int | None = None
     store: bool | None = None
     learning_rate: float | None = None
@@ -121,12 +142,11 @@ def healing_recipe_from_dict(data: object, where: str = "recipe") -> HealingReci
     recipe: HealingRecipe = record_from_dict(HealingRecipe, data, where)
     if len(given := [key for key in _LENGTHS if getattr(recipe, key) is not None]) > 1:
         raise UserError(f"{where}: give one of {', '.join(_LENGTHS)}, not {' and '.join(given)}")
-    positive = ("tokens", "minutes", "epochs", "sequences", "batch_size", "temperature", "top_k", "learning_rate")
-    for key in (*positive, "max_grad_norm", "evaluations", "seam_layers", "last_layers", "lora_rank", "lora_alpha"):
+    for key in _POSITIVE:
         value = getattr(recipe, key)
         if value is not None and not value > 0:
             raise UserError(f"{where}: {key} must be above 0, not {value!r}")
-    for key in ("alpha", "final_rate"):
+    for key in ("alpha", "beta", "final_rate", "hidden_weight", "on_policy"):
         if not 0 <= getattr(recipe, key) <= 1:
             raise UserError(f"{where}: {key} must be between 0 and 1, not {getattr(recipe, key)!r}")
     for key in ("warmup_steps", "weight_decay"):
@@ -136,11 +156,32 @@ def healing_recipe_from_dict(data: object, where: str = "recipe") -> HealingReci
         raise UserError(f"{where}: held_out must be between 0 and 1, both excluded, not {recipe.held_out!r}")
     if recipe.seq_len < 2:
         raise UserError(f"{where}: seq_len must be at least 2, not {recipe.seq_len}")
-    if not recipe.distil and recipe.teacher is not None:
-        raise UserError(f"{where}: teacher names a model, and distil is false: leave one of them out")
-    if recipe.store and not recipe.distil:
-        raise UserError(f"{where}: store keeps the teacher's logits, and distil is false: leave one of them out")
+    _check_teacher(recipe, where)
+    if recipe.on_policy and recipe.prompt_tokens + recipe.shortest > recipe.seq_len:
+        raise UserError(
+            f"{where}: on_policy: prompt_tokens {recipe.prompt_tokens} and shortest {recipe.shortest} are more than seq_len "
+            f"{recipe.seq_len}"
+        )
+    if recipe.on_policy and recipe.minutes is not None:
+        raise UserError(f"{where}: on_policy: no time is known for what the student writes: give tokens, not minutes")
     return recipe
+
+
+def _check_teacher(recipe: HealingRecipe, where: str) -> None:
+    needs_one = {
+        "teacher names a model": recipe.teacher is not None,
+        "store keeps the teacher's logits": recipe.store,
+        "answers are to be the teacher's": recipe.answers == "teacher",
+        "hidden_weight compares with the teacher": recipe.hidden_weight,
+        "on_policy asks the teacher": recipe.on_policy,
+    }
+    needs_it_in_memory = {"hidden_weight": recipe.hidden_weight, "on_policy": recipe.on_policy}
+    for what, wanted in needs_one.items():
+        if wanted and not recipe.distil:
+            raise UserError(f"{where}: {what}, and distil is false: leave one of them out")
+    for key, wanted in needs_it_in_memory.items():
+        if wanted and recipe.store:
+            raise UserError(f"{where}: {key} needs the teacher in memory, and store is true: leave one of them out")
 
 
 def load_healing_recipe(name: str | Path) -> HealingRecipe:

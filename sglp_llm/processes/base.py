@@ -71,6 +71,16 @@ class Processes:
             if not torch.equal(digests[index], digests[0]):
                 raise UserError(f"process {index} has another {what} than process 0: give all hosts the same files")
 
+    def agreed(self, number: int) -> int:
+        """The main process's number, in all processes; a collective call.
+
+        Raises:
+            UserError: Another process failed.
+        """
+        import torch
+
+        return int(self.sum(torch.tensor(float(number if self.is_main else 0), dtype=torch.float64)))
+
     def wait(self) -> None:
         """Returns when all processes have called it; a collective call.
 

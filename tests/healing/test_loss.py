@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_models import Tiny, logits_of, tiny_model, token_ids
 from torch import nn
 
-from sglp_llm.healing.loss import IGNORED, TopK, divergence, next_token_loss, top_k_of
+from sglp_llm.healing.loss import IGNORED, TopK, divergence, hidden_state_loss, next_token_loss, top_k_of
 
 
 def drawn(seed: int, batch: int, tokens: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -49,11 +49,65 @@ def test_divergence_and_its_gradient(seed: int, batch: int, tokens: int, vocabul
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def distributions(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor
+) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The student's and the teacher's probabilities at every counted position, sequence by sequence."""
+    pairs = zip(student.softmax(-1), teacher.softmax(-1), labels, strict=True)
+    return [
+        [(own[at], other[at]) for at in (label[1:] != IGNORED).nonzero().flatten().tolist()]
+        for own, other, label in pairs
+    ]
+
+
+def generalised(own: torch.Tensor, other: torch.Tensor, beta: float) -> torch.Tensor:
+    """``beta KL(teacher || M) + (1 - beta) KL(student || M)`` of two vectors of probabilities."""
+    if beta == 1:
+        return (own * (own / other).log()).sum()
+    mixed = beta * other + (1 - beta) * own
+    return beta * (other * (other / mixed).log()).sum() + (1 - beta) * (own * (own / mixed).log()).sum()
+
+
+@settings(deadline=None, max_examples=40)
+@given(**SHAPES, beta=st.sampled_from([0.1, 0.5, 0.9, 1.0]), k=st.sampled_from([None, 3, 8]))
+def test_other_divergences_and_their_gradients(seed: int, batch: int, tokens: int, beta: float, k: int | None) -> None:
+    student, teacher, labels = drawn(seed, batch, tokens, 8)
+    ours, theirs = student.clone().requires_grad_(True), student.double().requires_grad_(True)
+    found = divergence(ours, teacher if k is None else top_k_of(teacher, k, 1.0), labels, beta=beta)
+    total = theirs.sum() * 0
+    for positions in distributions(theirs, teacher.double(), labels):
+        for own, other in positions:
+            if k == 3:
+                top = other.argsort(descending=True)[:3]
+                own, other = (torch.cat([each[top], 1 - each[top].sum()[None]]) for each in (own, other))
+            total = total + generalised(own, other, beta) / len(positions) / batch
+    torch.testing.assert_close(found.double(), total, rtol=1e-3, atol=1e-4)
+    if (labels[:, 1:] != IGNORED).any():
+        found.backward()
+        total.backward()
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-2, atol=1e-4)
+
+
+def test_hidden_states_differ_relative_to_the_teachers() -> None:
+    generator = torch.Generator().manual_seed(1)
+    own, other = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))
+    labels = torch.ones(2, 5, dtype=torch.int64)
+    labels[0, 2] = labels[1, 1:4] = IGNORED
+    counted = [[0, 2, 3], [3]]
+    means = []
+    for row, positions in enumerate(counted):
+        ratios = [float((own[row, at] - other[row, at]).norm() / other[row, at].norm()) ** 2 for at in positions]
+        means.append(sum(ratios) / len(ratios))
+    assert float(hidden_state_loss(own, other, labels)) == pytest.approx(sum(means) / 2, rel=1e-5)
+    assert float(hidden_state_loss(other, other, labels)) == 0
+    torch.testing.assert_close(hidden_state_loss(10 * own, 10 * other, labels), hidden_state_loss(own, other, labels))
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, labels = drawn(1, 2, 9, 20)
     results = []
     for limit in (2**20, 4 * 2 * 20 * 3, 1):
-        monkeypatch.setattr("sglp_llm.healing.loss._CHUNK_BYTES", limit)
+        monkeypatch.setattr("sglp_llm.healing.loss._CPU_CHUNK_BYTES", limit)
         own = student.clone().requires_grad_(True)
         loss = divergence(own, teacher, labels)
         loss.backward()

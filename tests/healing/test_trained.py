@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -42,9 +44,12 @@ def test_seams_are_where_neighbours_are_missing(case: tuple[int, set[int]]) -> N
 
 
 def test_layers_on_both_sides() -> None:
-    assert layers_around((3,), 8, 2) == {1, 2, 3, 4}
-    assert layers_around((0, 8), 8, 1) == {0, 7}
-    assert layers_around((2, 3), 8, 1) == {1, 2, 3}
+    one, two = HealingRecipe(seam_layers=1), HealingRecipe(seam_layers=2)
+    assert layers_around((3,), 8, two) == {1, 2, 3, 4}
+    assert layers_around((0, 8), 8, one) == {0, 7}
+    assert layers_around((2, 3), 8, one) == {1, 2, 3}
+    assert layers_around((3,), 8, replace(two, seam_side="before")) == {1, 2}
+    assert layers_around((3,), 8, replace(two, seam_side="behind")) == {3, 4}
 
 
 @EVERY_TINY

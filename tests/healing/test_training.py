@@ -158,6 +158,24 @@ def test_resumed_it_ends_like_uninterrupted(kind: str, steps: int, tmp_path: Pat
     assert len([line for line in map(json.loads, lines) if "loss" in line]) == STEPS
 
 
+def test_it_goes_on_from_a_checkpoint_before_the_last_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglp_llm.healing.keeping.CHECKPOINT_SHARE", 0.0)  # the first one alone
+    recipe = RECIPE.with_changes(evaluations=6)
+    whole, model = trained_by_us(tmp_path / "whole", recipe)
+    assert [path.name for path in (tmp_path / "whole").glob("checkpoint-*")] == ["checkpoint-1"]
+    with pytest.raises(Killed):
+        trained_by_us(tmp_path / "cut", recipe, progress=killed_after(5 * 4 * 16))
+    rest, other = trained_by_us(tmp_path / "cut", recipe, resume=True)
+    assert (whole.before, whole.after, whole.best_step) == (rest.before, rest.after, rest.best_step)
+    assert [line["loss"] for line in whole.log if "loss" in line] == [
+        line["loss"] for line in rest.log if "loss" in line
+    ]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
 def test_a_run_that_gets_worse_stops_and_keeps_the_start(tmp_path: Path) -> None:
     found, _ = trained_by_us(tmp_path / "run", RECIPE.with_changes(learning_rate=3.0))
     assert found.stopped is not None
