@@ -1,84 +1,130 @@
 #!/usr/bin/env bash
 # Makes docs/healing.md: what training adds to SmolLM2-135M-Instruct without 6 and 9 of its 30 layers.
 #
-#   tools/healing.sh DATA [OUTPUT]
+#   tools/healing.sh DATA [OUTPUT [STUDY ...]]
 #
-# DATA holds wikitext2_train.txt.gz, wikitext2_test.txt.gz and c4_sample.jsonl.gz, and the files that the suite offline reads. The text
-# that is trained on is WikiText-2 train and C4 from document 1000 on; what is measured on is neither. Where 6 layers are missing, all
-# parameters are also trained on the texts of TEXTS, each alone. DROPS, STARTS, TRAINED, TEXTS, TOKENS, WINDOWS and LIMIT choose what
-# is run. What is finished is kept in OUTPUT, so that it can be interrupted and started again.
+# DATA holds wikitext2_train.txt.gz, wikitext2_test.txt.gz, c4_sample.jsonl.gz and alpaca_5k.jsonl.gz, and the files that the suite
+# offline reads. Nothing that is trained or calibrated on is measured on. The studies are, all of them by default:
+#
+#   parameters  for each model in STARTS: every kind of training in TRAINED, with TOKENS tokens; perplexity on SAMPLE windows
+#   long        for each model in LONG: all parameters for MINUTES; perplexity on WHOLE windows, tasks and generation
+#   texts       the preset best calibrated on one kind of text; and all parameters trained on one kind of text
+#
+# A model's name is what shortened it and the number of layers that it lacks. Perplexity and tasks are computed in DTYPE. What is
+# finished is kept in OUTPUT, so that it can be interrupted and started again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-data=${1:?usage: tools/healing.sh DATA [OUTPUT]}
+data=${1:?usage: tools/healing.sh DATA [OUTPUT [STUDY ...]]}
 output=${2:-healing-output}
+studies=${*:3}
 bin=${SGLP_BIN:-.venv/bin}
 model=$("$bin/python" tools/fetch_smollm2.py)
 mkdir -p "$output"
 "$bin/python" tools/calibration_texts.py "$data" "$output/texts"
-folder_of_texts=$(cd "$output/texts" && pwd)
-text="jsonl:$folder_of_texts/training.jsonl:text"
+texts=$(cd "$output/texts" && pwd)
+mixed="jsonl:$texts/training.jsonl:text"
 
 run() {
     "$bin/python" -m sglp_llm "$@"
 }
 
-# measure NAME FOLDER: perplexity on both texts, and tasks
-measure() {
-    local name=$1 folder=$2
-    for part in "wikitext2 text:$data/wikitext2_test.txt.gz" "c4 jsonl:$data/c4_sample.jsonl.gz:text"; do
+# kept FILE COMMAND...: the command's output is the file, unless it is there
+kept() {
+    [ -s "$1" ] || { "${@:2}" >"$1.partial" && mv "$1.partial" "$1"; }
+}
+
+# perplexities NAME FOLDER KIND WINDOWS: of the texts that nothing is trained on
+perplexities() {
+    local part label spec
+    for part in "wikitext2 text:$data/wikitext2_test.txt.gz" "c4 jsonl:$data/c4_sample.jsonl.gz:text" "alpaca jsonl:$texts/alpaca_rest.jsonl:text"; do
         read -r label spec <<<"$part"
-        [ -s "$output/$name.$label.json" ] || {
-            run eval "$folder" --data "$spec" --window 512 --max-windows "${WINDOWS:-302}" --batch-size 4 --json >"$output/$name.$label.tmp"
-            mv "$output/$name.$label.tmp" "$output/$name.$label.json"
-        }
-    done
-    for suite in ${SUITES-offline generation_offline}; do
-        [ -s "$output/$name.$suite.json" ] || {
-            run eval "$folder" --suite "$suite" --data-dir "$data" --limit "${LIMIT:-100}" --batch-size 8 --json >"$output/$name.$suite.tmp"
-            mv "$output/$name.$suite.tmp" "$output/$name.$suite.json"
-        }
+        [ "$label" = alpaca ] && [ "$3" != texts ] && continue
+        kept "$output/$1.$3.$label.json" run eval "$2" --data "$spec" --window 512 --max-windows "$4" --batch-size 4 \
+            --dtype "${DTYPE:-bfloat16}" --json
     done
 }
 
-# train_and_measure NAME TRAINED TEXT OPTIONS: heals the shortened model NAME
-train_and_measure() {
-    local name=$1 trained=$2 spec=$3 folder="$output/$1+$2" resume=
-    shift 3
-    [ -f "$folder/config.json" ] || {
-        [ -d "$folder.healing" ] && resume=--resume
-        run heal "$output/$name" --output "$folder" --data "$spec" --tokens "${TOKENS:-20k}" --seq-len 256 "$@" $resume
-    }
-    measure "$name+$trained" "$folder"
+# scores NAME FOLDER KIND SUITE...
+scores() {
+    local suite folder
+    for suite in "${@:4}"; do
+        folder=()
+        [ "$suite" = offline ] && folder=(--data-dir "$data")
+        kept "$output/$1.$3.$suite.json" run eval "$2" --suite "$suite" "${folder[@]}" --limit "${LIMIT:-100}" --batch-size 8 \
+            --dtype "${DTYPE:-bfloat16}" --json
+    done
 }
 
-measure dense "$model"
-for drop in ${DROPS:-6 9}; do
-    for start in ${STARTS:-sglp search+linear best}; do
-        name="$start-$drop"
-        case $start in
-        search+linear) options="--criterion search --compensate linear" ;;
-        best) options="--preset best" ;;
-        *) options="--criterion $start" ;;
-        esac
-        [ -f "$output/$name/config.json" ] ||
-            run prune "$model" --drop "$drop" $options --protect-first 4 --protect-last 2 --calibration "$text" --samples 64 --seq-len 256 \
-                --output "$output/$name"
-        measure "$name" "$output/$name"
-        for trained in ${TRAINED:-full partial seam lora full-no-teacher}; do
-            options="--train ${trained%-no-teacher}"
+# shorten NAME CALIBRATION: NAME is the method and the number of layers, and may end in =TEXT
+shorten() {
+    local method=${1%%=*} options
+    case $method in
+    search+linear-*) options="--criterion search --compensate linear" ;;
+    best-*) options="--preset best" ;;
+    *) options="--criterion ${method%-*}" ;;
+    esac
+    [ -f "$output/$1/config.json" ] ||
+        run prune "$model" --drop "${method##*-}" $options --protect-first 4 --protect-last 2 --calibration "$2" --samples 64 --seq-len 256 \
+            --output "$output/$1"
+}
+
+# train NAME ENDING TEXT OPTIONS...: heals NAME to NAME+ENDING
+train() {
+    local folder="$output/$1+$2" resume=
+    [ -d "$folder.healing" ] && resume=--resume
+    [ -f "$folder/config.json" ] || run heal "$output/$1" --output "$folder" --data "$3" --seq-len 256 "${@:4}" $resume
+}
+
+parameters() {
+    local name trained options
+    perplexities dense "$model" sample "${SAMPLE:-64}"
+    for name in ${STARTS:-sglp-6 search+linear-6 best-6 sglp-9 search+linear-9 best-9}; do
+        shorten "$name" "$mixed"
+        perplexities "$name" "$output/$name" sample "${SAMPLE:-64}"
+        for trained in ${TRAINED:-full partial seam lora full-no-teacher partial-no-teacher lora-no-teacher}; do
+            options="--tokens ${TOKENS:-20k} --train ${trained%-no-teacher}"
             [[ $trained = *-no-teacher ]] && options+=" --no-teacher"
-            train_and_measure "$name" "$trained" "$text" $options
-        done
-        [ "$drop" = 6 ] || continue
-        for other in ${TEXTS-wikitext2 c4 self}; do
-            case $other in
-            wikitext2) spec="text:$data/wikitext2_train.txt.gz" ;;
-            c4) spec="jsonl:$folder_of_texts/c4.jsonl:text" ;;
-            *) spec=$other ;;
-            esac
-            train_and_measure "$name" "full-$other" "$spec" --train full
+            train "$name" "$trained" "$mixed" $options
+            perplexities "$name+$trained" "$output/$name+$trained" sample "${SAMPLE:-64}"
         done
     done
+}
+
+long() {
+    local name folder
+    perplexities dense "$model" whole "${WHOLE:-302}"
+    scores dense "$model" whole offline generation_offline
+    for name in ${LONG:-best-6 sglp-6 best-9}; do
+        shorten "$name" "$mixed"
+        train "$name" long "$mixed" --minutes "${MINUTES:-30}"
+        for folder in "$name" "$name+long"; do
+            perplexities "$folder" "$output/$folder" whole "${WHOLE:-302}"
+            scores "$folder" "$output/$folder" whole offline generation_offline
+        done
+    done
+}
+
+texts() {
+    local label spec folder
+    perplexities dense "$model" texts "${SAMPLE:-64}"
+    scores dense "$model" texts offline
+    shorten search+linear-6 "$mixed"
+    for label in wikitext2 c4 alpaca self; do
+        case $label in
+        wikitext2) spec="text:$data/wikitext2_train.txt.gz" ;;
+        self) spec=self ;;
+        *) spec="jsonl:$texts/$label.jsonl:text" ;;
+        esac
+        shorten "best-6=$label" "$spec"
+        train search+linear-6 "full=$label" "$spec" --tokens "${TOKENS:-20k}"
+        for folder in "best-6=$label" "search+linear-6+full=$label"; do
+            perplexities "$folder" "$output/$folder" texts "${SAMPLE:-64}"
+            scores "$folder" "$output/$folder" texts offline
+        done
+    done
+}
+
+for study in ${studies:-parameters long texts}; do
+    "$study"
 done
-how="DROPS=\"${DROPS:-6 9}\" STARTS=\"${STARTS:-sglp search+linear best}\" TEXTS=\"${TEXTS-wikitext2 c4 self}\" TOKENS=${TOKENS:-20k} WINDOWS=${WINDOWS:-302} LIMIT=${LIMIT:-100}"
-"$bin/python" tools/healing_page.py "$output" docs/healing.md "$how"
+"$bin/python" tools/healing_page.py "$output" docs/healing.md

@@ -1,76 +1,144 @@
-"""Writes docs/healing.md from what tools/healing.sh has measured: python tools/healing_page.py FOLDER PAGE SETTINGS."""
+"""Writes docs/healing.md from what tools/healing.sh has measured: python tools/healing_page.py FOLDER PAGE."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from machine import describe
 
-TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
-SUITES = {"offline": "tasks", "generation_offline": "generation"}
+TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "alpaca": "Alpaca"}
+DENSE = "dense"
 
 HEAD = """# What training after a removal adds
 
 SmolLM2-135M-Instruct without some of its 30 decoder layers, before and after `sglp-llm heal`. Made by `tools/healing.sh DATA`,
 which says what is trained on and what is measured on: the two have no text in common.
 
+- A name says what shortened the model and how many layers it lacks: `best-6` is `--preset best --drop 6`, `search+linear-6` is
+  `--criterion search --compensate linear --drop 6`, `sglp-6` the paper's recipe without a repair.
 - Columns named after a text are ln(perplexity / dense perplexity) on windows of 512 tokens. The standard error is that of the
   difference of two means as if the windows were not the same ones, and so too large.
-- `tasks` is the average over the tasks of the suite `offline`, `generation` that of the suite `generation_offline`.
-- `divergence` is the KL from the original on held-out training text, nats a token, before and after; `tokens` are those until the
-  weights that were kept.
-- A name with `+` was trained: `full` all parameters, `partial` the layers around the cuts, the last ones and the head, `seam` the
-  layers around the cuts, `lora` adapters of rank 16 on all linears; `no-teacher` by the next-token loss alone.
-- The text is WikiText-2 and C4 in equal parts. `-wikitext2` and `-c4` say that it was that one alone, `-self` that the original
-  model sampled it (`--data self`), and `-80k` that it was the same `heal` command with `--tokens 80k`, given by hand.
+- Perplexity and tasks are computed in bfloat16, which changes a mean by 0.001.
+- The text is WikiText-2 (train) and C4 in equal parts, in sequences of 256 tokens, four a step.
+"""
+
+PARAMETERS = """## Which parameters
+
+`full` are all parameters, `partial` the layers around the cuts, the last ones and the head, `seam` the layers around the cuts,
+`lora` adapters of rank 16 on all linears. `no-teacher` learns the next token of the text alone. `divergence` is the KL from the
+original on held-out training text, nats a token, before and after; `tokens` are those until the weights that were kept;
+`full-80k` is the same command with `--tokens 80k`.
+"""
+
+LONG = """## With more time
+
+All parameters, trained with `--minutes`. `tasks` is the average over the nine tasks of the suite `offline`, `generation` the
+average exact match of the suite `generation_offline`, with 100 examples a task unless LIMIT says otherwise; `repetition` is that
+suite's share of repeated 4-grams in free text, where less is better.
+"""
+
+BY_TEXT = """## Which text
+
+`=TEXT` after the preset says what it was calibrated on, and after `full` what all parameters of `search+linear-6` were trained on
+with 20k tokens: one kind of text alone, or what the original samples itself (`self`). A column whose text is the row's own says
+how well that kind of text is learned; the others say what carries over.
 """
 
 
 def main() -> None:
     folder, page = map(Path, sys.argv[1:3])
-    names = sorted({file.name.removesuffix(".wikitext2.json") for file in folder.glob("*.wikitext2.json")})
-    dense = "dense"
-    suites = [suite for suite in SUITES if (folder / f"{dense}.{suite}.json").exists()]
-    columns = [*TEXTS.values(), *(SUITES[suite] for suite in suites), "divergence", "tokens", "parameters", "minutes"]
+    sections = [
+        HEAD,
+        f"Machine: {describe()}.\n",
+        PARAMETERS,
+        _table(folder, "sample", ("wikitext2", "c4"), (), True),
+        _order(folder),
+        LONG,
+        _table(folder, "whole", ("wikitext2", "c4"), ("offline", "generation_offline", "repetition"), True),
+        BY_TEXT,
+        _table(folder, "texts", ("wikitext2", "c4", "alpaca"), ("offline",), False),
+    ]
+    page.write_text("\n".join(sections), encoding="utf-8")
+
+
+def _table(folder: Path, kind: str, texts: Sequence[str], suites: Sequence[str], healing: bool) -> str:
+    names = {file.name.removesuffix(f".{kind}.wikitext2.json") for file in folder.glob(f"*.{kind}.wikitext2.json")}
+    titles = {"offline": "tasks", "generation_offline": "generation", "repetition": "repetition"}
+    columns = [TEXTS[text] for text in texts] + [titles[suite] for suite in suites]
+    columns += ["divergence", "tokens", "parameters", "minutes"] if healing else []
     lines = [f"| model | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-    for name in sorted(names, key=lambda each: (each != dense, _depth(each), each)):
-        cells = [_gap(folder, name, text, dense) for text in TEXTS]
-        cells += [_average(folder, name, suite) for suite in suites]
-        lines.append(f"| `{name}` | {' | '.join([*cells, *_healing(folder / name)])} |")
-    windows = {text: _read(folder, dense, text)["windows"] for text in TEXTS}
+    for name in sorted(names, key=lambda each: (each != DENSE, _depth(each), each)):
+        cells = [_gap(folder, name, kind, text) for text in texts] + [
+            _score(folder, name, kind, suite) for suite in suites
+        ]
+        cells += _healing(folder / name) if healing else []
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    windows = {text: _read(folder, DENSE, kind, text)["windows"] for text in texts}
     said = " and ".join(f"{count} windows of {TEXTS[text]}" for text, count in windows.items())
-    measured = f"Measured on {said}, with `{sys.argv[3]} tools/healing.sh DATA`; machine: {describe()}."
-    page.write_text(f"{HEAD}\n{measured}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + f"\n\nMeasured on {said}.\n"
 
 
-def _read(folder: Path, name: str, what: str) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((folder / f"{name}.{what}.json").read_text(encoding="utf-8"))
+def _order(folder: Path) -> str:
+    """Whether training changes which model is best, among those of one depth."""
+    found: dict[int, dict[str, tuple[float, float]]] = {}
+    for file in folder.glob("*+full.sample.wikitext2.json"):
+        name = file.name.removesuffix("+full.sample.wikitext2.json")
+        found.setdefault(_depth(name), {})[name] = (_mean(folder, name), _mean(folder, f"{name}+full"))
+    lines = []
+    for depth, models in sorted(found.items()):
+        before, after = (sorted(models, key=lambda name: models[name][place]) for place in (0, 1))
+        orders = [
+            ", ".join(f"`{name}` {models[name][place]:.2f}" for name in order)
+            for place, order in ((0, before), (1, after))
+        ]
+        verdict = "stays" if before == after else "changes"
+        lines.append(f"- Without {depth} layers the order {verdict}: before {orders[0]}; after {orders[1]}.")
+    return (
+        "Does training change which choice of layers is best? Mean of both texts, before and after `full`:\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+def _mean(folder: Path, name: str) -> float:
+    gaps = [
+        _read(folder, name, "sample", text)["mean_nll"] - _read(folder, DENSE, "sample", text)["mean_nll"]
+        for text in ("wikitext2", "c4")
+    ]
+    return float(sum(gaps)) / len(gaps)
+
+
+def _read(folder: Path, name: str, kind: str, what: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / f"{name}.{kind}.{what}.json").read_text(encoding="utf-8"))
     return data
 
 
 def _depth(name: str) -> int:
-    return int(name.partition("+")[0].rpartition("-")[2]) if name.partition("+")[0].rpartition("-")[2].isdigit() else 0
+    number = name.partition("+full")[0].partition("=")[0].rpartition("-")[2].partition("+")[0]
+    return int(number) if number.isdigit() else 0
 
 
-def _gap(folder: Path, name: str, text: str, dense: str) -> str:
-    own, whole = _read(folder, name, text), _read(folder, dense, text)
-    if name == dense:
+def _gap(folder: Path, name: str, kind: str, text: str) -> str:
+    if not (folder / f"{name}.{kind}.{text}.json").exists():
+        return ""
+    own, whole = _read(folder, name, kind, text), _read(folder, DENSE, kind, text)
+    if name == DENSE:
         return f"perplexity {own['perplexity']:.2f}"
     error = (own["nll_standard_error"] ** 2 + whole["nll_standard_error"] ** 2) ** 0.5
     return f"{own['mean_nll'] - whole['mean_nll']:.3f} ± {error:.3f}"
 
 
-def _average(folder: Path, name: str, suite: str) -> str:
-    file = folder / f"{name}.{suite}.json"
-    if not file.exists():
+def _score(folder: Path, name: str, kind: str, suite: str) -> str:
+    task, file = ("generation_open", "generation_offline") if suite == "repetition" else ("average", suite)
+    if not (folder / f"{name}.{kind}.{file}.json").exists():
         return ""
-    scores = {each["task"]: each for each in json.loads(file.read_text(encoding="utf-8"))["scores"]}
-    mean = scores["average"]
-    return f"{mean['value']:.3f} ± {mean['stderr']:.3f}"
+    score = next(each for each in _read(folder, name, kind, file)["scores"] if each["task"] == task)
+    return f"{score['value']:.3f} ± {score['stderr']:.3f}"
 
 
 def _healing(folder: Path) -> list[str]:

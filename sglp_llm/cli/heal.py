@@ -65,7 +65,7 @@ def heal(
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a sequence. Default: 512.")] = None,
     sequences: Annotated[int | None, typer.Option(help="Sequences of one optimizer step. Default: 4.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Sequences computed at once by one process. Default: those of a step.")
+        str | None, typer.Option(metavar="N|auto", help="Sequences computed at once by one process. Default: auto.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: by --train.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine (default), linear or constant.")] = None,
@@ -114,6 +114,8 @@ def heal(
     processes = current_processes()
     with processes.failing_together():
         settings: dict[str, Any] = {name: arguments[name] for name in _SETTINGS.split()}
+        if batch_size is not None and batch_size.isdecimal():
+            settings["batch_size"] = int(batch_size)
         chosen = healing_recipe_of(recipe, tokens, " ".join(data) if data else None, settings)
     report = heal(
         model,

@@ -34,12 +34,16 @@ def check_batch(recipe: HealingRecipe, processes: Processes) -> None:
     Raises:
         UserError: It cannot.
     """
-    each = (recipe.batch_size or 1) * processes.count
+    each = _least_batch(recipe) * processes.count
     if recipe.sequences % each:
         raise UserError(
             f"sequences: the {recipe.sequences} of a step are not a multiple of {processes.count} processes x "
-            f"batch_size {recipe.batch_size or 1}"
+            f"batch_size {_least_batch(recipe)}"
         )
+
+
+def _least_batch(recipe: HealingRecipe) -> int:
+    return 1 if recipe.batch_size == "auto" else recipe.batch_size
 
 
 def work_folder(output: Path, resume: bool) -> Path:
@@ -86,16 +90,16 @@ def teacher_in_memory(
     predicted = footprint(models, recipe, trained.parameters)
     beside = models.teacher is not None and not recipe.store and not models.teacher.streamed
     if recipe.store is None:
-        beside = beside and predicted.fits(recipe.batch_size or 1, True)
+        beside = beside and predicted.fits(_least_batch(recipe), True)
     beside = processes.agreed(int(beside)) > 0
-    batch_size = recipe.batch_size
-    if batch_size is None:
+    batch_size = _least_batch(recipe)
+    if recipe.batch_size == "auto":
         batch_size = processes.agreed(batch_size_that_fits(predicted, recipe.sequences // processes.count, beside))
     teacher = None
     if beside:
         assert models.teacher is not None
         teacher = OnlineTeacher(models.teacher.load(), recipe.top_k, recipe.temperature, in_bfloat16(recipe))
-    if recipe.batch_size is None and torch.cuda.is_available():
+    if recipe.batch_size == "auto" and torch.cuda.is_available():
         # A prediction can be wrong, and a graphics processor, unlike the host, says in time that its memory is full.
         attempt = partial(try_batch, trained.model, teacher, recipe, config=models.student.config)
         sizes = torch.zeros(processes.count, dtype=torch.float64)

@@ -49,7 +49,7 @@ class HealingRecipe:
         held_out: Share of the sequences, at least one, that is not trained on; its loss decides which weights are kept.
         seq_len: Tokens a sequence.
         sequences: Sequences of one optimizer step, over all processes.
-        batch_size: Sequences computed at once by one process; none = as many as one step has, fewer where memory runs out.
+        batch_size: Sequences computed at once by one process; ``auto`` = as many as one step has, fewer where memory runs out.
         alpha: Weight of the divergence from the teacher; the next-token loss has ``1 - alpha``.
         beta: Which divergence: 0 is ``KL(teacher || student)``, 1 is ``KL(student || teacher)``, and between them it is the
             generalised Jensen-Shannon divergence (arXiv 2306.13649, section 2).
@@ -91,7 +91,7 @@ class HealingRecipe:
     held_out: float = 0.05
     seq_len: int = 512
     sequences: int = 4
-    batch_size: int | None = None
+    batch_size: Literal["auto"] | int = "auto"
     alpha: float = 1.0
     beta: float = 0.0
     temperature: float = 1.0
@@ -144,7 +144,7 @@ def healing_recipe_from_dict(data: object, where: str = "recipe") -> HealingReci
         raise UserError(f"{where}: give one of {', '.join(_LENGTHS)}, not {' and '.join(given)}")
     for key in _POSITIVE:
         value = getattr(recipe, key)
-        if value is not None and not value > 0:
+        if value not in (None, "auto") and not value > 0:
             raise UserError(f"{where}: {key} must be above 0, not {value!r}")
     for key in ("alpha", "beta", "final_rate", "hidden_weight", "on_policy"):
         if not 0 <= getattr(recipe, key) <= 1:

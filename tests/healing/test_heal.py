@@ -180,6 +180,7 @@ REFUSED: list[tuple[dict[str, object], tuple[object, ...], str]] = [
     ({}, ("--no-teacher", "--store-teacher"), "store keeps the teacher's logits, and distil is false"),
     ({}, ("--keep-adapter",), "keep_adapter is about LoRA, and train is full"),
     ({"batch_size": 3}, (), "are not a multiple of 1 processes x batch_size 3"),
+    ({"batch_size": "many"}, (), "batch_size must be auto or a whole number, not 'many'"),
     ({"recipe": "kd-tinny"}, (), "unknown healing recipe 'kd-tinny'"),
     ({"learning_rate": 50}, (), "healing made nothing better"),
     ({"alpha": 2}, (), "alpha must be between 0 and 1, not 2.0"),

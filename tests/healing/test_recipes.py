@@ -11,9 +11,6 @@ from checkpoints import run_cli
 from helpers import TEXT
 from tiny_models import Tiny, files_of, load_plain, save_tiny, tensors_of, tiny_model
 
-from sglp_llm.plan.healing_recipe import load_healing_recipe
-from sglp_llm.plan.shipped import shipped_healing_recipes
-
 SMALL: tuple[object, ...] = (
     *("--tokens", 256, "--seq-len", 32, "--sequences", 2, "--learning-rate", 0.001, "--dtype", "float32"),
 )
@@ -37,14 +34,6 @@ def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = [{"instruction": f"word{number}", "output": "never used"} for number in range(40)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "questions.jsonl"
-
-
-def test_every_shipped_recipe_can_be_read() -> None:
-    names = {"kd-tiny", "kd-mid", "kd-full", "seam-kd", "seam-mse", "seam-pair", "partial", "lora"}
-    assert set(shipped_healing_recipes()) == names | {"streamline", "self-sft", "on-policy"}
-    for name, file in shipped_healing_recipes().items():
-        assert load_healing_recipe(name).to_dict()
-        assert file.read_text().startswith("# ")
 
 
 @pytest.mark.parametrize(
