@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from sglp_llm.analysis import open_for_analysis, run_analysis, software_versions
 from sglp_llm.analysis.opening import OnForecast, open_for_plan
@@ -15,6 +18,8 @@ from sglp_llm.checkpoint.export import drop_layers, export_from_files, export_fr
 from sglp_llm.checkpoint.replaced import as_stored
 from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError
+from sglp_llm.healing.heal import check_healing, heal
+from sglp_llm.healing.preparing import work_folder_of
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME, Recipe, preset_settings, save_plan, save_recipe
 from sglp_llm.processes import ALONE, Processes
@@ -81,7 +86,7 @@ def prune(
     on_forecast: OnForecast | None = None,
     **settings: Any,
 ) -> RunReport:
-    """Removes decoder layers and writes the shortened checkpoint.
+    """Removes decoder layers, trains what is left where the recipe says so, and writes the shortened checkpoint.
 
     The output appears complete or not at all. A live model is shortened in place, as by `drop_layers`. With several processes
     only the main one writes; the others return after the analysis.
@@ -107,13 +112,62 @@ def prune(
         VerificationError: The reload check failed; nothing is left at ``output``.
     """
     output = Path(output).expanduser()
+    with processes.failing_together():
+        serves = plan is not None and calibration is None and recipe is None
+        recipe = _recipe(recipe, preset, calibration, settings)
+        if serves and recipe.healing is None:
+            # Any text serves for the reload check, and this one needs no network.
+            recipe = recipe.with_changes(calibration="pydoc")
+            calibration = "pydoc"
+        check_output(output, overwrite)
+        healing = recipe.healing
+        if healing is not None:
+            check_healing(healing, processes)
+            if isinstance(model, torch.nn.Module):
+                raise UserError(
+                    "heal needs the original, and a live model is shortened in place: save it, and give the folder"
+                )
+    if healing is None:
+        return _prune(
+            model, output, plan, recipe, tokenizer, calibration, overwrite, verify, progress, processes, on_forecast
+        )
+    # What is pruned is the student; it is gone when the result is written.
+    student = output.with_name(f"{output.name}.pruned")
+    report = _prune(model, student, plan, recipe, tokenizer, calibration, True, False, progress, processes, on_forecast)
+    processes.wait()  # the main process has written what all train
+    healed = heal(
+        student,
+        output,
+        recipe=healing,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        verify=verify,
+        resume=work_folder_of(output).exists(),
+        progress=progress,
+        processes=processes,
+    )
+    if processes.is_main:
+        shutil.rmtree(student, ignore_errors=True)
+    return replace(report, output=str(output), bytes_written=healed.bytes_written, healing=healed)
+
+
+def _prune(
+    model: str | Path | PreTrainedModel,
+    output: Path,
+    plan: PrunePlan | None,
+    recipe: Recipe,
+    tokenizer: Any,
+    calibration: CalibrationSet | str | None,
+    overwrite: bool,
+    verify: bool,
+    progress: Progress,
+    processes: Processes,
+    on_forecast: OnForecast | None,
+) -> RunReport:
+    """See `prune`; without training."""
     seconds: dict[str, float] = {}
     analysis = None
     with processes.failing_together():
-        if plan is not None and calibration is None and recipe is None:
-            calibration = "pydoc"  # any text serves for the reload check, and this one needs no network
-        recipe = _recipe(recipe, preset, calibration, settings)
-        check_output(output, overwrite)
         max_shard_size = None if recipe.max_shard_size is None else parse_bytes(recipe.max_shard_size)
         if plan is not None:
             found = open_for_plan(

@@ -83,7 +83,17 @@ def plan_settings(recipe: Recipe, calibration: CalibrationSet, removed: Sequence
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": recipe.deciding_criterion}
     # Recorded elsewhere, about the export only, or without influence on the plan.
     idle = ("held_out", "candidates") if recipe.compensate == NONE else ()
-    for key in ("model", "revision", "max_shard_size", "engine", "scratch", "journal", *idle, *recipe.budget.to_dict()):
+    for key in (
+        "model",
+        "revision",
+        "heal",
+        "max_shard_size",
+        "engine",
+        "scratch",
+        "journal",
+        *idle,
+        *recipe.budget.to_dict(),
+    ):
         settings.pop(key, None)
     if list(removed) != sorted(removed):
         settings["removal_order"] = list(removed)

@@ -23,10 +23,9 @@ from rich.table import Table
 from sglp_llm.analysis.observing import CKA_COLUMN_SUM
 from sglp_llm.evaluation.records import EvalResult, TaskScore
 from sglp_llm.evaluation.side_by_side import Row
-from sglp_llm.healing.records import HealReport
 from sglp_llm.plan import plan_to_dict
 from sglp_llm.progress import Advance
-from sglp_llm.records import Analysis, PrunePlan, RunReport
+from sglp_llm.records import Analysis, HealReport, PrunePlan, RunReport
 from sglp_llm.sizes import show_bytes, show_count
 
 
@@ -106,6 +105,7 @@ def report_to_dict(report: RunReport) -> dict[str, Any]:
         "verification": report.verification,
         "seconds": dict(report.seconds),
         "analysis": None if report.analysis is None else analysis_to_dict(report.analysis),
+        **({} if report.healing is None else {"healing": healing_to_dict(report.healing)}),
     }
 
 
@@ -116,6 +116,11 @@ def print_report(report: RunReport) -> None:
     else:
         print(f"Removed           {_removed(report.plan)}")
         _print_compensation(report.plan)
+    if report.healing is not None:
+        _print_times(report.seconds)
+        print()
+        print_healing(report.healing)
+        return
     _print_check(report.verification)
     _print_end(report.seconds, report.output, report.bytes_written)
 
@@ -134,8 +139,12 @@ def _print_check(found: Mapping[str, Any] | None) -> None:
 
 
 def _print_end(seconds: Mapping[str, float], output: str, written: int) -> None:
-    print(f"Time              {', '.join(f'{stage} {each:.1f} s' for stage, each in seconds.items())}")
+    _print_times(seconds)
     print(f"Written           {output} ({show_bytes(written)} of weights)")
+
+
+def _print_times(seconds: Mapping[str, float]) -> None:
+    print(f"Time              {', '.join(f'{stage} {each:.1f} s' for stage, each in seconds.items())}")
 
 
 def print_perplexity(result: EvalResult, model: str) -> None:

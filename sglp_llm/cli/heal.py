@@ -14,7 +14,7 @@ from sglp_llm.errors import UserError
 
 _SETTINGS = (
     "teacher distil train seam_layers seam_side last_layers lora_rank lora_alpha answers on_policy prompt_tokens shortest "
-    "minutes epochs held_out seq_len sequences batch_size alpha beta temperature hidden_weight top_k store learning_rate "
+    "minutes epochs repeat held_out seq_len sequences batch_size alpha beta temperature hidden_weight top_k store learning_rate "
     "schedule final_rate warmup_steps weight_decay gradient_checkpointing dtype engine scratch seed"
 )
 
@@ -51,6 +51,9 @@ def heal(
     tokens: Annotated[str | None, typer.Option(help="Training tokens, e.g. 1.6M. Default: 128k.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Wall time instead.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over all of the text instead.")] = None,
+    repeat: Annotated[
+        bool | None, typer.Option("--repeat/--no-repeat", help="See text again where there is less of it. Default: no.")
+    ] = None,
     train: Annotated[
         str | None,
         typer.Option(help="full (default), partial, seam (layers around the cuts) or lora: what is trained."),

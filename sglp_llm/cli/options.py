@@ -176,6 +176,21 @@ def model_of(model: str | None, recipe: Any) -> str:
     return str(name)
 
 
+def healing_settings(heal: bool | None, name: str | None, tokens: str | None) -> Any:
+    """What ``--heal``, ``--heal-recipe`` and ``--heal-tokens`` set in the recipe; ``None`` where none is given.
+
+    Raises:
+        UserError: There is no such recipe, or a setting is wrong.
+    """
+    if name is None and tokens is None:
+        return heal
+    from sglp_llm.plan.healing_recipe import healing_changes
+    from sglp_llm.sizes import parse_count
+
+    own = {} if name is None else healing_recipe_of(name, None, None).to_dict()
+    return healing_changes(own, {} if tokens is None else {"tokens": parse_count(tokens)})
+
+
 def healing_recipe_of(
     name: str | None, tokens: str | None, data: str | None, settings: dict[str, Any] | None = None
 ) -> Any:

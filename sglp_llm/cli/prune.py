@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -40,7 +39,7 @@ from sglp_llm.cli.options import (
     SeqLen,
     TargetParams,
     TrialSamples,
-    healing_recipe_of,
+    healing_settings,
     model_of,
     recipe_of,
     settings_of,
@@ -84,8 +83,8 @@ def prune(
         str | None, typer.Option(help="Largest weight file, e.g. 2GB. Default: like the source.")
     ] = None,
     heal: Annotated[
-        bool, typer.Option("--heal", help="Train the result on the original's predictions, see heal.")
-    ] = False,
+        bool | None, typer.Option("--heal/--no-heal", help="Train the result on the original's predictions, see heal.")
+    ] = None,
     heal_recipe: Annotated[
         str | None, typer.Option(help="YAML file, or a name from `sglp-llm ls healing-recipes`.")
     ] = None,
@@ -107,10 +106,13 @@ def prune(
         raise UserError(f"--plan already says which layers go: leave out --{given[0].replace('_', '-')}")
     if private and push_to_hub is None:
         raise UserError("--private is about the Hub repository: give --push-to-hub REPO too")
-    if not heal and (heal_recipe is not None or heal_tokens is not None):
-        raise UserError("--heal-recipe and --heal-tokens are about training: give --heal too")
+    if heal is False and (heal_recipe is not None or heal_tokens is not None):
+        raise UserError("--heal-recipe and --heal-tokens are about training: leave out --no-heal")
+    if heal is not False:
+        settings["heal"] = healing_settings(heal, heal_recipe, heal_tokens)
+    else:
+        settings["heal"] = False
     console = prepare()
-    from sglp_llm.checkpoint import check_output
     from sglp_llm.cli.memory_table import MemoryLines, price_line
     from sglp_llm.models.hub import check_repo_name, upload
     from sglp_llm.pipeline import prune
@@ -124,54 +126,29 @@ def prune(
             check_repo_name(push_to_hub)
         chosen = recipe_of(recipe, settings, model, preset)
         given_plan = None if plan is None else load_plan(plan)
-        training = (
-            healing_recipe_of(heal_recipe, heal_tokens, None if heal_recipe else chosen.calibration) if heal else None
-        )
-        if heal:
-            check_output(output, overwrite)
-    # What was pruned is the student, and is gone when the result is written.
-    written = output.with_name(f"{output.name}.pruned") if heal else output
+    # For the reload check alone any text serves, and this one needs no network.
+    serves = plan is not None and recipe is None and calibration is None and chosen.healing is None
     progress = console.progress_bar if processes.is_main else silent
     memory = MemoryLines(None if as_json else price_line(chosen))
     report = prune(
         model_of(model, chosen),
-        written,
+        output,
         plan=given_plan,
         recipe=chosen,
-        calibration="pydoc" if plan is not None and recipe is None and calibration is None else None,
-        overwrite=overwrite or heal,
-        verify=verify and not heal,
+        calibration="pydoc" if serves else None,
+        overwrite=overwrite,
+        verify=verify,
         progress=progress,
         on_forecast=memory.print_forecast if processes.is_main else None,
         processes=processes,
     )
-    healed = None
-    if training is not None:
-        from sglp_llm.healing.heal import heal as train
-
-        processes.wait()  # the main process has written what all train
-        healed = train(
-            written,
-            output,
-            recipe=training,
-            overwrite=overwrite,
-            verify=verify,
-            progress=progress,
-            processes=processes,
-        )
     if not processes.is_main:
         return
     if as_json:
-        healing = {} if healed is None else {"healing": console.healing_to_dict(healed)}
-        console.print_json({**console.report_to_dict(report), **healing, "memory": memory.to_dict()})
+        console.print_json({**console.report_to_dict(report), "memory": memory.to_dict()})
     else:
         console.print_report(report)
-        if healed is not None:
-            print()
-            console.print_healing(healed)
         memory.print_peak()
-    if healed is not None:
-        shutil.rmtree(written, ignore_errors=True)
     if push_to_hub is not None:
         address = upload(output, push_to_hub, private)
         print(f"Uploaded          {address}", file=sys.stderr if as_json else sys.stdout)

@@ -20,7 +20,7 @@ from sglp_llm.checkpoint.replaced import as_stored
 from sglp_llm.comparison.choices import choices
 from sglp_llm.comparison.healed import DecidedRow, RunOfComparison, trained_after
 from sglp_llm.comparison.measured import Measurement, Shortened, measured
-from sglp_llm.comparison.methods import chooser, is_healed, is_single, method_recipe
+from sglp_llm.comparison.methods import chooser, is_single, method_recipe, training_of
 from sglp_llm.comparison.pairs import paired_difference, pairs
 from sglp_llm.compensation import NONE, check_compensation
 from sglp_llm.errors import UserError
@@ -40,7 +40,7 @@ _PLANS = "plans"
 # Settings that belong to single methods, or without influence on the numbers.
 _IDLE = (
     "criterion also ratio drop target_params compensate held_out candidates "
-    "max_shard_size batch_size engine scratch journal"
+    "heal max_shard_size batch_size engine scratch journal"
 )
 
 
@@ -92,18 +92,19 @@ def compare(
     run = RunOfComparison(opened, calibration, Journal(folder / "journal", {**settings, **model}), folder, progress)
 
     choosers = {name: chooser(recipe, name, budgets[0]) for name in methods}
-    own = {choosers[name]: [replace(each, compensate=NONE) for each in recipes[name]] for name in methods}
+    own = {choosers[name]: [replace(each, compensate=NONE, heal=False) for each in recipes[name]] for name in methods}
     chosen, seconds = choices(opened, calibration, recipe, own, run.journal, progress)
     plans = [
         (name, _decided(run, name, each, sets))
         for name in methods
         for each, sets in zip(recipes[name], chosen[choosers[name]], strict=True)
     ]
-    if any(map(is_healed, methods)):
-        recipe_of_training = healing or HealingRecipe()
-        settings["healing"] = recipe_of_training.to_dict()
+    trainings = {name: training_of(each[0], name, healing) for name, each in recipes.items()}
+    if any(trainings.values()):
+        settings["healing"] = {name: each.to_dict() for name, each in trainings.items() if each}
         plans = [
-            (name, trained_after(run, plan, recipe_of_training) if is_healed(name) else plan) for name, plan in plans
+            (name, plan if (training := trainings[name]) is None else trained_after(run, plan, training))
+            for name, plan in plans
         ]
     dense = Shortened(())
     found = measured(opened, [dense, *(plan.model for _, plan in plans)], measurements, numbers, progress)
@@ -124,7 +125,7 @@ def compare(
         )
         for name, plan in plans
     )
-    single = [name for name in methods if is_single(recipes[name][0]) and not is_healed(name)]
+    single = [name for name in methods if is_single(recipes[name][0]) and not trainings[name]]
     if any(each[0].compensate != NONE for each in recipes.values()):
         settings |= {"held_out": recipe.held_out, "candidates": recipe.candidates}
     return Comparison(

@@ -9,6 +9,7 @@ from sglp_llm.compensation import NONE, compensation_names
 from sglp_llm.criteria import criterion_names
 from sglp_llm.errors import unknown
 from sglp_llm.plan import Recipe, preset_names, preset_settings
+from sglp_llm.plan.healing_recipe import HealingRecipe
 from sglp_llm.plan.recipe import SGLP
 from sglp_llm.records import Budget
 
@@ -46,9 +47,15 @@ def is_single(recipe: Recipe) -> bool:
     return recipe.compensate == NONE and recipe.criterion != _SEARCH
 
 
-def is_healed(method: str) -> bool:
-    """Whether a method's model is trained after the removal."""
-    return method.endswith(_HEALED)
+def training_of(recipe: Recipe, method: str, healing: HealingRecipe | None) -> HealingRecipe | None:
+    """How a method's model is trained after the removal; ``None`` = not at all.
+
+    Args:
+        recipe: The method's own settings.
+        method: Its name.
+        healing: For names that end in ``+heal``; the defaults are `HealingRecipe`'s.
+    """
+    return (healing or HealingRecipe()) if method.endswith(_HEALED) else recipe.healing
 
 
 def chooser(recipe: Recipe, method: str, budget: Budget) -> str:
@@ -59,7 +66,7 @@ def chooser(recipe: Recipe, method: str, budget: Budget) -> str:
     own = method_recipe(recipe, method, budget)
     plain = _with_settings(recipe, {"criterion": own.criterion}, budget)
     # These matter after the candidate sets are selected.
-    alike = replace(own, compensate=plain.compensate, held_out=plain.held_out, candidates=plain.candidates)
+    alike = replace(own, compensate=plain.compensate, held_out=plain.held_out, candidates=plain.candidates, heal=False)
     return own.criterion if alike == plain else method.partition("+")[0]
 
 
@@ -73,7 +80,7 @@ def _settings_of(base: str) -> dict[str, Any]:
 
 def _with_settings(recipe: Recipe, settings: dict[str, Any], budget: Budget) -> Recipe:
     given = settings.get("options", {})
-    neutral = replace(recipe, also=(), options={}, compensate=NONE)
+    neutral = replace(recipe, also=(), options={}, compensate=NONE, heal=False)
     own = neutral.with_changes(**{**settings, "options": None}, **budget.to_dict())
     name = own.deciding_criterion
     options = {**given.get(name, {}), **recipe.options.get(name, {})}

@@ -28,13 +28,13 @@ from sglp_llm.healing.preparing import (
     work_folder,
 )
 from sglp_llm.healing.reading import read_text
-from sglp_llm.healing.records import HealingRecord, HealReport
 from sglp_llm.healing.trained import Trained, check_peft, make_trainable
 from sglp_llm.healing.training import train
 from sglp_llm.healing.writing import export, write_papers
 from sglp_llm.plan.healing_recipe import HealingRecipe
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent, timed
+from sglp_llm.records import HealingRecord, HealReport
 
 DEFAULT_TOKENS = 128_000
 DEFAULT_TOP_K = 100
@@ -84,9 +84,7 @@ def heal(
         recipe = replace(recipe, tokens=DEFAULT_TOKENS)
     with processes.failing_together():
         check_output(output, overwrite)
-        check_spec(recipe.data)
-        check_peft(recipe)
-        check_batch(recipe, processes)
+        check_healing(recipe, processes)
         if keep_adapter and recipe.train != "lora":
             raise UserError(f"keep_adapter is about LoRA, and train is {recipe.train}: leave it out")
         work = work_folder(output, resume)
@@ -137,6 +135,17 @@ def heal(
         written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix == ".safetensors")
     shutil.rmtree(work, ignore_errors=True)
     return HealReport(str(output), record, training.log, written, verification, seconds)
+
+
+def check_healing(recipe: HealingRecipe, processes: Processes = ALONE) -> None:
+    """Refuses settings that cannot be trained with, before any work is done.
+
+    Raises:
+        UserError: The text cannot be read, peft is missing, or a step cannot be divided between the processes.
+    """
+    check_spec(recipe.data)
+    check_peft(recipe)
+    check_batch(recipe, processes)
 
 
 def _record(

@@ -46,13 +46,18 @@ def _least_batch(recipe: HealingRecipe) -> int:
     return 1 if recipe.batch_size == "auto" else recipe.batch_size
 
 
+def work_folder_of(output: Path) -> Path:
+    """Where a run keeps what it resumes from."""
+    return output.with_name(f"{output.name}.healing")
+
+
 def work_folder(output: Path, resume: bool) -> Path:
     """Where a run keeps what it resumes from; before a run it exists after an interruption only.
 
     Raises:
         UserError: It exists and is not to be resumed, or the other way round.
     """
-    work = output.with_name(f"{output.name}.healing")
+    work = work_folder_of(output)
     if work.exists() and not resume:
         raise UserError(f"{work} holds an interrupted run: give --resume to go on with it, or remove the folder")
     if resume and not work.exists():

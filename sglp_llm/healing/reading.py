@@ -52,9 +52,9 @@ def read_text(
     try:
         sequences = read(tokens=None if number is None else number * recipe.seq_len)
     except UserError:
-        if recipe.minutes is None or len(mixture(recipe.data)) > 1:
+        if not (recipe.repeat or recipe.minutes) or len(mixture(recipe.data)) > 1:
             raise
-        # Time for more than there is: all of it, more than once.
+        # All that there is, more than once.
         sequences, held = read(tokens=None), None
     sequences = replace(sequences, source=label or sequences.source)
     models.student.check_tokens(sequences.input_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,7 @@ class HealingRecipe:
         tokens: Number of training tokens, or
         minutes: wall time, from which the number of steps follows by timing the first ones, or
         epochs: passes over all of the text.
+        repeat: Whether text is seen again where there is less of it than tokens to train on; otherwise that is an error.
         held_out: Share of the sequences, at least one, that is not trained on; its loss decides which weights are kept.
         seq_len: Tokens a sequence.
         sequences: Sequences of one optimizer step, over all processes.
@@ -88,6 +90,7 @@ class HealingRecipe:
     tokens: int | None = None
     minutes: float | None = None
     epochs: float | None = None
+    repeat: bool = False
     held_out: float = 0.05
     seq_len: int = 512
     sequences: int = 4
@@ -123,14 +126,24 @@ class HealingRecipe:
             UserError: A key is unknown or a value is out of range.
         """
         given = {key: value for key, value in changes.items() if value is not None}
-        base = self.to_dict()
-        if set(_LENGTHS) & set(given):
-            base = {key: value for key, value in base.items() if key not in _LENGTHS}
-        return healing_recipe_from_dict({**base, **given}, "settings")
+        return healing_recipe_from_dict(healing_changes(self.to_dict(), given), "settings")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for YAML and JSON; settings that are not set are left out."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def healing_changes(settings: Mapping[str, Any], changes: Any) -> dict[str, Any]:
+    """Settings of a training with changes; a new length (tokens, minutes, epochs) replaces the old one.
+
+    Args:
+        settings: Plain data of a healing recipe, defaults left out or not.
+        changes: More of it; ``True`` changes nothing.
+    """
+    if not isinstance(changes, Mapping):
+        return dict(settings)
+    old = {key: value for key, value in settings.items() if key not in _LENGTHS or not set(_LENGTHS) & set(changes)}
+    return {**old, **changes}
 
 
 def healing_recipe_from_dict(data: object, where: str = "recipe") -> HealingRecipe:

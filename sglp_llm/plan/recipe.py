@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sglp_llm.errors import UserError, unknown
+from sglp_llm.plan.healing_recipe import HealingRecipe, healing_changes, healing_recipe_from_dict
 from sglp_llm.plan.shipped import shipped_recipes
 from sglp_llm.plan.yaml_files import dump_yaml, read_yaml, record_from_dict
 from sglp_llm.records import Budget
@@ -67,6 +68,8 @@ class Recipe:
         compensate: How the kept layers compensate for the removed ones: ``none``, or a name from ``compensation/``.
         held_out: Share of the calibration sequences, the last ones, that a compensation is evaluated on and not fitted on.
         candidates: How many candidate sets of a search are compensated in closed form before the best one is taken.
+        heal: Training on the original's predictions after the removal: ``true``, or the settings of a healing recipe that differ
+            from its defaults. Its text is the calibration text unless ``data`` names another.
         max_shard_size: Largest file of the output, such as ``2GB``; none = shards like the source's.
     """
 
@@ -100,6 +103,7 @@ class Recipe:
     compensate: str = "none"
     held_out: float = 0.25
     candidates: int = 3
+    heal: bool | dict[str, Any] = False
     max_shard_size: str | None = None
 
     @property
@@ -117,8 +121,17 @@ class Recipe:
         """The three budget settings as one record; `check_budget` requires that exactly one of them is set."""
         return Budget(self.ratio, self.drop, self.target_params)
 
+    @property
+    def healing(self) -> HealingRecipe | None:
+        """The settings of the training after the removal; ``None`` without one."""
+        if self.heal is False:
+            return None
+        shared = {"data": self.calibration, "seed": self.seed, "engine": self.engine, "scratch": self.scratch}
+        return HealingRecipe().with_changes(**shared).with_changes(**({} if self.heal is True else self.heal))
+
     def with_changes(self, **changes: Any) -> Recipe:
-        """A copy with every change that is not None; a new budget replaces the old one, options are added to the old ones.
+        """A copy with every change that is not None; a new budget replaces the old one, options and settings of the training are
+        added to the old ones.
 
         Raises:
             UserError: A key is unknown or a value has the wrong type.
@@ -130,6 +143,8 @@ class Recipe:
             base = {key: value for key, value in base.items() if key not in budget_keys}
         if isinstance(given.get("protect"), Mapping):
             given["protect"] = {**base["protect"], **given["protect"]}
+        if isinstance(base["heal"], Mapping) and given.get("heal"):
+            given["heal"] = healing_changes(base["heal"], given["heal"])
         changed = recipe_from_dict({**base, **given}, "settings")
         if "options" in given:
             options = {
@@ -157,6 +172,8 @@ def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
     for key, layers in vars(recipe.protect).items():
         if layers < 0:
             raise UserError(f"{where}: protect: {key} must not be negative, not {layers}")
+    if isinstance(recipe.heal, Mapping):
+        healing_recipe_from_dict(recipe.heal, f"{where}: heal")
     _at_least(2, recipe.seq_len, f"{where}: seq_len")
     if recipe.trial_samples is not None:
         _at_least(1, recipe.trial_samples, f"{where}: trial_samples")

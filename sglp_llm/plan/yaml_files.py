@@ -73,6 +73,9 @@ def record_from_dict(cls: type, data: object, where: str) -> Any:
     return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in data.items()})
 
 
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
 def _convert(value: object, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         cls = typing.cast(type, hint)
@@ -100,6 +103,8 @@ def _convert(value: object, hint: Any, where: str) -> Any:
             return value
         elif option is float and type(value) is int:
             return float(value)
+        elif typing.get_origin(option) is dict and isinstance(value, Mapping):
+            return dict(value)
         elif option is not type(None):
-            allowed.append({str: "text", int: "a whole number", float: "a number", bool: "true or false"}[option])
+            allowed.append(_WORDS.get(option, "settings such as {key: value}"))
     raise UserError(f"{where} must be {' or '.join(allowed)}, not {value!r}")

@@ -14,6 +14,7 @@ from tiny_models import Tiny, load_plain, save_tiny, tensors_of, tiny_model
 from sglp_llm.calibration import evaluation_windows
 from sglp_llm.models import find_source
 from sglp_llm.models.loading import load_tokenizer
+from sglp_llm.plan import shipped
 
 TRAINING = "seq_len: 16\nsequences: 2\nlearning_rate: 0.001\ndtype: float32\n"
 SETTINGS = ("--calibration", TEXT, "--samples", 4, "--seq-len", 16)
@@ -50,3 +51,47 @@ def test_a_healed_row_is_what_prune_and_heal_write(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("sglp_llm.comparison.healed.heal", None)  # nothing is trained again
     assert json.loads(run_cli(*command).out)["rows"] == found["rows"]
+
+
+def test_a_preset_may_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "presets").mkdir()
+    heal = "{tokens: 128, seq_len: 16, sequences: 2, learning_rate: 0.001, dtype: float32}"
+    (tmp_path / "presets" / "trained.yaml").write_text(f"# Trained.\ncriterion: bi\nheal: {heal}\n")
+    monkeypatch.setattr(shipped, "_PRESETS", tmp_path / "presets")
+    source = save_tiny(tiny_model(Tiny("llama", 0)), tmp_path / "tiny")
+    command = (
+        "--criteria",
+        "bi,trained",
+        "--drops",
+        "2",
+        "--eval",
+        TEXT,
+        "--window",
+        16,
+        "--max-windows",
+        6,
+        *SETTINGS,
+    )
+    outcome = run_cli("compare", source, "-o", tmp_path / "out", *command, "--json")
+    assert outcome.code == 0, outcome.err
+    rows = {row["method"]: row for row in json.loads(outcome.out)["rows"]}
+    assert rows["bi"]["removed"] == rows["trained"]["removed"]
+    outcome = run_cli(
+        "prune", source, "-o", tmp_path / "short", "--preset", "trained", "--drop", 2, *SETTINGS, "--json"
+    )
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert report["healing"]["record"]["steps"] == 4
+    assert report["output"] == str(tmp_path / "short")
+    (kept,) = (tmp_path / "out" / "healed").glob("*/trained")
+    for name, value in tensors_of(kept).items():
+        assert torch.equal(value, tensors_of(tmp_path / "short")[name])
+    without = run_cli(
+        "prune", source, "-o", tmp_path / "plain", "--preset", "trained", "--no-heal", "--drop", 2, *SETTINGS
+    )
+    assert without.code == 0, without.err
+    assert not (tmp_path / "plain" / "sglp_healing.json").exists()
+    again = ("--recipe", tmp_path / "short" / "sglp_recipe.yaml")
+    assert run_cli("prune", "-o", tmp_path / "again", *again, "--json").code == 0
+    for name, value in tensors_of(tmp_path / "short").items():
+        assert torch.equal(value, tensors_of(tmp_path / "again")[name])

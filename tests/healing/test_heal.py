@@ -248,7 +248,8 @@ def test_pruned_and_healed_in_one_go(original: Path, tmp_path: Path) -> None:
     load_plain(tmp_path / "out")
     again = run_cli("prune", original, "-o", tmp_path / "out", *options, *more)
     assert "exists" in again.error
-    assert "give --heal too" in run_cli("prune", original, "-o", tmp_path / "new", *options, "--heal-tokens", 64).error
+    no_training = ("--no-heal", "--heal-tokens", 64)
+    assert "leave out --no-heal" in run_cli("prune", original, "-o", tmp_path / "new", *options, *no_training).error
 
 
 def test_text_that_the_original_writes(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

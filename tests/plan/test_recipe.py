@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sglp_llm.criteria import criterion_names
 from sglp_llm.errors import UserError
 from sglp_llm.method.selection import check_budget
 from sglp_llm.plan import Recipe, load_recipe, preset_names, preset_settings, save_recipe
+from sglp_llm.plan.healing_recipe import HealingRecipe
 from sglp_llm.plan.recipe import SGLP, Protect, recipe_from_dict
 from sglp_llm.plan.shipped import preset_description, shipped_recipes
 from sglp_llm.sizes import parse_bytes
@@ -52,6 +54,7 @@ RECIPES = st.builds(
     target_params=st.none() | st.integers(),
     compensate=TEXT,
     held_out=st.floats(0.01, 0.99),
+    heal=st.sampled_from([False, True, {"tokens": 5}, {"train": "lora", "minutes": 2.0}]),
     max_shard_size=st.none() | st.sampled_from(["2GB", "1.5GiB"]),
 )
 
@@ -212,6 +215,28 @@ def test_no_preset_changes_nothing() -> None:
     assert Recipe().with_changes(**preset_settings(None)) == Recipe()
     with pytest.raises(UserError, match="unknown preset 'bset'; did you mean 'best'"):
         preset_settings("bset")
+
+
+def test_the_training_after_the_removal() -> None:
+    recipe = Recipe(calibration="c4", seed=3, engine="streamed", scratch="s")
+    assert recipe.healing is None
+    shared = HealingRecipe(data="c4", seed=3, engine="streamed", scratch="s")
+    assert recipe.with_changes(heal=True).healing == shared
+    trained = recipe.with_changes(heal={"tokens": 5, "train": "lora"})
+    assert trained.healing == replace(shared, tokens=5, train="lora")
+    assert trained.with_changes(heal=True, calibration="wikitext2").healing == replace(
+        shared, tokens=5, train="lora", data="wikitext2"
+    )
+    assert trained.with_changes(heal={"minutes": 2, "data": "self"}).healing == replace(
+        shared, minutes=2.0, train="lora", data="self"
+    )
+    assert trained.with_changes(heal=False).healing is None
+    with pytest.raises(UserError, match=r"settings: heal: unknown key 'tokns'; did you mean 'tokens'\?"):
+        recipe.with_changes(heal={"tokns": 5})
+    with pytest.raises(
+        UserError, match=r"settings: heal must be true or false or settings such as \{key: value\}, not 3"
+    ):
+        recipe.with_changes(heal=3)
 
 
 def test_options_join_those_there_are() -> None:
