@@ -64,7 +64,7 @@ shorten() {
     *) options="--criterion ${method%-*}" ;;
     esac
     [ -f "$output/$1/config.json" ] ||
-        run prune "$model" --drop "${method##*-}" $options --protect-first 4 --protect-last 2 --calibration "$2" --samples 64 --seq-len 256 \
+        run prune "$model" --drop "${method##*-}" $options --protect-first 4 --protect-last 2 --calibration "$2" --samples "${SAMPLES:-64}" --seq-len 256 \
             --output "$output/$1"
 }
 

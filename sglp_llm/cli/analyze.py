@@ -94,7 +94,7 @@ def analyze(
         if output is not None:
             check_output(output, overwrite)
             find_source(model_of(model, chosen), chosen.revision).check_apart(output)
-    memory = MemoryLines(None if as_json else price_line(chosen))
+    memory = MemoryLines(None if as_json else price_line(chosen.with_changes(heal=False)))
     analysis = analyze(
         model_of(model, chosen),
         recipe=chosen,

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from sglp_llm.compensation import NONE
 from sglp_llm.criteria import make_criterion
 from sglp_llm.evaluation.memory import peak_so_far
+from sglp_llm.healing.heal import DEFAULT_TOKENS
 from sglp_llm.memory import EngineMemory, FreeMemory, MemoryPlan
 from sglp_llm.memory.peaks import USABLE, fits
 from sglp_llm.memory.prediction import computed_in
@@ -71,7 +72,9 @@ def forecast_line(memory: EngineMemory, free: FreeMemory) -> str:
 
 
 def price_line(recipe: Recipe) -> str | None:
-    """``Cost: about 262,144 trial tokens (search), 16,384 calibration tokens to fit (linear)``; ``None`` if there are none.
+    """``Cost: about 262,144 trial tokens (search), 16,384 calibration tokens to fit (linear), 20,480 training tokens (heal)``.
+
+    ``None`` if there are none.
 
     Raises:
         UserError: A criterion or an option does not exist.
@@ -83,6 +86,15 @@ def price_line(recipe: Recipe) -> str | None:
         prices.append((criterion.price(sequences, recipe.seq_len), name))
     if recipe.compensate != NONE:
         prices.append((f"{recipe.samples * recipe.seq_len:,} calibration tokens to fit", recipe.compensate))
+    if (healing := recipe.healing) is not None:
+        units = {
+            "minutes": "minutes of training",
+            "epochs": "passes over the training text",
+            "tokens": "training tokens",
+        }
+        given = next((name for name in units if getattr(healing, name) is not None), None)
+        number = DEFAULT_TOKENS if given is None else getattr(healing, given)
+        prices.append((f"{number:,} {units[given or 'tokens']}", "heal"))
     said = [f"{price} ({name})" for price, name in prices if price]
     return f"Cost: {', '.join(said)}" if said else None
 
