@@ -56,7 +56,7 @@ def heal(
     ] = None,
     train: Annotated[
         str | None,
-        typer.Option(help="full (default), partial, seam (layers around the cuts) or lora: what is trained."),
+        typer.Option(help="full, partial, seam (layers around the cuts), lora, or auto (default), see docs/heal.md."),
     ] = None,
     seam_layers: Annotated[int | None, typer.Option(help="Layers on each side of a cut. Default: 2.")] = None,
     seam_side: Annotated[

@@ -25,6 +25,7 @@ from sglp_llm.healing.preparing import (
     teacher_in_memory,
     teacher_on_disk,
     timed_steps,
+    with_train_chosen,
     work_folder,
 )
 from sglp_llm.healing.reading import read_text
@@ -85,12 +86,15 @@ def heal(
     with processes.failing_together():
         check_output(output, overwrite)
         check_healing(recipe, processes)
+        if keep_adapter and recipe.train == "auto":
+            recipe = replace(recipe, train="lora")
         if keep_adapter and recipe.train != "lora":
             raise UserError(f"keep_adapter is about LoRA, and train is {recipe.train}: leave it out")
         work = work_folder(output, resume)
         models = open_models(model, output, recipe, tokenizer, processes)
-        pairs = matched_layers(models.plan, recipe)
         decoder = models.student.load()
+        recipe = with_train_chosen(models, recipe, work, processes)
+        pairs = matched_layers(models.plan, recipe)
         trained = make_trainable(decoder, recipe, models.plan)
         with timed(seconds, "teacher"):
             online, batch_size = teacher_in_memory(models, recipe, trained, processes)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -15,6 +17,7 @@ from sglp_llm.errors import UserError
 from sglp_llm.healing.loss import divergence, next_token_loss
 from sglp_llm.healing.opening import HealingModels
 from sglp_llm.healing.teacher import Teacher
+from sglp_llm.healing.trained import count_trained, layers_around, seams_of
 from sglp_llm.memory.dry_run import DryRun
 from sglp_llm.memory.free import free_memory
 from sglp_llm.memory.parameter_counts import count_parameters
@@ -28,6 +31,14 @@ _LOGITS = 4
 """Float32 tensors as large as the logits of a batch that exist at once: both models' and two of the divergence."""
 
 _TIMED_STEPS = 2
+
+
+Train = Literal["seam", "lora", "full"]
+
+
+def least_batch(recipe: HealingRecipe) -> int:
+    """The fewest sequences that a process computes at once."""
+    return 1 if recipe.batch_size == "auto" else recipe.batch_size
 
 
 def has_fast_bfloat16() -> bool:
@@ -85,6 +96,28 @@ def footprint(models: HealingModels, recipe: HealingRecipe, trained_parameters: 
     free = free_memory()
     there = free.host if free.device is None else free.device
     return Footprint(trained_parameters * _ADAM_BYTES, activations + logits, teacher, there)
+
+
+def fitting_train(models: HealingModels, recipe: HealingRecipe) -> Train:
+    """What is trained where the recipe leaves it open: the first of full, seam and lora that is predicted to fit.
+
+    Args:
+        models: The models; the student is in memory.
+        recipe: The settings.
+    """
+    student = models.student.load()
+    # What the teacher does not find room for beside the student is read from disk.
+    with_teacher = bool(recipe.on_policy or recipe.hidden_weight)
+    possible: list[Train] = ["full"]
+    if models.plan is not None and layers_around(seams_of(models.plan), student.num_layers, recipe):
+        possible.append("seam")
+    if find_spec("peft") is not None:
+        possible.append("lora")
+    for train in possible:
+        count = count_trained(student, replace(recipe, train=train), models.plan)
+        if footprint(models, recipe, count).fits(least_batch(recipe), with_teacher):
+            return train
+    return possible[-1]
 
 
 def batch_size_that_fits(predicted: Footprint, most: int, with_teacher: bool) -> int:

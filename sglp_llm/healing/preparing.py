@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -11,10 +13,13 @@ from sglp_llm.calibration import TrainingSequences
 from sglp_llm.errors import UserError
 from sglp_llm.healing.opening import HealingModels
 from sglp_llm.healing.planning import (
+    Train,
     batch_size_that_fits,
     batch_that_runs,
+    fitting_train,
     footprint,
     in_bfloat16,
+    least_batch,
     steps_in,
     try_batch,
 )
@@ -26,6 +31,7 @@ from sglp_llm.progress import Progress
 from sglp_llm.trials import Journal
 
 _STEPS_FILE_NAME = "steps"
+_TRAIN_FILE_NAME = "train"
 
 
 def check_batch(recipe: HealingRecipe, processes: Processes) -> None:
@@ -34,16 +40,12 @@ def check_batch(recipe: HealingRecipe, processes: Processes) -> None:
     Raises:
         UserError: It cannot.
     """
-    each = _least_batch(recipe) * processes.count
+    each = least_batch(recipe) * processes.count
     if recipe.sequences % each:
         raise UserError(
             f"sequences: the {recipe.sequences} of a step are not a multiple of {processes.count} processes x "
-            f"batch_size {_least_batch(recipe)}"
+            f"batch_size {least_batch(recipe)}"
         )
-
-
-def _least_batch(recipe: HealingRecipe) -> int:
-    return 1 if recipe.batch_size == "auto" else recipe.batch_size
 
 
 def work_folder_of(output: Path) -> Path:
@@ -63,6 +65,25 @@ def work_folder(output: Path, resume: bool) -> Path:
     if resume and not work.exists():
         raise UserError(f"{work}: there is no interrupted run to resume")
     return work
+
+
+def with_train_chosen(models: HealingModels, recipe: HealingRecipe, work: Path, processes: Processes) -> HealingRecipe:
+    """The recipe with a decision about what is trained: that of the interrupted run, or by memory.
+
+    Args:
+        models: The models; the student is in memory.
+        recipe: The settings.
+        work: The folder of the run, which may not exist.
+        processes: All decide alike.
+    """
+    if recipe.train != "auto":
+        return recipe
+    kept = work / _TRAIN_FILE_NAME
+    names = get_args(Train)
+    chosen = kept.read_text(encoding="utf-8") if kept.exists() else fitting_train(models, recipe)
+    # An interrupted run that was given another choice is refused by its settings.
+    index = names.index(chosen) if chosen in names else names.index("full")
+    return replace(recipe, train=names[processes.agreed(index)])
 
 
 def timed_steps(
@@ -95,9 +116,9 @@ def teacher_in_memory(
     predicted = footprint(models, recipe, trained.parameters)
     beside = models.teacher is not None and not recipe.store and not models.teacher.streamed
     if recipe.store is None:
-        beside = beside and predicted.fits(_least_batch(recipe), True)
+        beside = beside and predicted.fits(least_batch(recipe), True)
     beside = processes.agreed(int(beside)) > 0
-    batch_size = _least_batch(recipe)
+    batch_size = least_batch(recipe)
     if recipe.batch_size == "auto":
         batch_size = processes.agreed(batch_size_that_fits(predicted, recipe.sequences // processes.count, beside))
     teacher = None
@@ -140,6 +161,7 @@ def begin(work: Path, models: HealingModels, sequences: TrainingSequences, recip
         {**models.student.setting, "teacher": teacher, "data_hash": sequences.hash, **settings, "steps": steps},
     )
     (work / _STEPS_FILE_NAME).write_text(str(steps), encoding="utf-8")
+    (work / _TRAIN_FILE_NAME).write_text(recipe.train, encoding="utf-8")
 
 
 def teacher_on_disk(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -100,6 +100,7 @@ def make_trainable(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan
     Raises:
         UserError: The layers around the cuts are to be trained, and there is no plan, or it is another model's.
     """
+    assert recipe.train != "auto", "see fitting_train"
     model = decoder.model
     model.requires_grad_(False)
     _drop_nothing(model)
@@ -107,6 +108,25 @@ def make_trainable(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.train == "lora":
         return _with_adapters(decoder, recipe)
+    count, changed = 0, set[str]()
+    for name, parameter in _wanted(decoder, recipe, plan):
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+        count += parameter.numel()
+        changed.add(name)
+    return Trained(model, count, frozenset(changed))
+
+
+def count_trained(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan | None) -> int:
+    """How many parameters `make_trainable` would train; it changes nothing, and raises the same errors."""
+    if recipe.train == "lora":
+        return sum(recipe.lora_rank * sum(each.weight.shape) for _, each in _linears(decoder))
+    return sum(parameter.numel() for _, parameter in _wanted(decoder, recipe, plan))
+
+
+def _wanted(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan | None) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's own parameters that are trained, by name."""
+    model = decoder.model
     chosen: set[int] = set()
     if recipe.train in ("seam", "partial"):
         if plan is None:
@@ -123,15 +143,21 @@ def make_trainable(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan
     head = model.get_output_embeddings()
     tied = set() if head is None else {id(parameter) for parameter in head.parameters()}
     wanted = {id(parameter) for layer in chosen for parameter in decoder.layers[layer].parameters()}
-    count, changed = 0, set[str]()
     for name, parameter in model.named_parameters():
         behind = id(parameter) not in inside and (id(parameter) not in embedding or id(parameter) in tied)
         if recipe.train == "full" or id(parameter) in wanted or (recipe.train == "partial" and behind):
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-            count += parameter.numel()
-            changed.add(name)
-    return Trained(model, count, frozenset(changed))
+            yield name, parameter
+
+
+def _linears(decoder: DecoderModel) -> list[tuple[str, nn.Linear | Conv1D]]:
+    """The linears of all decoder layers, by their names in the model."""
+    names = {id(module): name for name, module in decoder.model.named_modules()}
+    return [
+        (names[id(module)], module)
+        for layer in decoder.layers
+        for module in layer.modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
 
 
 def _drop_nothing(model: nn.Module) -> None:
@@ -149,13 +175,7 @@ def _with_adapters(decoder: DecoderModel, recipe: HealingRecipe) -> Trained:
     check_peft(recipe)
     from peft import LoraConfig, get_peft_model
 
-    names = {id(module): name for name, module in decoder.model.named_modules()}
-    targets = [
-        names[id(module)]
-        for layer in decoder.layers
-        for module in layer.modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    ]
+    targets = [name for name, _ in _linears(decoder)]
     transposed = any(isinstance(module, Conv1D) for module in decoder.model.modules())
     config = LoraConfig(
         r=recipe.lora_rank,

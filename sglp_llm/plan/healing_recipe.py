@@ -20,7 +20,7 @@ _POSITIVE = (
     *("sequences", "batch_size", "temperature", "top_k", "learning_rate", "max_grad_norm", "evaluations"),
     *("seam_layers", "last_layers", "lora_rank", "lora_alpha", "prompt_tokens", "shortest"),
 )
-_RATES = {"full": 2e-4, "partial": 3e-4, "seam": 5e-4, "lora": 1e-3}
+_RATES = {"auto": 2e-4, "full": 2e-4, "partial": 3e-4, "seam": 5e-4, "lora": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class HealingRecipe:
     Attributes:
         teacher: Model whose predictions are the target; none = the model that the plan in the folder was made for.
         distil: Whether there is a teacher; without one the loss is that of the next token alone.
-        train: What is trained: ``seam``, the decoder layers around each cut; ``lora``, low-rank adapters on the linears of all
-            decoder layers; ``partial``, the layers around each cut, the last layers, the final norm and the head; ``full``, all
-            parameters.
+        train: What is trained: ``full``, all parameters; ``seam``, the decoder layers around each cut; ``partial``, these, the
+            last layers, the final norm and the head; ``lora``, low-rank adapters on the linears of all decoder layers; ``auto``,
+            the first of full, seam and lora that is predicted to fit into memory.
         seam_layers: Decoder layers on each side of a cut, for ``seam`` and ``partial``.
         seam_side: Only those ``before`` the cuts, only those ``behind`` them, or ``both``.
         last_layers: Decoder layers at the end, for ``partial``.
@@ -76,7 +76,7 @@ class HealingRecipe:
 
     teacher: str | None = None
     distil: bool = True
-    train: Literal["seam", "lora", "partial", "full"] = "full"
+    train: Literal["auto", "seam", "lora", "partial", "full"] = "auto"
     seam_layers: int = 2
     seam_side: Literal["both", "before", "behind"] = "both"
     last_layers: int = 3
@@ -116,7 +116,7 @@ class HealingRecipe:
 
     @property
     def peak_rate(self) -> float:
-        """The learning rate after the warm-up."""
+        """The learning rate after the warm-up; that of ``auto`` is for all parameters."""
         return _RATES[self.train] if self.learning_rate is None else self.learning_rate
 
     def with_changes(self, **changes: Any) -> HealingRecipe:

@@ -109,7 +109,7 @@ def test_only_the_hidden_states_are_learned(side: str, tmp_path: Path) -> None:
 
 
 def test_all_three_losses_have_their_weights(tmp_path: Path) -> None:
-    recipe = HealingRecipe(hidden_weight=0.25, alpha=0.4, learning_rate=1e-3, sequences=2)
+    recipe = HealingRecipe(train="full", hidden_weight=0.25, alpha=0.4, learning_rate=1e-3, sequences=2)
     found, _ = healed(tmp_path, recipe, 2)
     parts = found.before
     expected = 0.25 * parts["hidden_state_loss"] + 0.75 * (0.4 * parts["divergence"] + 0.6 * parts["next_token_loss"])

@@ -21,7 +21,7 @@ from sglp_llm.models.loading import wrap_model
 from sglp_llm.plan import plan_from_indices
 from sglp_llm.plan.healing_recipe import HealingRecipe
 
-RECIPE = HealingRecipe(on_policy=1.0, beta=0.5, prompt_tokens=6, shortest=3, seq_len=16)
+RECIPE = HealingRecipe(train="full", on_policy=1.0, beta=0.5, prompt_tokens=6, shortest=3, seq_len=16)
 
 
 def written(numbers: list[int], step: int = 0, length: int = 5) -> dict[str, torch.Tensor]:

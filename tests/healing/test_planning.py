@@ -1,12 +1,25 @@
-"""The batch when memory runs out after all."""
+"""What is trained by the memory that there is, and the batch when memory runs out after all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from tiny_models import Tiny, save_tiny, tiny_model
 
+from sglp_llm import drop_layers
 from sglp_llm.errors import UserError
-from sglp_llm.healing.planning import batch_that_runs
+from sglp_llm.healing import planning
+from sglp_llm.healing.opening import HealingModels
+from sglp_llm.healing.planning import batch_that_runs, footprint
+from sglp_llm.healing.trained import count_trained
+from sglp_llm.memory import FreeMemory
+from sglp_llm.memory.peaks import USABLE
+from sglp_llm.models.opened import OpenedModel
+from sglp_llm.plan import plan_from_indices
+from sglp_llm.plan.healing_recipe import HealingRecipe
 
 
 def attempts(fits: int, error: Exception) -> tuple[list[int], object]:
@@ -35,3 +48,41 @@ def test_one_sequence_is_too_much() -> None:
 def test_other_errors_are_not_about_memory() -> None:
     with pytest.raises(RuntimeError, match="shape mismatch"):
         batch_that_runs(attempts(1, RuntimeError("shape mismatch"))[1], 4)
+
+
+def models_of(folder: Path, removed: tuple[int, ...] | None) -> HealingModels:
+    original = save_tiny(tiny_model(Tiny("llama", 0)), folder / "tiny")
+    plan = plan_from_indices(6, (2, 3) if removed is None else removed)
+    model = drop_layers(tiny_model(Tiny("llama", 0)), plan)
+    student = save_tiny(model, folder / "student")
+    opened = [OpenedModel(each, None, "float32", None, None) for each in (student, original)]
+    return HealingModels(opened[0], None if removed is None else plan, opened[1])
+
+
+def memory(free: int | None) -> Callable[[], FreeMemory]:
+    return lambda: FreeMemory(host=free, device=None, disk=None)
+
+
+@pytest.mark.parametrize("removed", [None, (2, 3)])
+def test_what_is_trained_is_the_first_that_fits(
+    removed: tuple[int, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = models_of(tmp_path, removed)
+    recipe = HealingRecipe(seq_len=16, lora_rank=2, seam_layers=1)
+    needs = {}
+    for train in ("full", "seam", "lora"):
+        if train == "seam" and removed is None:
+            continue
+        each = recipe.with_changes(train=train)
+        predicted = footprint(models, each, count_trained(models.student.load(), each, models.plan))
+        needs[train] = (predicted.trained + predicted.sequence) / USABLE
+    assert list(needs.values()) == sorted(needs.values(), reverse=True)
+    for train, least in needs.items():
+        monkeypatch.setattr(planning, "free_memory", memory(int(least) + 1))
+        assert planning.fitting_train(models, recipe) == train
+    monkeypatch.setattr(planning, "free_memory", memory(None))
+    assert planning.fitting_train(models, recipe) == "full"
+    monkeypatch.setattr(planning, "free_memory", memory(1))
+    assert planning.fitting_train(models, recipe) == "lora"
+    monkeypatch.setattr(planning, "find_spec", lambda _: None)
+    assert planning.fitting_train(models, recipe) == ("full" if removed is None else "seam")

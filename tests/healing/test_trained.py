@@ -12,7 +12,7 @@ from tiny_models import REMOVED, Tiny, every_tiny, logits_of, tiny_model
 
 from sglp_llm import drop_layers
 from sglp_llm.errors import UserError
-from sglp_llm.healing.trained import layers_around, make_trainable, seams_of
+from sglp_llm.healing.trained import count_trained, layers_around, make_trainable, seams_of
 from sglp_llm.models.loading import DecoderModel, wrap_model
 from sglp_llm.plan import plan_from_indices
 from sglp_llm.plan.healing_recipe import HealingRecipe
@@ -122,3 +122,12 @@ def test_half_precision_is_trained_in_float32() -> None:
     trained = make_trainable(model, HealingRecipe(train="seam", seam_layers=1), plan)
     kinds = {(each.requires_grad, each.dtype) for each in trained.model.parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+@EVERY_TINY
+@pytest.mark.parametrize("train", ["full", "partial", "seam", "lora"])
+def test_what_would_be_trained_is_counted(tiny: Tiny, train: str) -> None:
+    model, plan = shortened(tiny)
+    recipe = HealingRecipe().with_changes(train=train, lora_rank=3)
+    counted = count_trained(model, recipe, plan)
+    assert counted == make_trainable(model, recipe, plan).parameters

@@ -27,7 +27,9 @@ from sglp_llm.plan.healing_recipe import HealingRecipe
 from sglp_llm.progress import Advance, Progress, silent
 
 PLAN = plan_from_indices(6, (2, 3))
-RECIPE = HealingRecipe(learning_rate=3e-3, sequences=4, warmup_steps=1, evaluations=6, weight_decay=0.1, final_rate=0.1)
+RECIPE = HealingRecipe(
+    train="full", learning_rate=3e-3, sequences=4, warmup_steps=1, evaluations=6, weight_decay=0.1, final_rate=0.1
+)
 STEPS = 6
 HELD_OUT = range(7, 10)
 

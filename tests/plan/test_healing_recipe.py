@@ -45,7 +45,7 @@ def test_the_rate_depends_on_what_is_trained(train: str, rate: float) -> None:
         ({"tokens": 0}, "tokens must be above 0, not 0"),
         ({"tokens": 1, "epochs": 1}, "give one of tokens, minutes, epochs, not tokens and epochs"),
         ({"minutes": -1}, "minutes must be above 0, not -1.0"),
-        ({"train": "all"}, "train must be seam or lora or partial or full, not 'all'"),
+        ({"train": "all"}, "train must be auto or seam or lora or partial or full, not 'all'"),
         ({"held_out": 1}, "held_out must be between 0 and 1, both excluded, not 1.0"),
         ({"alpha": 1.5}, "alpha must be between 0 and 1, not 1.5"),
         ({"seq_len": 1}, "seq_len must be at least 2, not 1"),
