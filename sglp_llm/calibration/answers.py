@@ -85,7 +85,7 @@ def answered(
     coming, reached = questions(), 0
 
     def batch(number: int) -> list[Row]:
-        nonlocal coming, reached
+        nonlocal reached
         chosen = list(islice(coming, (number - reached) * batch_size, (number - reached + 1) * batch_size))
         reached = number + 1
         if not chosen:

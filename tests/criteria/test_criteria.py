@@ -71,6 +71,24 @@ def test_taylor_is_the_sum_over_elements_of_weight_times_summed_gradient(
 
 @FAMILIES
 @SETS
+def test_snip_is_the_sum_over_sequences_of_weight_times_gradient(family: str, calibration: CalibrationSet) -> None:
+    model = wrapped(family)
+    expected = [0.0] * model.num_layers
+    for ids, mask in zip(calibration.input_ids, calibration.mask, strict=True):
+        model.model.zero_grad()
+        mean_loss(model, ids, mask).backward()
+        for number, layer in enumerate(model.layers):
+            matrices = [p for p in layer.parameters() if p.ndim >= 2 and p.grad is not None]
+            expected[number] += sum(float((p.detach().double() * p.grad.double()).abs().sum()) for p in matrices)
+    model.model.zero_grad()
+    criterion = make_criterion("snip", model.num_layers)
+    assert isinstance(criterion, ScoreCriterion)
+    run_pass(model, calibration, [criterion])
+    assert criterion.scores() == pytest.approx(expected, rel=1e-4)
+
+
+@FAMILIES
+@SETS
 def test_other_gradient_norms_are_those_of_autograd(family: str, calibration: CalibrationSet) -> None:
     model = wrapped(family)
     expected = {name: [0.0] * model.num_layers for name in ("tensors", "relative")}

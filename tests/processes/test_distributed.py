@@ -35,12 +35,13 @@ SETS = {
     "an odd number": plain_set(13),
     "padded, one fewer than processes": padded_set(2, "right"),
 }
-SCORES = ("gradnorm", "taylor", "gate", "bi", "ppl", "gradnorm_without")
+SCORES = ("gradnorm", "taylor", "snip", "gate", "bi", "ppl", "gradnorm_without")
 CHOICES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("angular", {}),
     ("angular", {"tokens": "all"}),
     *(("slp", {"metric": metric}) for metric in ("cosine", "euclidean", "cka")),
     ("slp", {"metric": "cka", "sequences": 2}),
+    ("lorp", {}),
 )
 COSTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("sleb", {}),
@@ -70,7 +71,8 @@ def verdicts(calibration: CalibrationSet) -> dict[str, Any]:
         criterion = make_criterion(name, depth, options=options)
         assert isinstance(criterion, SetCriterion)
         run_pass(model, calibration, [criterion], PassSettings(batch_size=3, processes=processes))
-        found |= {f"{name} {options} {n}": criterion.choose(n, range(depth)) for n in range(1, depth)}
+        most = depth - 2 if name == "lorp" else depth - 1
+        found |= {f"{name} {options} {n}": criterion.choose(n, range(depth)) for n in range(1, most + 1)}
     for name, options in COSTS:
         criterion = make_criterion(name, depth, options=options)
         assert isinstance(criterion, GreedyCriterion)
