@@ -10,8 +10,9 @@
 #   long        for each model in LONG: all parameters for MINUTES; perplexity on WHOLE windows, tasks and generation
 #   texts       the preset best calibrated on one kind of text; and all parameters trained on one kind of text
 #
-# A model's name is what shortened it and the number of layers that it lacks. Perplexity and tasks are computed in DTYPE. What is
-# finished is kept in OUTPUT, so that it can be interrupted and started again.
+# SAMPLES are the sequences of 256 tokens that a removal is calibrated on, TEXTS the kinds of text in the last study, and LIMIT the
+# examples of a task. A model's name is what shortened it and the number of layers that it lacks. Perplexity and tasks are computed in
+# DTYPE. What is finished is kept in OUTPUT, so that it can be interrupted and started again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:?usage: tools/healing.sh DATA [OUTPUT [STUDY ...]]}
@@ -109,7 +110,7 @@ texts() {
     perplexities dense "$model" texts "${SAMPLE:-64}"
     scores dense "$model" texts offline
     shorten search+linear-6 "$mixed"
-    for label in wikitext2 c4 alpaca self; do
+    for label in ${TEXTS:-wikitext2 c4 alpaca self}; do
         case $label in
         wikitext2) spec="text:$data/wikitext2_train.txt.gz" ;;
         self) spec=self ;;
@@ -117,9 +118,9 @@ texts() {
         esac
         shorten "best-6=$label" "$spec"
         train search+linear-6 "full=$label" "$spec" --tokens "${TOKENS:-20k}"
+        scores "best-6=$label" "$output/best-6=$label" texts offline
         for folder in "best-6=$label" "search+linear-6+full=$label"; do
             perplexities "$folder" "$output/$folder" texts "${SAMPLE:-64}"
-            scores "$folder" "$output/$folder" texts offline
         done
     done
 }
