@@ -36,12 +36,14 @@ class TrainingSequences:
         input_ids: ``[n, seq_len]``, int64.
         labels: ``[n, seq_len]``, int64: the token ids, not shifted, as transformers expects them, or `NOT_PREDICTED`.
         source: The specification, with splits and weights.
+        positions: ``[n]`` float64 from 0 to 1: how far into what was read of its source each sequence is.
         hash: sha256, in hex, of shape, ids and labels: the same on every machine for the same sequences.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     source: str
+    positions: torch.Tensor
     hash: str
 
 
@@ -91,11 +93,13 @@ def training_sequences(
             if count != 0:
                 pieces = _pieces(tokenizer, portion, seed, answers_only, self_file)
                 parts.append(_windows(tokenizer, pieces, portion, count, seq_len, advance))
+    positions = torch.cat([(torch.arange(len(ids), dtype=torch.float64) + 0.5) / max(1, len(ids)) for ids, _ in parts])
     input_ids, labels = (torch.cat(each) for each in zip(*parts, strict=True))
     order = list(range(len(input_ids)))
     random.Random(seed).shuffle(order)
     input_ids, labels = input_ids[order], labels[order]
-    return TrainingSequences(input_ids, labels, source_label(portions, "train"), hash_of(input_ids, labels))
+    source = source_label(portions, "train")
+    return TrainingSequences(input_ids, labels, source, positions[order], hash_of(input_ids, labels))
 
 
 def _pieces(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from sglp_llm.analysis.opening import self_file
-from sglp_llm.calibration import TrainingSequences, mixture, training_sequences
+from sglp_llm.calibration import TrainingSequences, calibration_set, mixture, training_sequences
 from sglp_llm.calibration.answers import answered
 from sglp_llm.calibration.cache import cache_folder
 from sglp_llm.calibration.chat import holds_conversations
+from sglp_llm.calibration.packing import hash_of
 from sglp_llm.calibration.specs import SELF, parse_source
+from sglp_llm.compensation import NONE
 from sglp_llm.errors import UserError
 from sglp_llm.healing.opening import HealingModels
 from sglp_llm.plan import Recipe
@@ -19,6 +24,7 @@ from sglp_llm.plan.healing_recipe import HealingRecipe
 from sglp_llm.progress import Progress
 
 _MOST_HELD_OUT = 64  # sequences; more say no more about which weights are best
+_PIECE = 16  # consecutive tokens that two texts do not share by chance
 
 
 def read_text(
@@ -49,24 +55,80 @@ def read_text(
         self_file=_written_text(models, recipe, number, progress),
         progress=progress,
     )
-    try:
-        sequences = read(tokens=None if number is None else number * recipe.seq_len)
-    except UserError:
-        if not (recipe.repeat or recipe.minutes) or len(mixture(recipe.data)) > 1:
-            raise
+    fitted = _fitted_text(models, recipe)
+    more = 0 if fitted is None or wanted is None else -(-fitted.numel() // recipe.seq_len)
+    sequences = None
+    for extra in sorted({more, 0}, reverse=True):
+        try:
+            sequences = read(tokens=None if number is None else (number + extra) * recipe.seq_len)
+            break
+        except UserError:
+            if extra:
+                continue
+            if not (recipe.repeat or recipe.minutes) or len(mixture(recipe.data)) > 1:
+                raise
+    if sequences is None:
         # All that there is, more than once.
-        sequences, held = read(tokens=None), None
-    sequences = replace(sequences, source=label or sequences.source)
+        sequences, held, wanted = read(tokens=None), None, None
     models.student.check_tokens(sequences.input_ids)
     count = len(sequences.input_ids)
     if held is None:
         held = max(1, min(_MOST_HELD_OUT, round(recipe.held_out * count)))
     if count - held < 1:
         raise UserError(f"{sequences.source}: {count} sequences of {recipe.seq_len} tokens are too few to hold one out")
+    sequences = _held_out_last(sequences, held, wanted, fitted)
+    count = len(sequences.input_ids)
     if steps is None:
         assert recipe.epochs is not None
         steps = max(1, round(recipe.epochs * (count - held) / recipe.sequences))
-    return sequences, range(count - held, count), steps
+    return replace(sequences, source=label or sequences.source), range(count - held, count), steps
+
+
+def _fitted_text(models: HealingModels, recipe: HealingRecipe) -> torch.Tensor | None:
+    """The calibration sequences that a compensation was fitted on, ``[n, tokens]``, where they are of the training text."""
+    settings = {} if models.plan is None else models.plan.settings
+    if settings.get("compensate", NONE) == NONE or settings.get("calibration") != recipe.data:
+        return None
+    # What a model writes, it would have to write first.
+    if recipe.answers == "teacher" or any(portion.source == SELF for portion in mixture(recipe.data)):
+        return None
+    samples, seq_len, seed = (settings.get(name) for name in ("samples", "seq_len", "seed"))
+    if not (isinstance(samples, int) and isinstance(seq_len, int) and isinstance(seed, int)):
+        return None  # another program's plan
+    return calibration_set(models.student.tokenizer, recipe.data, samples=samples, seq_len=seq_len, seed=seed).input_ids
+
+
+def _held_out_last(
+    sequences: TrainingSequences, held: int, wanted: int | None, fitted: torch.Tensor | None
+) -> TrainingSequences:
+    """The sequences that come last in their sources behind all others, of which ``wanted`` are kept.
+
+    Text that the removal was fitted on would judge what is learned afterwards too strictly: what shares text with it is held out
+    only where there is nothing else.
+    """
+    order = sequences.positions.argsort(stable=True).tolist()
+    if fitted is not None:
+        known = {piece for row in fitted for piece in _pieces(row, 1)}
+        shared = [not known.isdisjoint(_pieces(row, _PIECE // 2)) for row in sequences.input_ids]
+        order.sort(key=lambda index: not shared[index])
+    judging = set(order[len(order) - held :])
+    rest = [index for index in range(len(order)) if index not in judging]
+    chosen = [*rest[:wanted], *sorted(judging)]
+    input_ids, labels = sequences.input_ids[chosen], sequences.labels[chosen]
+    return replace(
+        sequences,
+        input_ids=input_ids,
+        labels=labels,
+        positions=sequences.positions[chosen],
+        hash=hash_of(input_ids, labels),
+    )
+
+
+def _pieces(row: torch.Tensor, step: int) -> Iterator[bytes]:
+    """Consecutive tokens of a sequence, beginning at every ``step``-th place."""
+    data = row.numpy().astype("<i8")
+    for first in range(0, max(1, len(data) - _PIECE + 1), step):
+        yield data[first : first + _PIECE].tobytes()
 
 
 def _written_text(

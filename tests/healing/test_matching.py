@@ -75,7 +75,7 @@ def healed(tmp_path: Path, recipe: HealingRecipe, steps: int) -> tuple[Training,
     plan = plan_from_indices(6, (2, 3))
     student, teacher = wrap_model(drop_layers(tiny_model(Tiny("llama", 0)), plan)), tiny_model(Tiny("llama", 0))
     ids = torch.randint(3, 300, (8, 16), generator=torch.Generator().manual_seed(3))
-    text = TrainingSequences(ids, ids.clone(), "random", "random")
+    text = TrainingSequences(ids, ids.clone(), "random", torch.zeros(len(ids)), "random")
     ready, online = make_trainable(student, recipe, plan), OnlineTeacher(wrap_model(teacher))
     matched = matched_in(student, online, matched_layers(plan, recipe))
     found = train(ready, online, text, range(6, 8), recipe, steps, Run(tmp_path, batch_size=2), matched)

@@ -96,7 +96,7 @@ def trained(folder: Path, batch_size: int, kind: str) -> Training:
     recipe = RECIPE.with_changes(learning_rate=3e-3, sequences=4, train=kind, lora_rank=2)
     student = wrap_model(drop_layers(tiny_model(Tiny("llama", 0)), plan))
     ids = torch.randint(3, 300, (10, 16), generator=torch.Generator().manual_seed(3))
-    text = TrainingSequences(ids, ids.clone(), "random", "random")
+    text = TrainingSequences(ids, ids.clone(), "random", torch.zeros(len(ids)), "random")
     teacher = OnlineTeacher(wrap_model(tiny_model(Tiny("llama", 0))))
     ready = make_trainable(student, recipe, plan)
     return train(ready, teacher, text, range(8, 10), recipe, 6, Run(folder, batch_size=batch_size))

@@ -45,7 +45,7 @@ def sequences() -> TrainingSequences:
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
     labels = ids.clone()
     labels[2, :8] = IGNORED
-    return TrainingSequences(ids, labels, "by itself", "by itself")
+    return TrainingSequences(ids, labels, "by itself", torch.zeros(len(ids)), "by itself")
 
 
 def trained_by_us(
