@@ -16,7 +16,7 @@ from sglp_llm.models import find_source
 from sglp_llm.models.loading import load_tokenizer
 from sglp_llm.plan import shipped
 
-TRAINING = "seq_len: 16\nsequences: 2\nlearning_rate: 0.001\ndtype: float32\n"
+TRAINING = "seq_len: 16\nsequences: 2\nlearning_rate: 0.0003\nheld_out: 0.3\ndtype: float32\n"
 SETTINGS = ("--calibration", TEXT, "--samples", 4, "--seq-len", 16)
 
 
@@ -55,7 +55,7 @@ def test_a_healed_row_is_what_prune_and_heal_write(tmp_path: Path, monkeypatch: 
 
 def test_a_preset_may_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "presets").mkdir()
-    heal = "{tokens: 128, seq_len: 16, sequences: 2, learning_rate: 0.001, dtype: float32}"
+    heal = "{tokens: 128, seq_len: 16, sequences: 2, learning_rate: 0.0003, held_out: 0.3, dtype: float32}"
     (tmp_path / "presets" / "trained.yaml").write_text(f"# Trained.\ncriterion: bi\nheal: {heal}\n")
     monkeypatch.setattr(shipped, "_PRESETS", tmp_path / "presets")
     source = save_tiny(tiny_model(Tiny("llama", 0)), tmp_path / "tiny")

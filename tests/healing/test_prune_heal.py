@@ -15,7 +15,7 @@ from sglp_llm import Recipe, prune
 from sglp_llm.errors import UserError
 from sglp_llm.healing import heal as healing
 
-HEAL = {"tokens": 128, "seq_len": 16, "sequences": 2, "learning_rate": 0.001, "dtype": "float32"}
+HEAL = {"tokens": 128, "seq_len": 16, "sequences": 2, "learning_rate": 3e-4, "held_out": 0.3, "dtype": "float32"}
 RECIPE = Recipe(criterion="bi", calibration=TEXT, samples=4, seq_len=16, drop=2, heal=HEAL)
 
 
