@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,19 +57,12 @@ def read_text(
     )
     fitted = _fitted_text(models, recipe)
     more = 0 if fitted is None or wanted is None else -(-fitted.numel() // recipe.seq_len)
-    sequences = None
-    for extra in sorted({more, 0}, reverse=True):
-        try:
-            sequences = read(tokens=None if number is None else (number + extra) * recipe.seq_len)
-            break
-        except UserError:
-            if extra:
-                continue
-            if not (recipe.repeat or recipe.minutes) or len(mixture(recipe.data)) > 1:
-                raise
-    if sequences is None:
-        # All that there is, more than once.
-        sequences, held, wanted = read(tokens=None), None, None
+    lengths: list[int | None] = [None] if number is None else [number + more, number]
+    if (recipe.repeat or recipe.minutes) and len(mixture(recipe.data)) == 1:
+        lengths.append(None)  # all that there is, more than once
+    sequences, length = _first_that_is_there(read, lengths, recipe.seq_len)
+    if length is None:
+        held = wanted = None
     models.student.check_tokens(sequences.input_ids)
     count = len(sequences.input_ids)
     if held is None:
@@ -82,6 +75,18 @@ def read_text(
         assert recipe.epochs is not None
         steps = max(1, round(recipe.epochs * (count - held) / recipe.sequences))
     return replace(sequences, source=label or sequences.source), range(count - held, count), steps
+
+
+def _first_that_is_there(
+    read: Callable[..., TrainingSequences], lengths: Sequence[int | None], seq_len: int
+) -> tuple[TrainingSequences, int | None]:
+    """The first of some numbers of sequences that the text is long enough for; ``None`` is all of it."""
+    for length in lengths[:-1]:
+        try:
+            return read(tokens=None if length is None else length * seq_len), length
+        except UserError:
+            continue
+    return read(tokens=None if lengths[-1] is None else lengths[-1] * seq_len), lengths[-1]
 
 
 def _fitted_text(models: HealingModels, recipe: HealingRecipe) -> torch.Tensor | None:
