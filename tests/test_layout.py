@@ -43,7 +43,8 @@ def test_every_room_has_one_line_in_the_contract() -> None:
 def test_rooms_are_small_and_say_what_they_return() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 9
     for room in ROOMS:
-        assert len(list(room.glob("*.py"))) <= 18, room.name
+        most = 24 if room.name == "criteria" else 18  # a criterion is a file, and a paper may bring another
+        assert len(list(room.glob("*.py"))) <= most, room.name
         assert (room / "__init__.py").read_text(encoding="utf-8").startswith('"""Returns ') or room.name == "cli"
 
 
