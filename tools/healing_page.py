@@ -24,6 +24,7 @@ which says what is trained on and what is measured on: the two have no text in c
 - Columns named after a text are ln(perplexity / dense perplexity) on windows of 512 tokens. The standard error is that of the
   difference of two means as if the windows were not the same ones, and so too large.
 - Perplexity and tasks are computed in bfloat16, which changes a mean by 0.001.
+- Minutes are wall time of training on one thread, with another measurement on the other core.
 - The text is WikiText-2 (train) and C4 in equal parts, in sequences of 256 tokens, four a step.
 """
 
@@ -31,8 +32,9 @@ PARAMETERS = """## Which parameters
 
 `full` are all parameters, `partial` the layers around the cuts, the last ones and the head, `seam` the layers around the cuts,
 `lora` adapters of rank 16 on all linears. `no-teacher` learns the next token of the text alone. `divergence` is the KL from the
-original on held-out training text, nats a token, before and after; `tokens` are those until the weights that were kept;
-`full-80k` is the same command with `--tokens 80k`.
+original on held-out training text, nats a token, before and after; `tokens` are those until the weights that were kept. Without
+a teacher a model also learns the style of its text, most of all that of WikiText-2, and may lose something else for it: the columns
+then say how well the text is learned, rather than how near the model is to the original.
 """
 
 LONG = """## With more time
@@ -46,7 +48,8 @@ BY_TEXT = """## Which text
 
 `=TEXT` after the preset says what it was calibrated on, and after `full` what all parameters of `search+linear-6` were trained on
 with 20k tokens: one kind of text alone, or what the original samples itself (`self`). A column whose text is the row's own says
-how well that kind of text is learned; the others say what carries over.
+how well that kind of text is learned; the others say what carries over. The removals are calibrated on {samples} sequences of 256
+tokens.
 """
 
 
@@ -60,7 +63,7 @@ def main() -> None:
         _order(folder),
         LONG,
         _table(folder, "whole", ("wikitext2", "c4"), ("offline", "generation_offline", "repetition"), True),
-        BY_TEXT,
+        BY_TEXT.format(samples=_samples(folder)),
         _table(folder, "texts", ("wikitext2", "c4", "alpaca"), ("offline",), False),
     ]
     page.write_text("\n".join(sections), encoding="utf-8")
@@ -139,6 +142,12 @@ def _score(folder: Path, name: str, kind: str, suite: str) -> str:
         return ""
     score = next(each for each in _read(folder, name, kind, file)["scores"] if each["task"] == task)
     return f"{score['value']:.3f} ± {score['stderr']:.3f}"
+
+
+def _samples(folder: Path) -> int:
+    """Calibration sequences of the removals that are calibrated on one kind of text."""
+    plan = next(folder.glob("best-*=*/sglp_plan.json"))
+    return int(json.loads(plan.read_text(encoding="utf-8"))["settings"]["samples"])
 
 
 def _healing(folder: Path) -> list[str]:
