@@ -33,8 +33,8 @@ PARAMETERS = """## Which parameters
 `full` are all parameters, `partial` the layers around the cuts, the last ones and the head, `seam` the layers around the cuts,
 `lora` adapters of rank 16 on all linears. `no-teacher` learns the next token of the text alone. `divergence` is the KL from the
 original on held-out training text, nats a token, before and after; `tokens` are those until the weights that were kept. Without
-a teacher a model also learns the style of its text, most of all that of WikiText-2, and may lose something else for it: the columns
-then say how well the text is learned, rather than how near the model is to the original.
+a teacher a model also learns the style of its text, most of all that of WikiText-2, and may lose something else for it: the
+columns then say how well the text is learned, rather than how near the model is to the original.
 """
 
 LONG = """## With more time
