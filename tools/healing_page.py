@@ -93,7 +93,7 @@ def _order(folder: Path) -> str:
         name = file.name.removesuffix("+full.sample.wikitext2.json")
         found.setdefault(_depth(name), {})[name] = (_mean(folder, name), _mean(folder, f"{name}+full"))
     lines = []
-    for depth, models in sorted(found.items()):
+    for depth, models in sorted(item for item in found.items() if len(item[1]) > 1):
         before, after = (sorted(models, key=lambda name: models[name][place]) for place in (0, 1))
         orders = [
             ", ".join(f"`{name}` {models[name][place]:.2f}" for name in order)
