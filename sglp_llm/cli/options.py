@@ -179,6 +179,8 @@ def model_of(model: str | None, recipe: Any) -> str:
 def healing_settings(heal: bool | None, name: str | None, tokens: str | None) -> Any:
     """What ``--heal``, ``--heal-recipe`` and ``--heal-tokens`` set in the recipe; ``None`` where none is given.
 
+    ``False`` is for ``--no-heal``, which neither of the others goes with.
+
     Raises:
         UserError: There is no such recipe, or a setting is wrong.
     """

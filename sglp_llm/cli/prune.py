@@ -108,10 +108,7 @@ def prune(
         raise UserError("--private is about the Hub repository: give --push-to-hub REPO too")
     if heal is False and (heal_recipe is not None or heal_tokens is not None):
         raise UserError("--heal-recipe and --heal-tokens are about training: leave out --no-heal")
-    if heal is not False:
-        settings["heal"] = healing_settings(heal, heal_recipe, heal_tokens)
-    else:
-        settings["heal"] = False
+    settings["heal"] = healing_settings(heal, heal_recipe, heal_tokens)
     console = prepare()
     from sglp_llm.cli.memory_table import MemoryLines, price_line
     from sglp_llm.models.hub import check_repo_name, upload

@@ -80,13 +80,11 @@ class SimilarPairs(SetCriterion):
             self._sums = processes.sum(self._sums)
 
     def similarity(self) -> torch.Tensor:
-        """``[L, L]`` float64: the mean over tokens, or the minibatch CKA.
+        """``[L, L]`` float64: the mean over tokens of the metric ``cosine``.
 
         The cosine of a layer with itself is 1, so that the diagonal of the sums counts the tokens.
         """
-        if self._cka is not None:
-            return self._cka.result().values
-        return self._sums / self._sums.diagonal() if self._metric == "cosine" else self._sums
+        return self._sums / self._sums.diagonal()
 
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
         # All sums are over the same tokens, so they rank like the means.

@@ -54,6 +54,9 @@ class Matched:
     teacher: tuple[nn.Module, ...] = ()
 
 
+NOTHING_MATCHED = Matched()
+
+
 def matched_in(student: DecoderModel, teacher: OnlineTeacher | None, pairs: Pairs) -> Matched:
     """The layers themselves, of both models in memory."""
     if not pairs:
@@ -63,9 +66,6 @@ def matched_in(student: DecoderModel, teacher: OnlineTeacher | None, pairs: Pair
     return Matched(
         tuple(student.layers[index] for index in ours), tuple(teacher.model.layers[index] for index in theirs)
     )
-
-
-NOTHING_MATCHED = Matched()
 
 
 @contextmanager

@@ -113,9 +113,10 @@ def fitting_train(models: HealingModels, recipe: HealingRecipe) -> Train:
         possible.append("seam")
     if find_spec("peft") is not None:
         possible.append("lora")
+    untrained = footprint(models, recipe, 0)
     for train in possible:
         count = count_trained(student, replace(recipe, train=train), models.plan)
-        if footprint(models, recipe, count).fits(least_batch(recipe), with_teacher):
+        if replace(untrained, trained=count * _ADAM_BYTES).fits(least_batch(recipe), with_teacher):
             return train
     return possible[-1]
 

@@ -219,18 +219,18 @@ class _Distiller(Trainer):
         # Losses over the vocabulary cost as much as some layers: those without weight are for measurements alone.
         measuring, parts = not logits.requires_grad, dict[str, Tensor]()
         others = 1 - recipe.hidden_weight
-        if measuring or others * recipe.alpha:
-            parts["divergence"] = divergence(logits, targets, labels, recipe.temperature, recipe.beta)
-        if measuring or others * (1 - recipe.alpha):
-            parts["next_token_loss"] = next_token_loss(logits, labels)
-        if states:
-            apart = [hidden_state_loss(*pair, labels) for pair in zip(states, wanted, strict=True)]
-            parts["hidden_state_loss"] = torch.stack(apart).mean()
         weights = {
             "divergence": others * recipe.alpha,
             "next_token_loss": others * (1 - recipe.alpha),
             "hidden_state_loss": recipe.hidden_weight,
         }
+        if measuring or weights["divergence"]:
+            parts["divergence"] = divergence(logits, targets, labels, recipe.temperature, recipe.beta)
+        if measuring or weights["next_token_loss"]:
+            parts["next_token_loss"] = next_token_loss(logits, labels)
+        if states:
+            apart = [hidden_state_loss(*pair, labels) for pair in zip(states, wanted, strict=True)]
+            parts["hidden_state_loss"] = torch.stack(apart).mean()
         total = torch.stack([weights[name] * part for name, part in parts.items() if weights[name]]).sum()
         return {"loss": total, **{name: part.detach() for name, part in parts.items()}}
 
