@@ -11,7 +11,7 @@ import torch
 
 from sglp_llm.analysis import open_for_analysis, run_analysis, software_versions
 from sglp_llm.analysis.opening import OnForecast, open_for_plan
-from sglp_llm.calibration import CalibrationSet
+from sglp_llm.calibration import CalibrationSet, named_text
 from sglp_llm.checkpoint import atomic_folder, check_output
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
 from sglp_llm.checkpoint.export import drop_layers, export_from_files, export_from_model
@@ -20,8 +20,17 @@ from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError
 from sglp_llm.healing.heal import check_healing, heal
 from sglp_llm.healing.preparing import work_folder_of
+from sglp_llm.healing.reading import NotTrained
 from sglp_llm.models.opened import OpenedModel
-from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME, Recipe, preset_settings, save_plan, save_recipe
+from sglp_llm.plan import (
+    PLAN_FILE_NAME,
+    RECIPE_FILE_NAME,
+    Recipe,
+    preset_or_default,
+    preset_settings,
+    save_plan,
+    save_recipe,
+)
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent, timed
 from sglp_llm.records import Analysis, PrunePlan, RunReport
@@ -48,8 +57,9 @@ def analyze(
 
     Args:
         model: Hub id, folder, ``.gguf`` file, or a live transformers model.
-        recipe: The settings; the defaults are `Recipe`'s, with a quarter of the layers as the budget.
-        preset: A named combination of criterion and compensation, from ``sglp-llm ls presets``; overrides the recipe.
+        recipe: The settings. Without a recipe, a preset, a criterion and a compensation, the preset is ``fast``; ``closed-form``
+            for a live model or token ids, which cannot be trained with. Where no budget is given, it is a quarter of the layers.
+        preset: A named combination of criterion, compensation and training, from ``sglp-llm ls presets``; overrides the recipe.
         tokenizer: Needed with a live model, unless ``calibration`` holds token ids.
         calibration: The calibration set, or where to read it (``"wikitext2"``, ``"text:FILE"``, ``"pydoc"``, ...).
         progress: Reports finished sequences.
@@ -61,7 +71,7 @@ def analyze(
         UserError: Something in the model, the text or the settings is wrong; one line says what.
     """
     with processes.failing_together():
-        recipe = _recipe(recipe, preset, calibration, settings)
+        recipe = _with_text(_recipe(model, recipe, preset, calibration, settings))
         if not recipe.budget.to_dict():
             recipe = replace(recipe, ratio=0.25)
         found = open_for_analysis(
@@ -114,11 +124,12 @@ def prune(
     output = Path(output).expanduser()
     with processes.failing_together():
         serves = plan is not None and calibration is None and recipe is None
-        recipe = _recipe(recipe, preset, calibration, settings)
+        recipe = _recipe(model, recipe or (Recipe() if plan is not None else None), preset, calibration, settings)
         if serves and recipe.healing is None:
             # Any text serves for the reload check, and this one needs no network.
             recipe = recipe.with_changes(calibration="pydoc")
             calibration = "pydoc"
+        recipe = _with_text(recipe)
         check_output(output, overwrite)
         healing = recipe.healing
         if healing is not None:
@@ -135,20 +146,30 @@ def prune(
     student = output.with_name(f"{output.name}.pruned")
     report = _prune(model, student, plan, recipe, tokenizer, calibration, True, False, progress, processes, on_forecast)
     processes.wait()  # the main process has written what all train
-    healed = heal(
-        student,
-        output,
-        recipe=healing,
-        tokenizer=tokenizer,
-        overwrite=overwrite,
-        verify=verify,
-        resume=work_folder_of(output).exists(),
-        progress=progress,
-        processes=processes,
-    )
+    try:
+        healed = heal(
+            student,
+            output,
+            recipe=healing,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            verify=verify,
+            resume=work_folder_of(output).exists(),
+            progress=progress,
+            processes=processes,
+        )
+    except NotTrained as reason:
+        plan = report.plan
+        untrained = _prune(
+            model, output, plan, recipe, tokenizer, calibration, overwrite, verify, progress, processes, None
+        )
+        report = replace(untrained, analysis=report.analysis, seconds={**report.seconds, **untrained.seconds})
+        report = replace(report, notes=(f"not trained: {reason}",))
+    else:
+        report = replace(report, output=str(output), bytes_written=healed.bytes_written, healing=healed)
     if processes.is_main:
         shutil.rmtree(student, ignore_errors=True)
-    return replace(report, output=str(output), bytes_written=healed.bytes_written, healing=healed)
+    return report
 
 
 def _prune(
@@ -227,14 +248,26 @@ def _prune(
 
 
 def _recipe(
-    recipe: Recipe | None, preset: str | None, calibration: CalibrationSet | str | None, settings: dict[str, Any]
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe | None,
+    preset: str | None,
+    calibration: CalibrationSet | str | None,
+    settings: dict[str, Any],
 ) -> Recipe:
+    if recipe is None:
+        # A live model is shortened in place, and is no teacher then; token ids are no text to read on in.
+        trainable = not isinstance(model, torch.nn.Module) and not isinstance(calibration, CalibrationSet)
+        preset = preset_or_default(preset, settings, trainable)
     if isinstance(calibration, CalibrationSet):  # its own size is recorded, not the recipe's
         samples, seq_len = calibration.input_ids.shape
         settings |= {"calibration": calibration.source, "samples": samples, "seq_len": seq_len}
     elif calibration is not None:
         settings["calibration"] = calibration
     return (recipe or Recipe()).with_changes(**preset_settings(preset)).with_changes(**settings)
+
+
+def _with_text(recipe: Recipe) -> Recipe:
+    return replace(recipe, calibration=named_text(recipe.calibration))
 
 
 def _export(opened: OpenedModel, plan: PrunePlan, folder: Path, max_shard_size: int | None, progress: Progress) -> None:

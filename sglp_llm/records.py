@@ -213,6 +213,7 @@ class RunReport:
         seconds: Wall time by stage.
         analysis: ``None`` when the plan was given.
         healing: The training after the removal; ``None`` without one.
+        notes: What else the user should know, one line each.
     """
 
     output: str
@@ -222,6 +223,7 @@ class RunReport:
     seconds: Mapping[str, float]
     analysis: Analysis | None
     healing: HealReport | None = None
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

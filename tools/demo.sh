@@ -11,7 +11,7 @@ run() {
 
 model=$("$bin/python" tools/fetch_smollm2.py)
 run eval "$model" --data pydoc --window 512
-run prune "$model" --ratio 0.2 --preset fast --calibration pydoc --samples 32 --seq-len 256 --output "$output" --overwrite
+run prune "$model" --ratio 0.2 --calibration pydoc --samples 32 --seq-len 256 --output "$output" --overwrite
 run eval "$output" --data pydoc --window 512
 
 printf '\nThe result is an ordinary checkpoint:\n'

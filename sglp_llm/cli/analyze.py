@@ -38,6 +38,7 @@ from sglp_llm.cli.options import (
     TargetParams,
     TrialSamples,
     model_of,
+    preset_of,
     recipe_of,
     settings_of,
 )
@@ -80,8 +81,9 @@ def analyze(
     """Decide which layers to remove and show why. Writes nothing without --output. Default budget: a quarter."""
     settings = settings_of(locals())
     console = prepare()
+    from sglp_llm.calibration import named_text
     from sglp_llm.checkpoint import atomic_folder, check_output
-    from sglp_llm.cli.memory_table import MemoryLines, price_line
+    from sglp_llm.cli.memory_table import MemoryLines, price_line, text_line
     from sglp_llm.models import find_source
     from sglp_llm.pipeline import analyze
     from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME, save_plan, save_recipe
@@ -90,11 +92,11 @@ def analyze(
 
     processes = current_processes()
     with processes.failing_together():
-        chosen = recipe_of(recipe, settings, model, preset)
+        chosen = recipe_of(recipe, settings, model, preset_of(preset, recipe, settings))
         if output is not None:
             check_output(output, overwrite)
             find_source(model_of(model, chosen), chosen.revision).check_apart(output)
-    memory = MemoryLines(None if as_json else price_line(chosen.with_changes(heal=False)))
+    memory = MemoryLines(*([] if as_json else [text_line(chosen), price_line(chosen.with_changes(heal=False))]))
     analysis = analyze(
         model_of(model, chosen),
         recipe=chosen,
@@ -107,7 +109,8 @@ def analyze(
     if output is not None:
         with atomic_folder(output, overwrite) as folder:
             save_plan(analysis.plan, folder / PLAN_FILE_NAME)
-            save_recipe(chosen.with_changes(model=model_of(model, chosen)), folder / RECIPE_FILE_NAME)
+            used = {"model": model_of(model, chosen), "calibration": named_text(chosen.calibration)}
+            save_recipe(chosen.with_changes(**used), folder / RECIPE_FILE_NAME)
     if as_json:
         console.print_json({**console.analysis_to_dict(analysis), "memory": memory.to_dict()})
     else:

@@ -15,7 +15,13 @@ from sglp_llm.errors import unknown
 from sglp_llm.evaluation.suites import load_suite
 from sglp_llm.plan import Recipe, load_recipe, preset_names, preset_settings
 from sglp_llm.plan.healing_recipe import load_healing_recipe
-from sglp_llm.plan.shipped import preset_description, shipped_healing_recipes, shipped_recipes, shipped_suites
+from sglp_llm.plan.shipped import (
+    DEFAULT_PRESET,
+    preset_description,
+    shipped_healing_recipes,
+    shipped_recipes,
+    shipped_suites,
+)
 from sglp_llm.registry import member
 
 
@@ -48,7 +54,7 @@ def _adapters() -> tuple[str, list[str], list[list[str]]]:
 
 
 def _criteria() -> tuple[str, list[str], list[list[str]]]:
-    rows = [["sglp", "segments + gradients", "The paper's pipeline: CKA segments, gradnorm inside each (the default)."]]
+    rows = [["sglp", "segments + gradients", "The paper's pipeline: CKA segments, gradnorm inside each."]]
     for name in criterion_names():
         criterion = get_criterion(name)
         needs = " + ".join(each.lower().replace("_", " ") for each in _need_names(criterion.needs)) or "nothing"
@@ -70,8 +76,10 @@ def _presets() -> tuple[str, list[str], list[list[str]]]:
     rows = []
     for name in preset_names():
         recipe = Recipe().with_changes(**preset_settings(name))
-        rows.append([name, recipe.criterion, recipe.compensate, preset_description(name)])
-    return "Presets", ["name", "criterion", "compensate", "what it is"], rows
+        training = "none" if recipe.healing is None else f"{recipe.healing.tokens:,} tokens"
+        title = f"{name} (default)" if name == DEFAULT_PRESET else name
+        rows.append([title, recipe.criterion, recipe.compensate, training, preset_description(name)])
+    return "Presets", ["name", "criterion", "compensate", "training", "what it is"], rows
 
 
 def _recipes() -> tuple[str, list[str], list[list[str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,6 +99,8 @@ def compare(
     from dataclasses import asdict, replace
 
     from sglp_llm.analysis.opening import open_for_comparison, read_calibration
+    from sglp_llm.calibration import named_text
+    from sglp_llm.cli.memory_table import text_line
     from sglp_llm.comparison.compare import MEASURED, check_compensations, checked_recipes, compare
     from sglp_llm.comparison.measurements import perplexity_measurement, suite_measurement
     from sglp_llm.compensation import NONE
@@ -111,12 +114,16 @@ def compare(
         raise UserError(f"{output}: exists and holds no comparison; choose another folder")
     budgets = _budgets(ratios, drops)
     names = [name.strip() for name in criteria.split(",") if name.strip()]
-    chosen = recipe_of(recipe, settings, model).with_changes(**budgets[0].to_dict())
+    chosen = recipe_of(recipe, settings, model)
+    said = text_line(chosen)
+    chosen = chosen.with_changes(**budgets[0].to_dict(), calibration=named_text(chosen.calibration))
     recipes = checked_recipes(chosen, names, budgets)
     training = healing_recipe_of(heal_recipe, heal_tokens, None if heal_recipe else chosen.calibration)
     used = list(dict.fromkeys(each[0].criterion for each in recipes.values()))
     opened = open_for_comparison(model_of(model, chosen), replace(chosen, compensate=NONE), used)
     check_compensations(recipes, opened, chosen.samples)
+    if said is not None:
+        print(said, file=sys.stderr)
     texts = evaluate or ["wikitext2"]
     sets = [
         read_calibration(opened, replace(chosen, seed=each), progress=console.progress_bar)

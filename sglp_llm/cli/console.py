@@ -104,6 +104,7 @@ def report_to_dict(report: RunReport) -> dict[str, Any]:
         "bytes_written": report.bytes_written,
         "verification": report.verification,
         "seconds": dict(report.seconds),
+        "notes": list(report.notes),
         "analysis": None if report.analysis is None else analysis_to_dict(report.analysis),
         **({} if report.healing is None else {"healing": healing_to_dict(report.healing)}),
     }
@@ -122,6 +123,8 @@ def print_report(report: RunReport) -> None:
         print_healing(report.healing)
         return
     _print_check(report.verification)
+    for note in report.notes:
+        print(f"Note              {note}")
     _print_end(report.seconds, report.output, report.bytes_written)
 
 

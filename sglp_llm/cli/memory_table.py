@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from sglp_llm.calibration import AUTO, named_text
+from sglp_llm.calibration.specs import SELF
 from sglp_llm.compensation import NONE
 from sglp_llm.criteria import make_criterion
 from sglp_llm.evaluation.memory import peak_so_far
@@ -23,19 +25,19 @@ class MemoryLines:
     """The first and the last line of a run: the prediction on stderr, like progress, and the measured peak on stdout.
 
     Args:
-        price: A line with the run's other costs, see `price_line`; ``None`` for none.
+        lines: More to say with the prediction, such as `price_line`; ``None`` is nothing.
     """
 
-    def __init__(self, price: str | None = None) -> None:
+    def __init__(self, *lines: str | None) -> None:
         self._forecast: EngineMemory | None = None
-        self._price = price
+        self._lines = [line for line in lines if line is not None]
 
     def print_forecast(self, memory: EngineMemory, free: FreeMemory) -> None:
         """Prints the prediction; called before the weights are loaded (`OnForecast`)."""
         self._forecast = memory
         print(forecast_line(memory, free), file=sys.stderr)
-        if self._price is not None:
-            print(self._price, file=sys.stderr)
+        for line in self._lines:
+            print(line, file=sys.stderr)
 
     def print_peak(self) -> None:
         """Prints the peak memory of this process so far."""
@@ -69,6 +71,14 @@ def forecast_line(memory: EngineMemory, free: FreeMemory) -> str:
     predicted = " and ".join(show_bytes(size) + place for size, _, place in pairs)
     there = " and ".join("unknown" if size is None else show_bytes(size) for _, size, _ in pairs)
     return f"Memory: about {predicted} predicted ({memory.engine} engine), {there} free"
+
+
+def text_line(recipe: Recipe) -> str | None:
+    """``Text: wikitext2:1 c4:1``, where the recipe leaves it open; ``None`` where it names one."""
+    if recipe.calibration != AUTO:
+        return None
+    text = named_text(AUTO)
+    return f"Text: {text}{', which the model writes, because the Hub cannot be read' if text == SELF else ''}"
 
 
 def price_line(recipe: Recipe) -> str | None:

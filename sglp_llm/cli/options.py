@@ -21,7 +21,8 @@ RecipeName = Annotated[str | None, typer.Option("--recipe", help="YAML file, or 
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="A way to choose and repair, from `sglp-llm ls presets`; changes the recipe, other options change it."
+        help="How layers are chosen and repaired, from `sglp-llm ls presets`; changes the recipe, other options change it. "
+        "Default: fast, unless there is a recipe, a criterion or a compensation."
     ),
 ]
 Ratio = Annotated[float | None, typer.Option(help="Share of the decoder layers to remove, in (0, 1).")]
@@ -35,7 +36,8 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         help="wikitext2, wikitext103, c4, fineweb-edu, alpaca, bookcorpus, pydoc, text:FILE, jsonl:FILE:field, "
-        "chat:FILE (files plain or .gz), self (sampled from the model), or several with weights: 'wikitext2:1 self:2'."
+        "chat:FILE (files plain or .gz), self (sampled from the model), or several with weights: 'wikitext2:1 self:2'. "
+        "Default: wikitext2 and c4, or self where the Hub cannot be read."
     ),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")]
@@ -73,7 +75,7 @@ ProtectLast = Annotated[int | None, typer.Option(help="Layers at the end that ar
 Compensate = Annotated[
     str | None,
     typer.Option(
-        help="Fold what the removed layers did into weights that are kept: none (default), scale, linear or learned."
+        help="Fold what the removed layers did into weights that are kept: none, scale, linear, auto or learned."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -145,6 +147,8 @@ def _number(text: str) -> int | float | str:
 def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = None, preset: str | None = None) -> Any:
     """The named recipe, or the defaults, overridden by the preset and then by the given settings.
 
+    `preset_of` says which preset a verb takes where none is given.
+
     Args:
         name: A YAML file, or the name of a recipe that comes with the package.
         settings: As from `settings_of`.
@@ -162,6 +166,13 @@ def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = No
     if model is not None and model != recipe.model:
         recipe = replace(recipe, model=None, revision=None)  # the revision is that of the recipe's own model
     return recipe.with_changes(**preset_settings(preset)).with_changes(**settings)
+
+
+def preset_of(preset: str | None, recipe: str | None, settings: dict[str, Any]) -> str | None:
+    """The given preset, or the default one where nothing else says how layers are chosen."""
+    from sglp_llm.plan import preset_or_default
+
+    return preset if recipe is not None else preset_or_default(preset, settings)
 
 
 def model_of(model: str | None, recipe: Any) -> str:

@@ -21,6 +21,7 @@ from sglp_llm.cli.options import (
     SeqLen,
     TrialSamples,
     model_of,
+    preset_of,
     recipe_of,
     settings_of,
 )
@@ -55,7 +56,7 @@ def plan_memory(
     from sglp_llm.memory.prediction import free_for, predict_memory
     from sglp_llm.models import find_config
 
-    chosen = recipe_of(recipe, settings, model, preset)
+    chosen = recipe_of(recipe, settings, model, preset_of(preset, recipe, settings))
     check_criteria(chosen)
     name = model_of(model, chosen)
     config, gguf = find_config(name, chosen.revision)

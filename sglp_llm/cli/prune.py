@@ -41,6 +41,7 @@ from sglp_llm.cli.options import (
     TrialSamples,
     healing_settings,
     model_of,
+    preset_of,
     recipe_of,
     settings_of,
 )
@@ -110,7 +111,8 @@ def prune(
         raise UserError("--heal-recipe and --heal-tokens are about training: leave out --no-heal")
     settings["heal"] = healing_settings(heal, heal_recipe, heal_tokens)
     console = prepare()
-    from sglp_llm.cli.memory_table import MemoryLines, price_line
+    from sglp_llm.checkpoint import check_output
+    from sglp_llm.cli.memory_table import MemoryLines, price_line, text_line
     from sglp_llm.models.hub import check_repo_name, upload
     from sglp_llm.pipeline import prune
     from sglp_llm.plan import load_plan
@@ -121,12 +123,14 @@ def prune(
     with processes.failing_together():
         if push_to_hub is not None:
             check_repo_name(push_to_hub)
-        chosen = recipe_of(recipe, settings, model, preset)
+        check_output(output, overwrite)
+        taken = preset if plan is not None else preset_of(preset, recipe, settings)
+        chosen = recipe_of(recipe, settings, model, taken)
         given_plan = None if plan is None else load_plan(plan)
-    # For the reload check alone any text serves, and this one needs no network.
-    serves = plan is not None and recipe is None and calibration is None and chosen.healing is None
+        # For the reload check alone any text serves, and this one needs no network.
+        serves = plan is not None and recipe is None and calibration is None and chosen.healing is None
     progress = console.progress_bar if processes.is_main else silent
-    memory = MemoryLines(None if as_json else price_line(chosen))
+    memory = MemoryLines(*([] if as_json else [text_line(chosen), price_line(chosen)]))
     report = prune(
         model_of(model, chosen),
         output,

@@ -1,4 +1,4 @@
-"""`linear` (or `scale`), refined by gradient descent: some weights are trained to match the whole model's predictions.
+"""`auto`, refined by gradient descent: some weights are trained to match the whole model's predictions.
 
 The objective is that of knowledge distillation (Hinton et al., arXiv 1503.02531), on the calibration sequences only: the KL
 divergence from the whole model's next-token distribution. Trained are the output projections of attention and MLP and the
@@ -14,7 +14,7 @@ from typing import Any
 
 from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.calibration import CalibrationSet, split
-from sglp_llm.compensation import linear, scale
+from sglp_llm.compensation import auto
 from sglp_llm.compensation.base import Compensated, Method
 from sglp_llm.compensation.repair.cuts import cuts_of
 from sglp_llm.compensation.repair.refine import Quality, Schedule, refinable_names, refine
@@ -28,7 +28,7 @@ least two), and the closed form makes its own held-out split of them."""
 
 @dataclass(frozen=True)
 class Learned(Method):
-    """Starts from the closed form, `linear` if the family supports it and `scale` otherwise, and refines it.
+    """Starts from the closed form of `auto`, and refines it.
 
     In the report ``losses`` and ``cuts`` are those of the closed form on its sequences. The effect of the refinement is under
     ``refined``, where ``without`` means the closed form.
@@ -44,7 +44,7 @@ class Learned(Method):
 
     @property
     def matrices(self) -> int:
-        return linear.METHOD.matrices
+        return auto.METHOD.matrices
 
     @property
     def refined_sequences(self) -> int:
@@ -54,8 +54,7 @@ class Learned(Method):
         """Accepts every family."""
 
     def closed_form(self, model: DecoderModel) -> Method:
-        """`linear` if the family supports it, otherwise `scale`."""
-        return scale.METHOD if model.adapter.mlp_branch(model.model.config).is_norm else linear.METHOD
+        return auto.METHOD.closed_form(model)
 
     def run(
         self,

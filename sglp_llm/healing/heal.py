@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sglp_llm.analysis import software_versions
-from sglp_llm.calibration import TrainingSequences, check_spec
+from sglp_llm.calibration import TrainingSequences, check_spec, named_text
 from sglp_llm.checkpoint import atomic_folder, check_output
 from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError
@@ -28,7 +28,7 @@ from sglp_llm.healing.preparing import (
     with_train_chosen,
     work_folder,
 )
-from sglp_llm.healing.reading import read_text
+from sglp_llm.healing.reading import NotTrained, read_text
 from sglp_llm.healing.trained import Trained, check_peft, make_trainable
 from sglp_llm.healing.training import train
 from sglp_llm.healing.writing import export, write_papers
@@ -75,7 +75,8 @@ def heal(
         **settings: Single settings that replace the recipe's: ``tokens=20_000``, ``train="lora"``, ...
 
     Raises:
-        UserError: Something in the models, the text or the settings is wrong, or training made nothing better.
+        UserError: Something in the models, the text or the settings is wrong.
+        NotTrained: Training made nothing better, or there is too little text to see whether it does.
         VerificationError: The reload check failed; nothing is left at ``output``.
     """
     output = Path(output).expanduser()
@@ -85,6 +86,7 @@ def heal(
         recipe = replace(recipe, tokens=DEFAULT_TOKENS)
     with processes.failing_together():
         check_output(output, overwrite)
+        recipe = replace(recipe, data=named_text(recipe.data))
         check_healing(recipe, processes)
         if keep_adapter and recipe.train == "auto":
             recipe = replace(recipe, train="lora")
@@ -112,14 +114,15 @@ def heal(
             matched = matched_in(decoder, online, pairs)
             training = train(trained, teacher, sequences, held_out, recipe, steps, run, matched)
     record = _record(models, sequences, held_out, recipe, trained, training)
-    if not processes.is_main:
-        return HealReport(str(output), record, training.log, 0, None, seconds)
     if training.best_step == 0:
-        shutil.rmtree(work, ignore_errors=True)  # going on would end in the same way
+        if processes.is_main:
+            shutil.rmtree(work, ignore_errors=True)  # going on would end in the same way
         reason = training.stopped or "the held-out loss never fell"
-        raise UserError(
+        raise NotTrained(
             f"healing made nothing better ({reason}): lower learning_rate, or give other text; nothing is written"
         )
+    if not processes.is_main:
+        return HealReport(str(output), record, training.log, 0, None, seconds)
     del teacher, online
     if models.teacher is not None:
         models.teacher.release()

@@ -27,13 +27,18 @@ _MOST_HELD_OUT = 64  # sequences; more say no more about which weights are best
 _PIECE = 16  # consecutive tokens that two texts do not share by chance
 
 
+class NotTrained(UserError):
+    """A shortened model stays as it is: text to learn from is missing, or nothing better was learned from it."""
+
+
 def read_text(
     models: HealingModels, recipe: HealingRecipe, steps: int | None, progress: Progress
 ) -> tuple[TrainingSequences, range, int]:
     """The sequences, those of them that are held out (the last ones), and the number of steps.
 
     Raises:
-        UserError: The text cannot be read, there is too little of it, or its tokens are not the model's.
+        UserError: The text cannot be read, there is less of it than asked for, or its tokens are not the model's.
+        NotTrained: There is too little of it to hold a sequence out.
     """
     if recipe.answers == "teacher":
         _check_answered(models, recipe)
@@ -58,23 +63,32 @@ def read_text(
     fitted = _fitted_text(models, recipe)
     more = 0 if fitted is None or wanted is None else -(-fitted.numel() // recipe.seq_len)
     lengths: list[int | None] = [None] if number is None else [number + more, number]
-    if (recipe.repeat or recipe.minutes) and len(mixture(recipe.data)) == 1:
-        lengths.append(None)  # all that there is, more than once
+    if recipe.repeat or recipe.minutes:
+        lengths += _less_text(recipe, number)  # which is seen more than once
     sequences, length = _first_that_is_there(read, lengths, recipe.seq_len)
-    if length is None:
+    if length is None or (number is not None and length < number):
         held = wanted = None
     models.student.check_tokens(sequences.input_ids)
     count = len(sequences.input_ids)
     if held is None:
         held = max(1, min(_MOST_HELD_OUT, round(recipe.held_out * count)))
     if count - held < 1:
-        raise UserError(f"{sequences.source}: {count} sequences of {recipe.seq_len} tokens are too few to hold one out")
+        raise NotTrained(
+            f"{sequences.source}: {count} sequences of {recipe.seq_len} tokens are too few to hold one out"
+        )
     sequences = _held_out_last(sequences, held, wanted, fitted)
     count = len(sequences.input_ids)
     if steps is None:
         assert recipe.epochs is not None
         steps = max(1, round(recipe.epochs * (count - held) / recipe.sequences))
     return replace(sequences, source=label or sequences.source), range(count - held, count), steps
+
+
+def _less_text(recipe: HealingRecipe, sequences: int | None) -> list[int | None]:
+    """Numbers of sequences to ask for where there is too little text: all of it, or ever less of a mixture."""
+    if len(mixture(recipe.data)) == 1:
+        return [None]
+    return [] if sequences is None else [sequences >> half for half in range(1, sequences.bit_length() - 1)]
 
 
 def _first_that_is_there(

@@ -38,7 +38,8 @@ class HealingRecipe:
         last_layers: Decoder layers at the end, for ``partial``.
         lora_rank: Rank of the adapters.
         lora_alpha: Their scale is ``lora_alpha / lora_rank``.
-        data: Training text: what `sglp_llm.calibration` can read, or a mixture such as ``"wikitext2:1 c4:1"``.
+        data: Training text: what `sglp_llm.calibration` can read, or a mixture such as ``"wikitext2:1 c4:1"``; ``auto`` as for
+            a calibration.
         answers: Who has written the answers in conversations: ``data``, or the ``teacher``, which is asked the same questions.
         on_policy: Share of the steps whose sequences the student continues itself, by sampling; their loss is that of its own
             tokens (Agarwal et al., arXiv 2306.13649).
@@ -82,7 +83,7 @@ class HealingRecipe:
     last_layers: int = 3
     lora_rank: int = 16
     lora_alpha: int = 32
-    data: str = "wikitext2"
+    data: str = "auto"
     answers: Literal["data", "teacher"] = "data"
     on_policy: float = 0.0
     prompt_tokens: int = 64

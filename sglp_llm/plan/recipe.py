@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sglp_llm.errors import UserError, unknown
 from sglp_llm.plan.healing_recipe import HealingRecipe, healing_changes, healing_recipe_from_dict
-from sglp_llm.plan.shipped import shipped_recipes
+from sglp_llm.plan.shipped import preset_settings, shipped_recipes
 from sglp_llm.plan.yaml_files import dump_yaml, read_yaml, record_from_dict
 from sglp_llm.records import Budget
 
@@ -37,7 +37,8 @@ class Recipe:
         revision: Hub branch, tag or commit.
         dtype: The dtype of the analysis. A GGUF or ``.bin`` source is exported in it too; safetensors are copied as they are.
         device_map: accelerate's placement, ``auto`` for instance; none = one device, the GPU where there is one.
-        calibration: Text that `sglp_llm.calibration` can read: ``wikitext2``, ``text:FILE``, ``self``, ``wikitext2:1 c4:3``, ...
+        calibration: Text that `sglp_llm.calibration` can read: ``wikitext2``, ``text:FILE``, ``self``, ``wikitext2:1 c4:3``, ...;
+            ``auto`` is WikiText-2 and C4 in equal parts, or ``self`` where the Hub cannot be read.
         samples: Number of calibration sequences.
         seq_len: Tokens per sequence.
         seed: Seed of everything that is random.
@@ -77,7 +78,7 @@ class Recipe:
     revision: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device_map: str | None = None
-    calibration: str = "wikitext2"
+    calibration: str = "auto"
     samples: int = 32
     seq_len: int = 512
     seed: int = 0
@@ -191,6 +192,8 @@ def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
 def load_recipe(name: str | Path) -> Recipe:
     """Reads a recipe from a YAML file, or one of the recipes that come with the package by its name.
 
+    Its key ``preset`` stands for a preset's settings; the other keys replace them.
+
     Raises:
         UserError: There is no such file or name, it is not YAML, or it is not a recipe.
     """
@@ -202,6 +205,11 @@ def load_recipe(name: str | Path) -> Recipe:
         data = read_yaml(path, "recipe")
     else:
         raise unknown("recipe", str(name), shipped)
+    if isinstance(data, dict) and "preset" in data:
+        given = data.pop("preset")
+        if not isinstance(given, str):
+            raise UserError(f"{name}: preset must be text, not {given!r}")
+        data = {**preset_settings(given), **data}
     return recipe_from_dict({} if data is None else data, str(name))
 
 

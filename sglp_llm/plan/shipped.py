@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,13 @@ from sglp_llm.plan.yaml_files import parse_yaml
 
 _PACKAGE = Path(__file__).parents[1]
 _PRESETS = Path(__file__).parent / "presets"
+_OLD_NAMES = {"sglp": "paper"}
+
+DEFAULT_PRESET = "fast"
+"""The preset of a run that does not say how layers are chosen or compensated for."""
+
+UNTRAINED_PRESET = "closed-form"
+"""`DEFAULT_PRESET` without its training."""
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -31,7 +39,7 @@ def preset_settings(name: str | None) -> dict[str, Any]:
     """The settings of a preset, for `Recipe.with_changes`: how layers are chosen and compensated for; it names no model.
 
     Args:
-        name: One of `preset_names`; ``None`` means none, which sets nothing.
+        name: One of `preset_names`, or an old name of one; ``None`` means none, which sets nothing.
 
     Raises:
         UserError: There is none of that name; the message lists the known ones and the nearest name.
@@ -39,11 +47,26 @@ def preset_settings(name: str | None) -> dict[str, Any]:
     if name is None:
         return {}
     shipped = _yaml_files(_PRESETS)
+    name = _OLD_NAMES.get(name, name)
     if name not in shipped:
         raise unknown("preset", name, shipped)
     settings = parse_yaml(shipped[name].read_text(encoding="utf-8"), name)
     assert isinstance(settings, dict)
     return settings
+
+
+def preset_or_default(name: str | None, settings: Mapping[str, Any], trainable: bool = True) -> str | None:
+    """The preset of a run without a recipe and without a plan.
+
+    Args:
+        name: The preset that was asked for, if any.
+        settings: The single settings that were given, ``None`` where one was not. One that names a criterion or a compensation
+            says how layers are chosen, so that no preset is needed.
+        trainable: Whether there is an original to learn from, and text to learn it on.
+    """
+    if name is not None or any(settings.get(key) is not None for key in ("criterion", "compensate")):
+        return name
+    return DEFAULT_PRESET if trainable else UNTRAINED_PRESET
 
 
 def preset_description(name: str) -> str:

@@ -227,7 +227,7 @@ def test_checkpoint_of_the_bare_decoder(family: Family) -> None:
 
 
 def test_analysis_gives_finite_scores(family: Family) -> None:
-    analysis = analyze(family.source, calibration="pydoc", samples=3, seq_len=24, drop=2)
+    analysis = analyze(family.source, preset="paper", calibration="pydoc", samples=3, seq_len=24, drop=2)
     assert set(analysis.plan.scores) == {"gradnorm", "cka_column_sum"}
     for scores in analysis.plan.scores.values():
         assert len(scores) == family.tiny.depth

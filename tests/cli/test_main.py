@@ -103,7 +103,7 @@ def test_prune_text_and_files(tiny: Path, tmp_path: Path) -> None:
 def test_prune_json(tiny: Path, tmp_path: Path) -> None:
     outcome = run_cli("prune", tiny, "-o", tmp_path / "out", *QUICK, "--drop", 1, "--json")
     report = json.loads(outcome.out)
-    assert set(report) == {"output", "plan", "bytes_written", "verification", "seconds", "analysis", "memory"}
+    assert set(report) == {"output", "plan", "bytes_written", "verification", "seconds", "notes", "analysis", "memory"}
     assert set(report["verification"]) == {"dtype", "max_difference", "tolerance", "tokens", "generation"}
     assert report["verification"]["max_difference"] == 0
     assert report["bytes_written"] == (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -275,7 +275,7 @@ def test_full_disk(overwrite: bool, tiny: Path, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("prune {tiny} -o {out} --drop 9", "at most 5 can go"),
+        ("prune {tiny} -o {out} --drop 9 --calibration pydoc", "at most 5 can go"),
         ("prune {nan} -o {out} --drop 1 {quick}", "the loss is not finite"),
     ],
 )

@@ -14,7 +14,7 @@ from sglp_llm.cli.memory_table import forecast_line
 from sglp_llm.memory import EngineMemory, FreeMemory
 from sglp_llm.memory.peaks import RUNTIME
 from sglp_llm.memory.prediction import predict_memory
-from sglp_llm.plan import Recipe
+from sglp_llm.plan import Recipe, preset_settings
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,17 @@ def test_plan_memory_needs_no_weights(tiny: Path, tmp_path: Path) -> None:
     assert planned["engines"] == plan_memory_of(tiny)[1]["engines"]
     assert planned["auto"] == "resident"
     assert set(planned["free"]) == {"host", "device", "disk"}
-    expected = predict_memory(AutoConfig.from_pretrained(tiny), Recipe()).resident
+    expected = predict_memory(
+        AutoConfig.from_pretrained(tiny), Recipe().with_changes(**preset_settings("fast"))
+    ).resident
     assert planned["engines"]["resident"]["host"] == dict(expected.host)
     assert planned["engines"]["resident"]["host_peak"] == expected.host_peak
 
 
 def test_plan_memory_prints_a_table(tiny: Path, tmp_path: Path) -> None:
-    outcome = run_cli("plan-memory", tiny, "--also", "taylor", "--scratch", tmp_path / "to come", "--samples", 64)
+    outcome = run_cli(
+        "plan-memory", tiny, "--preset", "paper", "--also", "taylor", "--scratch", tmp_path / "to come", "--samples", 64
+    )
     assert outcome.code == 0, outcome
     lines = outcome.out.splitlines()
     assert lines[0].endswith(": sglp, taylor in float32, 64 x 512 tokens")
@@ -77,7 +81,9 @@ def test_plan_memory_refuses(options: str, message: str, tiny: Path, tmp_path: P
 
 
 def test_plan_memory_knows_presets(tiny: Path) -> None:
-    outcome = run_cli("plan-memory", tiny, "--preset", "best", "--samples", 8, "--seq-len", 32)
+    outcome = run_cli(
+        "plan-memory", tiny, "--compensate", "learned", "--criterion", "search", "--samples", 8, "--seq-len", 32
+    )
     assert outcome.code == 0, outcome
     lines = outcome.out.splitlines()
     assert lines[0].endswith(": search + learned in float32, 8 x 32 tokens")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import PLAN, QUICK, copied, edited, run_cli, save_tiny, written
+from checkpoints import PLAN, QUICK, SMALL, copied, edited, run_cli, save_tiny, written
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,8 @@ PLANS = [
 def test_refused(options: str, message: str, tiny: Path, odd_files: dict[str, Path], tmp_path: Path) -> None:
     for name, path in odd_files.items():
         options = options.replace(f"{{{name}}}", str(path))
-    outcome = run_cli("prune", tiny, "-o", tmp_path / "new" / "out", *QUICK, *options.split())
+    default = SMALL if "--plan" in options else QUICK
+    outcome = run_cli("prune", tiny, "-o", tmp_path / "new" / "out", *default, *options.split())
     assert outcome.code == 2, outcome
     assert message in outcome.error
     assert list(tmp_path.iterdir()) == []

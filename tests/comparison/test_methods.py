@@ -29,7 +29,7 @@ from sglp_llm.engine.modes import replaced_weights, skipped
 from sglp_llm.models import find_source
 from sglp_llm.models.loading import load_tokenizer
 from sglp_llm.models.opened import OpenedModel
-from sglp_llm.plan import Recipe, load_plan, preset_names
+from sglp_llm.plan import Recipe, load_plan, preset_names, preset_settings
 from sglp_llm.records import Budget, ComparisonRow
 
 METHODS = ("angular", "angular+linear", "bi+scale", "bi+linear", "search", "sglp-search", "sglp-search+linear", "bi")
@@ -273,7 +273,8 @@ def test_methods_by_name() -> None:
     searching = method_recipe(base, "best+none", budget)
     assert (searching.criterion, searching.compensate) == ("search", "none")
     assert searching.options == {"search": {"budget": "1k"}}
-    assert method_recipe(base, "best", budget).compensate == "learned"
+    best = method_recipe(base, "best", budget)
+    assert (best.compensate, best.heal) == ("auto", preset_settings("best")["heal"])
     assert [chooser(base, name, budget) for name in ("best", "search", "angular+linear", "sglp")] == [
         "search",
         "search",
@@ -286,10 +287,11 @@ def test_methods_by_name() -> None:
     assert single == ["bi", "sglp"]
 
 
-def test_a_name_that_is_a_criterion_and_a_preset_means_the_same() -> None:
-    budget = Budget(drop=2)
-    for name in {*preset_names()} & {"sglp", *criterion_names()}:
-        assert method_recipe(Recipe(), name, budget) == Recipe(criterion=name, drop=2)
+def test_the_papers_method_is_a_criterion_and_a_preset() -> None:
+    assert {*preset_names()}.isdisjoint({"sglp", *criterion_names()})
+    of_the_paper = Recipe(criterion="sglp", drop=2)
+    assert method_recipe(Recipe(), "sglp", Budget(drop=2)) == of_the_paper
+    assert method_recipe(Recipe(), "paper", Budget(drop=2)) == of_the_paper
 
 
 def test_refusals(tiny: Path, finished: Path, tmp_path: Path) -> None:

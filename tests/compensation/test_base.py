@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from calibration_sets import plain_set, sampled_set
-from checkpoints import QUICK, run_cli
+from checkpoints import QUICK, SMALL, run_cli
 from many_processes import in_processes
 from shortened_losses import mean_losses
 from tiny_models import Tiny, every_tiny, random_model, save_tiny, tiny_model
@@ -213,7 +213,7 @@ def test_refusals(tmp_path: Path) -> None:
         (("--compensate", "scale", "--samples", "1"), "give at least 2 samples, not 1"),
     ):
         budget = () if "--plan" in arguments else ("--drop", "1")
-        outcome = run_cli("prune", folder, "--output", tmp_path / "out", *QUICK, *budget, *arguments)
+        outcome = run_cli("prune", folder, "--output", tmp_path / "out", *SMALL, *budget, *arguments)
         assert outcome.code == 2
         assert message in outcome.error
         assert "Memory" not in outcome.err

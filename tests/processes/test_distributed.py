@@ -57,9 +57,8 @@ def verdicts(calibration: CalibrationSet) -> dict[str, Any]:
     processes = current_processes()
     model = wrap_model(tiny_model(Tiny("llama", 0)))
     depth = model.num_layers
-    analysis = analyze(
-        model.model, calibration=calibration, also=SCORES[1:], drop=2, minibatch_sequences=4, processes=processes
-    )
+    settings: dict[str, Any] = {"criterion": "sglp", "also": SCORES[1:], "drop": 2, "minibatch_sequences": 4}
+    analysis = analyze(model.model, calibration=calibration, processes=processes, **settings)
     assert analysis.similarity is not None
     found: dict[str, Any] = {
         **analysis.plan.scores,
@@ -200,7 +199,7 @@ def with_sets_of_their_own() -> None:
 def too_few_tokens() -> None:
     # The last minibatch, of one sequence and three tokens, is that of one process.
     model, calibration = tiny_model(Tiny("llama", 0)), plain_set(9, tokens=3)
-    analyze(model, calibration=calibration, drop=1, processes=current_processes())
+    analyze(model, criterion="sglp", calibration=calibration, drop=1, processes=current_processes())
 
 
 def spread_by_accelerate() -> None:

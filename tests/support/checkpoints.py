@@ -23,8 +23,11 @@ from sglp_llm.cli import main as cli
 
 torch.set_num_threads(1)  # for models this small, more threads only add synchronisation
 
-QUICK = ("--calibration", TEXT, "--samples", "4", "--seq-len", "16")
+SMALL = ("--calibration", TEXT, "--samples", "4", "--seq-len", "16")
 """The smallest calibration that makes an analysis, on text that is the same with every Python."""
+
+QUICK = ("--preset", "paper", *SMALL)
+"""The paper's method with it."""
 
 PLAN = {"num_layers": 6, "removed": [2, 4]}
 """A hand-written plan."""

@@ -1,0 +1,41 @@
+"""`linear`, or `scale` for a model with a norm behind its MLP, which takes no matrix: works for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglp_llm.adapters import DecoderAdapter
+from sglp_llm.calibration import CalibrationSet
+from sglp_llm.compensation import linear, scale
+from sglp_llm.compensation.base import Compensated, LeastSquares, Method
+from sglp_llm.compensation.repair.settings import DEFAULTS, FitSettings
+from sglp_llm.models.loading import DecoderModel
+
+
+@dataclass(frozen=True)
+class ClosedForm(Method):
+    """Chooses between the closed forms when the model is known."""
+
+    @property
+    def matrices(self) -> int:
+        return linear.METHOD.matrices
+
+    def check(self, adapter: DecoderAdapter, config: object) -> None:
+        """Accepts every family."""
+
+    def closed_form(self, model: DecoderModel) -> LeastSquares:
+        is_norm = model.adapter.mlp_branch(model.model.config).is_norm
+        return scale.METHOD if is_norm else linear.METHOD
+
+    def run(
+        self,
+        model: DecoderModel,
+        calibration: CalibrationSet,
+        removed: Sequence[int],
+        settings: FitSettings = DEFAULTS,
+    ) -> Compensated:
+        return self.closed_form(model).run(model, calibration, removed, settings)
+
+
+METHOD = ClosedForm()
