@@ -42,7 +42,7 @@ def choose_layers(
     if recipe.is_segmented:
         assert observations.similarity is not None
         k = None if recipe.num_segments == "auto" else recipe.num_segments
-        segments = segment_layers(observations.similarity, k, recipe.features, recipe.min_drop)
+        segments = segment_layers(observations.similarity, k, recipe.features, recipe.min_drop, recipe.segments_rule)
     if isinstance(criterion, SetCriterion):
         left = model.parameters_without
         return set_to_remove(recipe.budget, model.num_layers, criterion.choose, protect, left), segments

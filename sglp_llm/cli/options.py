@@ -68,6 +68,10 @@ Segments = Annotated[
     typer.Option("--segments/--no-segments", help="Compare scores inside CKA segments. Default: sglp does."),
 ]
 NumSegments = Annotated[str | None, typer.Option(help="Number of CKA segments, or auto (default).")]
+SegmentsRule = Annotated[
+    str | None,
+    typer.Option(help="How that number is found: auto (default), or paper, as the paper's published code does."),
+]
 Option = Annotated[list[str] | None, typer.Option(help="CRITERION.KEY=VALUE, such as angular.tokens=all; repeatable.")]
 Kernel = Annotated[str | None, typer.Option(help="CKA kernel: cosine (default) or linear (the paper's).")]
 ProtectFirst = Annotated[int | None, typer.Option(help="Layers at the front that are never removed. Default: 0.")]
@@ -92,6 +96,7 @@ DECIDING = [
     "journal",
     "segments",
     "num_segments",
+    "segments_rule",
     "kernel",
     "protect_first",
     "protect_last",
@@ -106,7 +111,7 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
 
     names = (
         "ratio drop criterion also segments calibration samples seq_len seed trial_samples journal batch_size kernel "
-        "engine scratch compensate revision dtype device_map max_shard_size"
+        "engine scratch compensate segments_rule revision dtype device_map max_shard_size"
     )
     settings = {name: arguments.get(name) for name in names.split()}
     settings["also"] = settings["also"] or None

@@ -10,6 +10,9 @@ from sglp_llm.records import Segment, SimilarityMatrix
 
 FEATURES = ("column_sum", "rows")
 
+_PAPER_MOST = 6
+_PAPER_DROP = 0.05
+
 
 @dataclass(frozen=True)
 class FisherPartitions:
@@ -42,6 +45,18 @@ class FisherPartitions:
                 return k
         return len(self.losses)
 
+    def paper_k(self) -> int:
+        """The last k up to 6 at which the loss falls by more than 5 % of the loss with one segment fewer; 1 where none does.
+
+        The rule of the code that the paper's authors have published (arXiv 2410.14720).
+        """
+        falling = (
+            k
+            for k in range(2, min(_PAPER_MOST, len(self.losses)) + 1)
+            if self.losses[k - 2] - self.losses[k - 1] > _PAPER_DROP * self.losses[k - 2]
+        )
+        return max(falling, default=1)
+
 
 def fisher_partitions(sequence: torch.Tensor) -> FisherPartitions:
     """Exact dynamic programming over all numbers of segments at once, O(k L^2) with k = L, vectorised over i and j.
@@ -65,19 +80,26 @@ def fisher_partitions(sequence: torch.Tensor) -> FisherPartitions:
 
 
 def segment_layers(
-    similarity: SimilarityMatrix, k: int | None, features: str = "column_sum", min_drop: float = 0.05
+    similarity: SimilarityMatrix,
+    k: int | None,
+    features: str = "column_sum",
+    min_drop: float = 0.05,
+    rule: str = "auto",
 ) -> tuple[Segment, ...]:
     """Cuts the decoder layers into segments of similar representation.
 
     Args:
         similarity: The CKA matrix.
-        k: Number of segments; ``None`` chooses it with `FisherPartitions.auto_k`.
+        k: Number of segments; ``None`` chooses it by ``rule``.
         features: ``"column_sum"``: one number per layer, as in the official code; ``"rows"``: a layer's whole row of CKA.
         min_drop: See `FisherPartitions.auto_k`.
+        rule: ``"auto"`` for `FisherPartitions.auto_k`, ``"paper"`` for `FisherPartitions.paper_k`.
     """
     values = similarity.values
     partitions = fisher_partitions(values.sum(dim=0) if features == "column_sum" else values)
-    return partitions.segments(partitions.auto_k(min_drop) if k is None else k)
+    if k is None:
+        k = partitions.paper_k() if rule == "paper" else partitions.auto_k(min_drop)
+    return partitions.segments(k)
 
 
 def _diameters(points: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,8 @@ class Recipe:
             yes, all others: no). A criterion that gives a set cannot.
         num_segments: Number of segments, or ``auto``.
         features: What the segmentation is computed from, ``column_sum`` or ``rows``.
-        min_drop: When ``auto`` stops adding segments.
+        segments_rule: How ``auto`` finds the number: ``auto`` by ``min_drop``, ``paper`` as the paper's published code does.
+        min_drop: When the rule ``auto`` stops adding segments: at a fall of less than this share of the loss of one segment.
         protect: Layers that are never removed.
         ratio: Share of the layers to remove, or
         drop: their number, or
@@ -96,6 +97,7 @@ class Recipe:
     segments: bool | None = None
     num_segments: int | Literal["auto"] = "auto"
     features: Literal["column_sum", "rows"] = "column_sum"
+    segments_rule: Literal["auto", "paper"] = "auto"
     min_drop: float = 0.05
     protect: Protect = field(default_factory=Protect)
     ratio: float | None = None
@@ -182,6 +184,10 @@ def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
         raise UserError(f"{where}: scratch is for the streamed engine: leave it out, or the engine 'resident'")
     if recipe.num_segments != "auto":
         _at_least(1, recipe.num_segments, f"{where}: num_segments")
+        if recipe.segments_rule != "auto":
+            raise UserError(
+                f"{where}: segments_rule finds the number of segments, and num_segments gives it: leave out one"
+            )
     if not 0 < recipe.held_out < 1:
         raise UserError(f"{where}: held_out must be between 0 and 1, not {recipe.held_out!r}")
     if not recipe.min_drop >= 0:

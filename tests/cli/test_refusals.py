@@ -123,6 +123,8 @@ SETTINGS = [
     ("--preset sglp-search --search-budget 0", "budget of search must be tokens"),
     ("--criterion search --option search.held_out=1.5", "held_out of search must be a number between 0 and 1, not 1.5"),
     ("--criterion bi --journal kept", "journal keeps the trials of search; this run has bi: leave it out"),
+    ("--num-segments 3 --segments-rule paper", "segments_rule finds the number of segments, and num_segments gives it"),
+    ("--segments-rule ours", "segments_rule must be auto or paper, not 'ours'"),
     ("--preset sglp-search --segments", "search gives a set of layers, not scores"),
     ("--nonsense", "No such option: --nonsense"),
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibration_sets import ids_and_mask, labels_of, padded_set, plain_set
+from calibration_sets import mean_loss, padded_set, plain_set
 from layer_states import cka_by_hand, states_around
 from tiny_models import Tiny, every_tiny, load_plain, save_tiny, tiny_model
 
@@ -39,13 +39,6 @@ def chosen(
     assert isinstance(criterion, SetCriterion)
     run_pass(model, calibration, [criterion], PassSettings(batch_size=batch_size))
     return criterion.choose(n, range(model.num_layers))
-
-
-def mean_loss(model: DecoderModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """transformers' own of one sequence; the first real token has nothing real in front of it to be predicted from."""
-    labels = labels_of(ids, mask)
-    loss: torch.Tensor = model.model(**ids_and_mask(ids, mask), labels=labels, use_cache=False).loss
-    return loss
 
 
 @FAMILIES

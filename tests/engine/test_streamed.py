@@ -31,7 +31,7 @@ from sglp_llm.models import find_source
 from sglp_llm.models.loading import DecoderModel, load_model, load_streamed
 from sglp_llm.trials import Trials
 
-ONE_PASS = ("gradnorm", "taylor", "snip", "gate", "bi", "magnitude", "angular", "slp", "lorp")
+ONE_PASS = ("gradnorm", "taylor", "snip", "gate", "fisher", "bi", "magnitude", "angular", "slp", "lorp")
 SETS = pytest.mark.parametrize("calibration", [plain_set(5), padded_set(5, "left")], ids=["plain", "padded"])
 CPU = torch.device("cpu")
 

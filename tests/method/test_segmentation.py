@@ -65,6 +65,26 @@ def test_auto_k_is_the_smallest_that_the_rule_allows(points: list[list[float]], 
     assert partitions.auto_k(min_drop) == min([*stops, len(points)])
 
 
+@settings(max_examples=100, deadline=None)
+@given(points=sequences())
+def test_paper_k_is_the_last_fall_of_more_than_a_twentieth(points: list[list[float]]) -> None:
+    partitions = fisher_partitions(torch.tensor(points, dtype=torch.float64))
+    expected = 1
+    for k, (before, loss) in enumerate(pairwise(partitions.losses[:6]), 2):
+        if before - loss > 0.05 * before:
+            expected = k
+    assert partitions.paper_k() == expected
+
+
+def test_the_rule_chooses_the_number() -> None:
+    sums = torch.tensor([0.0, 1, 10, 11], dtype=torch.float64)
+    assert fisher_partitions(sums).losses == (101, 1, 0.5, 0)
+    similarity = SimilarityMatrix(torch.diag(sums), "cosine")
+    assert len(segment_layers(similarity, None, rule="auto")) == 2
+    assert len(segment_layers(similarity, None, rule="paper")) == 4
+    assert len(segment_layers(similarity, 3, rule="paper")) == 3
+
+
 def test_features() -> None:
     # Column sums cannot tell layers 0, 1 from 2, 3; whole rows can.
     block = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]], dtype=torch.float64)

@@ -35,7 +35,7 @@ SETS = {
     "an odd number": plain_set(13),
     "padded, one fewer than processes": padded_set(2, "right"),
 }
-SCORES = ("gradnorm", "taylor", "snip", "gate", "bi", "ppl", "sememe", "gradnorm_without")
+SCORES = ("gradnorm", "taylor", "snip", "gate", "fisher", "bi", "ppl", "sememe", "gradnorm_without")
 CHOICES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("angular", {}),
     ("angular", {"tokens": "all"}),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sglp_llm.calibration import CalibrationSet
+from sglp_llm.models.loading import DecoderModel
 
 
 def plain_set(sequences: int, tokens: int = 24) -> CalibrationSet:
@@ -50,3 +51,10 @@ def sampled_set(model: nn.Module, sequences: int, padding: Literal["left", "righ
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
     mask = plain_set(sequences).mask if padding is None else padded_set(sequences, padding).mask
     return CalibrationSet(ids.masked_fill(~mask, 0), mask, "by itself", 0, "by itself", False)
+
+
+def mean_loss(model: DecoderModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """transformers' own of one sequence; the first real token has nothing real in front of it to be predicted from."""
+    labels = labels_of(ids, mask)
+    loss: torch.Tensor = model.model(**ids_and_mask(ids, mask), labels=labels, use_cache=False).loss
+    return loss
