@@ -8,7 +8,8 @@
 #
 #   parameters  for each model in STARTS: every kind of training in TRAINED, with TOKENS tokens; perplexity on SAMPLE windows
 #   long        for each model in LONG: all parameters for MINUTES; perplexity on WHOLE windows, tasks and generation
-#   texts       the preset best calibrated on one kind of text; and all parameters trained on one kind of text
+#   presets     each preset in PRESETS, with all that it does; perplexity on WHOLE windows, tasks and generation
+#   texts       the preset fast calibrated and trained on one kind of text
 #
 # SAMPLES are the sequences of 256 tokens that a removal is calibrated on, TEXTS the kinds of text in the last study, and LIMIT the
 # examples of a task. A model's name is what shortened it and the number of layers that it lacks. Perplexity and tasks are computed in
@@ -61,12 +62,15 @@ shorten() {
     local method=${1%%=*} options
     case $method in
     search+linear-*) options="--criterion search --compensate linear" ;;
-    best-*) options="--preset best" ;;
+    learned-*) options="--criterion search --trial-samples 4 --compensate learned" ;;
+    closed-form-* | fast-* | best-* | paper-*) options="--preset ${method%-*}" ;;
     *) options="--criterion ${method%-*}" ;;
     esac
-    [ -f "$output/$1/config.json" ] ||
-        run prune "$model" --drop "${method##*-}" $options --protect-first 4 --protect-last 2 --calibration "$2" --samples "${SAMPLES:-64}" --seq-len 256 \
-            --output "$output/$1"
+    [ -f "$output/$1/config.json" ] && return
+    local start=$SECONDS
+    run prune "$model" --drop "${method##*-}" $options --protect-first 4 --protect-last 2 --calibration "$2" --samples "${SAMPLES:-64}" --seq-len 256 \
+        --output "$output/$1"
+    echo $((SECONDS - start)) >"$output/$1.seconds"
 }
 
 # train NAME ENDING TEXT OPTIONS...: heals NAME to NAME+ENDING
@@ -79,7 +83,7 @@ train() {
 parameters() {
     local name trained options
     perplexities dense "$model" sample "${SAMPLE:-64}"
-    for name in ${STARTS:-sglp-6 search+linear-6 best-6 sglp-9 search+linear-9 best-9}; do
+    for name in ${STARTS:-sglp-6 search+linear-6 learned-6 sglp-9 search+linear-9 learned-9}; do
         shorten "$name" "$mixed"
         perplexities "$name" "$output/$name" sample "${SAMPLE:-64}"
         for trained in ${TRAINED:-full partial seam lora full-no-teacher partial-no-teacher lora-no-teacher}; do
@@ -95,7 +99,7 @@ long() {
     local name folder
     perplexities dense "$model" whole "${WHOLE:-302}"
     scores dense "$model" whole offline generation_offline
-    for name in ${LONG:-best-6 sglp-6 best-9}; do
+    for name in ${LONG:-search+linear-6 sglp-6 search+linear-9}; do
         shorten "$name" "$mixed"
         train "$name" long "$mixed" --minutes "${MINUTES:-30}"
         for folder in "$name" "$name+long"; do
@@ -105,27 +109,34 @@ long() {
     done
 }
 
+presets() {
+    local name
+    perplexities dense "$model" preset "${WHOLE:-302}"
+    scores dense "$model" preset offline generation_offline
+    for name in ${PRESETS:-closed-form-6 fast-6 best-6 closed-form-9 fast-9 best-9}; do
+        shorten "$name" "$mixed"
+        perplexities "$name" "$output/$name" preset "${WHOLE:-302}"
+        scores "$name" "$output/$name" preset offline generation_offline
+    done
+}
+
 texts() {
-    local label spec folder
+    local label spec
     perplexities dense "$model" texts "${SAMPLE:-64}"
     scores dense "$model" texts offline
-    shorten search+linear-6 "$mixed"
     for label in ${TEXTS:-wikitext2 c4 alpaca self}; do
         case $label in
         wikitext2) spec="text:$data/wikitext2_train.txt.gz" ;;
         self) spec=self ;;
         *) spec="jsonl:$texts/$label.jsonl:text" ;;
         esac
-        shorten "best-6=$label" "$spec"
-        train search+linear-6 "full=$label" "$spec" --tokens "${TOKENS:-20k}"
-        scores "best-6=$label" "$output/best-6=$label" texts offline
-        for folder in "best-6=$label" "search+linear-6+full=$label"; do
-            perplexities "$folder" "$output/$folder" texts "${SAMPLE:-64}"
-        done
+        shorten "fast-6=$label" "$spec"
+        scores "fast-6=$label" "$output/fast-6=$label" texts offline
+        perplexities "fast-6=$label" "$output/fast-6=$label" texts "${SAMPLE:-64}"
     done
 }
 
-for study in ${studies:-parameters long texts}; do
+for study in ${studies:-parameters long presets texts}; do
     "$study"
 done
 "$bin/python" tools/healing_page.py "$output" docs/healing.md

@@ -1,4 +1,7 @@
-"""Writes docs/healing.md from what tools/healing.sh has measured: python tools/healing_page.py FOLDER PAGE."""
+"""Writes docs/healing.md from what tools/healing.sh has measured: python tools/healing_page.py FOLDER PAGE.
+
+Rows of the page whose measurements are not in the folder stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ HEAD = """# What training after a removal adds
 SmolLM2-135M-Instruct without some of its 30 decoder layers, before and after `sglp-llm heal`. Made by `tools/healing.sh DATA`,
 which says what is trained on and what is measured on: the two have no text in common.
 
-- A name says what shortened the model and how many layers it lacks: `best-6` is `--preset best --drop 6`, `search+linear-6` is
-  `--criterion search --compensate linear --drop 6`, `sglp-6` the paper's recipe without a repair.
+- A name says what shortened the model and how many layers it lacks: `search+linear-6` is `--criterion search --compensate linear
+  --drop 6`, `learned-6` has `--compensate learned` and `--trial-samples 4` instead, `sglp-6` is the paper's recipe without a repair.
 - Columns named after a text are ln(perplexity / dense perplexity) on windows of 512 tokens. The standard error is that of the
   difference of two means as if the windows were not the same ones, and so too large.
 - Perplexity and tasks are computed in bfloat16, which changes a mean by 0.001.
@@ -34,64 +37,89 @@ PARAMETERS = """## Which parameters
 `lora` adapters of rank 16 on all linears. `no-teacher` learns the next token of the text alone. `divergence` is the KL from the
 original on held-out training text, nats a token, before and after; `tokens` are those until the weights that were kept. Without
 a teacher a model also learns the style of its text, most of all that of WikiText-2, and may lose something else for it: the
-columns then say how well the text is learned, rather than how near the model is to the original.
+columns then say how well the text is learned, rather than how near the model is to the original. Measured on 64 windows of each
+text.
 """
 
 LONG = """## With more time
 
 All parameters, trained with `--minutes`. `tasks` is the average over the nine tasks of the suite `offline`, `generation` the
 average exact match of the suite `generation_offline`, with 100 examples a task unless LIMIT says otherwise; `repetition` is that
-suite's share of repeated 4-grams in free text, where less is better.
+suite's share of repeated 4-grams in free text, where less is better. Measured on 302 windows of each text: the whole second half of
+WikiText-2's test split, and as much C4.
 """
 
 BY_TEXT = """## Which text
 
 `=TEXT` after the preset says what it was calibrated on, and after `full` what all parameters of `search+linear-6` were trained on
 with 20k tokens: one kind of text alone, or what the original samples itself (`self`). A column whose text is the row's own says
-how well that kind of text is learned; the others say what carries over. The removals are calibrated on {samples} sequences of 256
-tokens.
+how well that kind of text is learned; the others say what carries over. The removals are calibrated on 32 sequences of 256 tokens.
+Measured on 32 windows of each text.
+"""
+
+PRESETS = """## The presets
+
+Everything that `prune --preset NAME` does, calibrated and trained on the text above, 64 sequences of 256 tokens for the choice of
+layers. `minutes` is the whole command; columns as in the section before.
 """
 
 
 def main() -> None:
     folder, page = map(Path, sys.argv[1:3])
+    before = page.read_text(encoding="utf-8") if page.exists() else ""
+    suites = ("offline", "generation_offline", "repetition")
+    parameters = _rows(folder, before, PARAMETERS, "sample", ("wikitext2", "c4"), (), True)
+    long = _rows(folder, before, LONG, "whole", ("wikitext2", "c4"), suites, True)
+    presets = _rows(folder, before, PRESETS, "preset", ("wikitext2", "c4"), suites, True)
+    by_text = _rows(folder, before, BY_TEXT, "texts", ("wikitext2", "c4", "alpaca"), ("offline",), False)
     sections = [
         HEAD,
         f"Machine: {describe()}.\n",
         PARAMETERS,
-        _table(folder, "sample", ("wikitext2", "c4"), (), True),
-        _order(folder),
+        _table(parameters, ("wikitext2", "c4"), (), True),
+        _order(parameters),
         LONG,
-        _table(folder, "whole", ("wikitext2", "c4"), ("offline", "generation_offline", "repetition"), True),
-        BY_TEXT.format(samples=_samples(folder)),
-        _table(folder, "texts", ("wikitext2", "c4", "alpaca"), ("offline",), False),
+        _table(long, ("wikitext2", "c4"), suites, True),
+        PRESETS,
+        _table(presets, ("wikitext2", "c4"), suites, True),
+        BY_TEXT,
+        _table(by_text, ("wikitext2", "c4", "alpaca"), ("offline",), False),
     ]
     page.write_text("\n".join(sections), encoding="utf-8")
 
 
-def _table(folder: Path, kind: str, texts: Sequence[str], suites: Sequence[str], healing: bool) -> str:
-    names = {file.name.removesuffix(f".{kind}.wikitext2.json") for file in folder.glob(f"*.{kind}.wikitext2.json")}
+def _rows(
+    folder: Path, page: str, section: str, kind: str, texts: Sequence[str], suites: Sequence[str], healing: bool
+) -> dict[str, list[str]]:
+    """The cells of a section's table by the model's name: what was measured, and the page's rows of other models."""
+    heading = section.partition("\n")[0]
+    lines = page.partition(heading)[2].partition("\n## ")[0].splitlines()
+    rows = {
+        line.split("`")[1]: [cell.strip() for cell in line.split("|")[2:-1]] for line in lines if line.startswith("| `")
+    }
+    for name in {file.name.removesuffix(f".{kind}.wikitext2.json") for file in folder.glob(f"*.{kind}.wikitext2.json")}:
+        cells = [_gap(folder, name, kind, text) for text in texts]
+        cells += [_score(folder, name, kind, suite) for suite in suites]
+        rows[name] = cells + (_healing(folder / name) if healing else [])
+    return rows
+
+
+def _table(rows: dict[str, list[str]], texts: Sequence[str], suites: Sequence[str], healing: bool) -> str:
     titles = {"offline": "tasks", "generation_offline": "generation", "repetition": "repetition"}
     columns = [TEXTS[text] for text in texts] + [titles[suite] for suite in suites]
     columns += ["divergence", "tokens", "parameters", "minutes"] if healing else []
     lines = [f"| model | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-    for name in sorted(names, key=lambda each: (each != DENSE, _depth(each), each)):
-        cells = [_gap(folder, name, kind, text) for text in texts] + [
-            _score(folder, name, kind, suite) for suite in suites
-        ]
-        cells += _healing(folder / name) if healing else []
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    windows = {text: _read(folder, DENSE, kind, text)["windows"] for text in texts}
-    said = " and ".join(f"{count} windows of {TEXTS[text]}" for text, count in windows.items())
-    return "\n".join(lines) + f"\n\nMeasured on {said}.\n"
+    for name in sorted(rows, key=lambda each: (each != DENSE, _depth(each), each)):
+        lines.append(f"| `{name}` | {' | '.join(rows[name])} |")
+    return "\n".join(lines) + "\n"
 
 
-def _order(folder: Path) -> str:
+def _order(rows: dict[str, list[str]]) -> str:
     """Whether training changes which model is best, among those of one depth."""
     found: dict[int, dict[str, tuple[float, float]]] = {}
-    for file in folder.glob("*+full.sample.wikitext2.json"):
-        name = file.name.removesuffix("+full.sample.wikitext2.json")
-        found.setdefault(_depth(name), {})[name] = (_mean(folder, name), _mean(folder, f"{name}+full"))
+    for name in rows:
+        if f"{name}+full" in rows:
+            found.setdefault(_depth(name), {})[name] = (_mean(rows[name]), _mean(rows[f"{name}+full"]))
     lines = []
     for depth, models in sorted(item for item in found.items() if len(item[1]) > 1):
         before, after = (sorted(models, key=lambda name: models[name][place]) for place in (0, 1))
@@ -108,12 +136,8 @@ def _order(folder: Path) -> str:
     )
 
 
-def _mean(folder: Path, name: str) -> float:
-    gaps = [
-        _read(folder, name, "sample", text)["mean_nll"] - _read(folder, DENSE, "sample", text)["mean_nll"]
-        for text in ("wikitext2", "c4")
-    ]
-    return float(sum(gaps)) / len(gaps)
+def _mean(cells: Sequence[str]) -> float:
+    return sum(float(cell.split()[0]) for cell in cells[:2]) / 2
 
 
 def _read(folder: Path, name: str, kind: str, what: str) -> dict[str, Any]:
@@ -144,21 +168,22 @@ def _score(folder: Path, name: str, kind: str, suite: str) -> str:
     return f"{score['value']:.3f} ± {score['stderr']:.3f}"
 
 
-def _samples(folder: Path) -> int:
-    """Calibration sequences of the removals that are calibrated on one kind of text."""
-    plan = next(folder.glob("best-*=*/sglp_plan.json"))
-    return int(json.loads(plan.read_text(encoding="utf-8"))["settings"]["samples"])
-
-
 def _healing(folder: Path) -> list[str]:
     file = folder / "sglp_healing.json"
     if not file.exists():
-        return ["", "", "", ""]
+        return ["", "", "", _minutes(folder, None)]
     record = json.loads(file.read_text(encoding="utf-8"))
     log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
     before, after = record["before"], record["after"]
     apart = f"{before['divergence']:.3f} -> {after['divergence']:.3f}" if "divergence" in before else ""
-    return [apart, f"{record['tokens']:,}", f"{record['parameters'] / 1e6:.1f}M", f"{log[-1]['seconds'] / 60:.1f}"]
+    return [apart, f"{record['tokens']:,}", f"{record['parameters'] / 1e6:.1f}M", _minutes(folder, log[-1]["seconds"])]
+
+
+def _minutes(folder: Path, training: float | None) -> str:
+    """The whole command's time where it was measured, otherwise that of the training."""
+    file = folder.with_name(f"{folder.name}.seconds")
+    seconds = float(file.read_text(encoding="utf-8")) if file.exists() else training
+    return "" if seconds is None else f"{seconds / 60:.1f}"
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from sglp_llm.errors import UserError
 
 _SETTINGS = (
     "teacher distil train seam_layers seam_side last_layers lora_rank lora_alpha answers on_policy prompt_tokens shortest "
-    "minutes epochs repeat held_out seq_len sequences batch_size alpha beta temperature hidden_weight top_k store learning_rate "
-    "schedule final_rate warmup_steps weight_decay gradient_checkpointing dtype engine scratch seed"
+    "minutes epochs repeat held_out seq_len sequences batch_size alpha beta positions temperature hidden_weight top_k store "
+    "learning_rate schedule final_rate warmup_steps weight_decay gradient_checkpointing dtype engine scratch seed"
 )
 
 
@@ -84,6 +84,9 @@ def heal(
     ] = None,
     hidden_weight: Annotated[
         float | None, typer.Option(help="Weight of the difference of hidden states behind the cuts. Default: 0.")
+    ] = None,
+    positions: Annotated[
+        float | None, typer.Option(help="Share of the positions that a step computes losses at, drawn anew.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of both distributions. Default: 1.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Use the teacher's most likely tokens only.")] = None,

@@ -80,12 +80,12 @@ class Replay:
                 states = self.layer(index, states)
         return states
 
-    def logits(self, states: torch.Tensor, positions: slice = slice(None)) -> torch.Tensor:
+    def logits(self, states: torch.Tensor, positions: slice | torch.Tensor = slice(None)) -> torch.Tensor:
         """``[batch, tokens, vocabulary]``: applies final norm, head and whatever else the family has after its last layer.
 
         Args:
             states: ``[batch, tokens, hidden]`` at these positions only.
-            positions: The positions.
+            positions: The positions, as a range or as indices.
         """
         mask = None if self.mask is None else self.mask[:, positions]
         # After the layers only the number of tokens matters: id 0 throughout reads one row of the embedding matrix.

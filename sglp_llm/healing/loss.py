@@ -33,6 +33,10 @@ class TopK:
     ids: Tensor
     log_probs: Tensor
 
+    def at(self, positions: Tensor | slice) -> TopK:
+        """Those at some positions."""
+        return TopK(self.ids[:, positions], self.log_probs[:, positions])
+
 
 def top_k_of(logits: Tensor, k: int, temperature: float) -> TopK:
     """The ``k`` most likely tokens of the distribution that these logits make at a temperature.
@@ -47,7 +51,7 @@ def top_k_of(logits: Tensor, k: int, temperature: float) -> TopK:
     return TopK(ids, values)
 
 
-def position_weights(labels: Tensor) -> Tensor:
+def position_weights(labels: Tensor, positions: Tensor | None = None) -> Tensor:
     """What each position counts in the mean over sequences of the mean over predictions, ``[batch, tokens - 1]`` float32.
 
     Position ``t`` predicts token ``t + 1``; it counts where that token's label is not `IGNORED`. A sequence that predicts nothing
@@ -55,23 +59,28 @@ def position_weights(labels: Tensor) -> Tensor:
 
     Args:
         labels: ``[batch, tokens]``.
+        positions: ``[chosen]``: only these, each counting for as many more as were drawn at random for one, so that the expected
+            sum stays the mean; ``None`` = all.
     """
     counted = labels[:, 1:] != IGNORED
-    return counted / counted.sum(dim=1, keepdim=True).clamp(min=1) / len(labels)
+    weights = counted / counted.sum(dim=1, keepdim=True).clamp(min=1) / len(labels)
+    return weights if positions is None else weights[:, positions] * (weights.shape[1] / len(positions))
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def next_token_loss(logits: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
     """The mean over sequences of the mean negative log-likelihood of the labelled tokens, a scalar in nats.
 
     Args:
         logits: ``[batch, tokens, vocabulary]``.
         labels: ``[batch, tokens]``, `IGNORED` where nothing is to be predicted.
+        positions: ``[chosen]``: where the logits are given at these alone, and the mean is estimated; see `position_weights`.
     """
-    targets = labels[:, 1:]
-    flat = cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
-    )
-    return (flat.view(targets.shape) * position_weights(labels).to(logits.device)).sum()
+    if positions is None:
+        targets, logits = labels[:, 1:], logits[:, :-1]
+    else:
+        targets = labels[:, positions + 1]
+    flat = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    return (flat.view(targets.shape) * position_weights(labels, positions).to(logits.device)).sum()
 
 
 def hidden_state_loss(states: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -91,7 +100,12 @@ def hidden_state_loss(states: Tensor, teacher: Tensor, labels: Tensor) -> Tensor
 
 
 def divergence(
-    logits: Tensor, teacher: Tensor | TopK, labels: Tensor, temperature: float = 1.0, beta: float = 0.0
+    logits: Tensor,
+    teacher: Tensor | TopK,
+    labels: Tensor,
+    temperature: float = 1.0,
+    beta: float = 0.0,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """``T^2 KL(teacher || student)`` of the next-token distributions at temperature T (Hinton et al., arXiv 1503.02531).
 
@@ -106,12 +120,16 @@ def divergence(
         labels: ``[batch, tokens]``: which positions count.
         temperature: T.
         beta: Between 0 and 1.
+        positions: ``[chosen]``: where both models' predictions are given at these alone, and the mean is estimated; see
+            `position_weights`.
     """
-    weights = position_weights(labels).to(logits.device)
+    weights = position_weights(labels, positions).to(logits.device)
+    predicting = slice(None) if positions is not None else slice(-1)
+    logits = logits[:, predicting]
     if isinstance(teacher, TopK):
-        bucketed = _bucketed_divergence(logits[:, :-1], teacher, temperature, beta)
+        bucketed = _bucketed_divergence(logits, teacher.at(predicting), temperature, beta)
         return temperature**2 * (bucketed * weights).sum()
-    whole: Tensor = _Divergence.apply(logits[:, :-1], teacher[:, :-1], weights, temperature, beta)
+    whole: Tensor = _Divergence.apply(logits, teacher[:, predicting], weights, temperature, beta)
     return temperature**2 * whole
 
 
@@ -169,10 +187,10 @@ class _Divergence(torch.autograd.Function):
 
 
 def _bucketed_divergence(logits: Tensor, teacher: TopK, temperature: float, beta: float) -> Tensor:
-    """``[batch, tokens - 1]``, float32; of the teacher the last position is not used."""
-    log_teacher = teacher.log_probs[:, :-1].to(logits.device)
+    """``[batch, positions]``, float32."""
+    log_teacher = teacher.log_probs.to(logits.device)
     own = (logits.float() / temperature).log_softmax(dim=-1)
-    chosen = own.gather(-1, teacher.ids[:, :-1].to(logits.device))
+    chosen = own.gather(-1, teacher.ids.to(logits.device))
     if teacher.ids.shape[-1] < logits.shape[-1]:
         chosen, log_teacher = (torch.cat([each, _rest(each)], dim=-1) for each in (chosen, log_teacher))
     return _between(chosen, log_teacher, beta)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sglp_llm.engine.final import final_states
+from sglp_llm.engine.replay import Replay
 from sglp_llm.healing.loss import TopK, top_k_of
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.models.modes import evaluating
@@ -25,22 +28,55 @@ SHARD_SEQUENCES = 16
 
 _OPEN_SHARDS = 8
 _CHUNK_BYTES = 64 * 2**20  # of float32 logits at a time
+_REMEMBERED_BYTES = 512 * 2**20
+
+
+def logits_at(model: nn.Module, input_ids: Tensor, positions: Tensor | None) -> Tensor:
+    """A language model's logits ``[batch, tokens, vocabulary]``, or ``[batch, chosen, vocabulary]`` at some positions.
+
+    The head computes no others in a model that takes transformers' ``logits_to_keep``.
+
+    Args:
+        model: A plain model, or a wrapper around one that passes arguments on.
+        input_ids: ``[batch, tokens]``.
+        positions: ``[chosen]``; ``None`` = all.
+    """
+    if positions is None:
+        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+        return logits
+    if _takes_positions(model):
+        chosen: Tensor = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits
+        return chosen
+    return logits_at(model, input_ids, None)[:, positions]
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    """Whether the innermost module with a head has the argument; wrappers pass on what they do not know."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return "logits_to_keep" in inspect.signature(module.forward).parameters
+    return False
 
 
 class Teacher(ABC):
     """What the loss is compared with."""
 
     @abstractmethod
-    def targets(self, sequences: Tensor, input_ids: Tensor) -> Tensor | TopK:
+    def targets(self, sequences: Tensor, input_ids: Tensor, positions: Tensor | None = None) -> Tensor | TopK:
         """The teacher's predictions for some training sequences.
 
         Args:
             sequences: ``[batch]`` int64: their numbers.
             input_ids: ``[batch, tokens]``.
+            positions: ``[chosen]`` int64: only at these.
 
         Returns:
-            Logits ``[batch, tokens, vocabulary]``, or the most likely tokens.
+            Logits ``[batch, tokens or chosen, vocabulary]``, or the most likely tokens.
         """
+
+    def remember(self, sequences: Iterable[int]) -> None:
+        """Says that these sequences will be asked for again and again, with the same tokens; what is on disk needs no memory."""
+        del sequences
 
 
 class OnlineTeacher(Teacher):
@@ -61,13 +97,34 @@ class OnlineTeacher(Teacher):
     ) -> None:
         self.model, self._top_k, self._temperature = model, top_k, temperature
         self._bfloat16 = bfloat16
+        self._asked_again: frozenset[int] = frozenset()
+        self._states: dict[int, Tensor] = {}  # what leaves the last decoder layer, [tokens, hidden]
 
-    def targets(self, sequences: Tensor, input_ids: Tensor) -> Tensor | TopK:
-        device = self.model.input_device
+    def remember(self, sequences: Iterable[int]) -> None:
+        self._asked_again, self._states = frozenset(sequences), {}
+
+    def targets(self, sequences: Tensor, input_ids: Tensor, positions: Tensor | None = None) -> Tensor | TopK:
+        device, numbers = self.model.input_device, sequences.tolist()
         rounded = torch.autocast(device.type, torch.bfloat16, enabled=self._bfloat16)
         with torch.no_grad(), evaluating(self.model.model), rounded:
-            logits: Tensor = self.model.model(input_ids=input_ids.to(device), use_cache=False).logits
+            if self._asked_again.issuperset(numbers):
+                logits = self._remembered(numbers, input_ids.to(device), positions)
+            else:
+                logits = logits_at(self.model.model, input_ids.to(device), positions)
         return logits if self._top_k is None else top_k_of(logits, self._top_k, self._temperature)
+
+    def _remembered(self, numbers: Sequence[int], input_ids: Tensor, positions: Tensor | None) -> Tensor:
+        """The logits, from what left the last decoder layer when the sequences were first seen."""
+        replay = Replay(self.model, input_ids, None)
+        if self._states.keys() >= set(numbers):
+            states = torch.stack([self._states[number] for number in numbers])
+        else:
+            states = replay.layers(0, frozenset(), replay.first_states)
+            size = states[0].numel() * states.element_size()
+            if size * (len(self._states) + len(numbers)) <= _REMEMBERED_BYTES:
+                self._states |= dict(zip(numbers, states, strict=True))
+        chosen = slice(None) if positions is None else positions
+        return replay.logits(states[:, chosen], chosen)
 
 
 class StoredTeacher(Teacher):
@@ -81,10 +138,11 @@ class StoredTeacher(Teacher):
         self._folder = folder
         self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
-    def targets(self, sequences: Tensor, input_ids: Tensor) -> TopK:
+    def targets(self, sequences: Tensor, input_ids: Tensor, positions: Tensor | None = None) -> TopK:
         rows = [self._row(int(number)) for number in sequences]
         ids, log_probs = (torch.stack(each) for each in zip(*rows, strict=True))
-        return TopK(ids.long(), log_probs)
+        stored = TopK(ids.long(), log_probs)
+        return stored if positions is None else stored.at(positions.cpu())
 
     def _row(self, number: int) -> tuple[Tensor, Tensor]:
         shard, row = divmod(number, SHARD_SEQUENCES)

@@ -14,12 +14,13 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from sglp_llm.calibration.sampling import seed_of
 from sglp_llm.calibration.training import TrainingSequences
 from sglp_llm.healing.keeping import Keeper, Run, Training
 from sglp_llm.healing.loss import divergence, hidden_state_loss, next_token_loss
 from sglp_llm.healing.matching import NOTHING_MATCHED, Matched, outputs_of
 from sglp_llm.healing.on_policy import continued, is_on_policy, new_tokens
-from sglp_llm.healing.teacher import Teacher
+from sglp_llm.healing.teacher import Teacher, logits_at
 from sglp_llm.healing.trained import Trained
 from sglp_llm.plan.healing_recipe import HealingRecipe
 
@@ -47,6 +48,9 @@ def train(
 
     It is ``(1 - hidden_weight) * (alpha * divergence + (1 - alpha) * next-token loss) + hidden_weight * hidden-state loss``.
     In the steps that are on-policy it is that of sequences which the student continues.
+
+    With ``positions`` below 1 the training losses are estimated from as many positions, drawn anew for every step. Measured on
+    held-out sequences are all positions.
 
     Args:
         trained: The student.
@@ -114,6 +118,8 @@ class _Distiller(Trainer):
     ) -> None:
         self._teacher, self._recipe, self._run, self._matched = teacher, recipe, run, matched
         self._sequences, self._held_out = sequences, held_out
+        if teacher is not None and not matched.student:  # whose hidden states only a whole run shows
+            teacher.remember(held_out)
         self.keeper = Keeper(trained.model, run)
         self._plain = trained.plain
         every = max(1, steps // recipe.evaluations)
@@ -149,7 +155,7 @@ class _Distiller(Trainer):
             )
         parameters = [each for each in trained.model.parameters() if each.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, lr=recipe.peak_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
+            parameters, lr=recipe.peak_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
         )
         schedule = LambdaLR(optimizer, lambda step: rate_factor(recipe, step, steps))
         super().__init__(
@@ -208,14 +214,15 @@ class _Distiller(Trainer):
         return found
 
     def _losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        labels, recipe = inputs["labels"], self._recipe
+        labels, recipe, ids = inputs["labels"], self._recipe, inputs["input_ids"]
+        positions = self._positions(ids) if model.training else None
         with outputs_of(self._matched.student) as states:
-            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+            logits = logits_at(model, ids, positions)
         if self._teacher is None:
-            own = next_token_loss(logits, labels)
+            own = next_token_loss(logits, labels, positions)
             return {"loss": own, "next_token_loss": own.detach()}
         with outputs_of(self._matched.teacher) as wanted:
-            targets = self._teacher.targets(inputs["sequence"], inputs["input_ids"])
+            targets = self._teacher.targets(inputs["sequence"], ids, positions)
         # Losses over the vocabulary cost as much as some layers: those without weight are for measurements alone.
         measuring, parts = not logits.requires_grad, dict[str, Tensor]()
         others = 1 - recipe.hidden_weight
@@ -225,14 +232,23 @@ class _Distiller(Trainer):
             "hidden_state_loss": recipe.hidden_weight,
         }
         if measuring or weights["divergence"]:
-            parts["divergence"] = divergence(logits, targets, labels, recipe.temperature, recipe.beta)
+            parts["divergence"] = divergence(logits, targets, labels, recipe.temperature, recipe.beta, positions)
         if measuring or weights["next_token_loss"]:
-            parts["next_token_loss"] = next_token_loss(logits, labels)
+            parts["next_token_loss"] = next_token_loss(logits, labels, positions)
         if states:
             apart = [hidden_state_loss(*pair, labels) for pair in zip(states, wanted, strict=True)]
             parts["hidden_state_loss"] = torch.stack(apart).mean()
         total = torch.stack([weights[name] * part for name, part in parts.items() if weights[name]]).sum()
         return {"loss": total, **{name: part.detach() for name, part in parts.items()}}
+
+    def _positions(self, input_ids: Tensor) -> Tensor | None:
+        """The positions of this step's losses, ascending, the same in all of its batches; ``None`` = all."""
+        predicting = input_ids.shape[1] - 1
+        count = max(1, round(self._recipe.positions * predicting))
+        if count == predicting:
+            return None
+        generator = torch.Generator().manual_seed(seed_of(self._recipe.seed, self.state.global_step))
+        return torch.randperm(predicting, generator=generator)[:count].sort().values.to(input_ids.device)
 
 
 class _Report(TrainerCallback):

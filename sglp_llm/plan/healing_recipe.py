@@ -56,6 +56,8 @@ class HealingRecipe:
         alpha: Weight of the divergence from the teacher; the next-token loss has ``1 - alpha``.
         beta: Which divergence: 0 is ``KL(teacher || student)``, 1 is ``KL(student || teacher)``, and between them it is the
             generalised Jensen-Shannon divergence (arXiv 2306.13649, section 2).
+        positions: Share of a sequence's positions whose losses are computed in a step, drawn at random: the mean is estimated
+            without bias, and the heads of both models cost so much less.
         temperature: Of both distributions in the divergence, which is multiplied by its square.
         hidden_weight: Weight of the difference of the hidden states behind the cuts; the other losses have ``1 - hidden_weight``.
         top_k: Use the teacher's ``top_k`` most likely tokens, and one bucket for the rest; none = all logits.
@@ -98,6 +100,7 @@ class HealingRecipe:
     batch_size: Literal["auto"] | int = "auto"
     alpha: float = 1.0
     beta: float = 0.0
+    positions: float = 1.0
     temperature: float = 1.0
     hidden_weight: float = 0.0
     top_k: int | None = None
@@ -168,6 +171,8 @@ def healing_recipe_from_dict(data: object, where: str = "recipe") -> HealingReci
             raise UserError(f"{where}: {key} must not be negative, not {getattr(recipe, key)!r}")
     if not 0 < recipe.held_out < 1:
         raise UserError(f"{where}: held_out must be between 0 and 1, both excluded, not {recipe.held_out!r}")
+    if not 0 < recipe.positions <= 1:
+        raise UserError(f"{where}: positions must be above 0 and at most 1, not {recipe.positions!r}")
     if recipe.seq_len < 2:
         raise UserError(f"{where}: seq_len must be at least 2, not {recipe.seq_len}")
     _check_teacher(recipe, where)
