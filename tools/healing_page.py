@@ -6,6 +6,7 @@ Rows of the page whose measurements are not in the folder stay as they are.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ SmolLM2-135M-Instruct without some of its 30 decoder layers, before and after `s
 which says what is trained on and what is measured on: the two have no text in common.
 
 - A name says what shortened the model and how many layers it lacks: `search+linear-6` is `--criterion search --compensate linear
-  --drop 6`, `learned-6` has `--compensate learned` and `--trial-samples 4` instead, `sglp-6` is the paper's recipe without a repair.
+  --drop 6`, `learned-6` has `--compensate learned --trial-samples 4` instead, `sglp-6` the paper's recipe without a repair.
 - Columns named after a text are ln(perplexity / dense perplexity) on windows of 512 tokens. The standard error is that of the
   difference of two means as if the windows were not the same ones, and so too large.
 - Perplexity and tasks are computed in bfloat16, which changes a mean by 0.001.
@@ -45,7 +46,7 @@ LONG = """## With more time
 
 All parameters, trained with `--minutes`. `tasks` is the average over the nine tasks of the suite `offline`, `generation` the
 average exact match of the suite `generation_offline`, with 100 examples a task unless LIMIT says otherwise; `repetition` is that
-suite's share of repeated 4-grams in free text, where less is better. Measured on 302 windows of each text: the whole second half of
+suite's share of repeated 4-grams in free text, where less is better. Measured on 302 windows of each text: the second half of
 WikiText-2's test split, and as much C4.
 """
 
@@ -53,7 +54,7 @@ BY_TEXT = """## Which text
 
 `=TEXT` after the preset says what it was calibrated on, and after `full` what all parameters of `search+linear-6` were trained on
 with 20k tokens: one kind of text alone, or what the original samples itself (`self`). A column whose text is the row's own says
-how well that kind of text is learned; the others say what carries over. The removals are calibrated on 32 sequences of 256 tokens.
+how well that kind is learned; the others say what carries over. The removals are calibrated on 32 sequences of 256 tokens.
 Measured on 32 windows of each text.
 """
 
@@ -146,8 +147,8 @@ def _read(folder: Path, name: str, kind: str, what: str) -> dict[str, Any]:
 
 
 def _depth(name: str) -> int:
-    number = name.partition("+full")[0].partition("=")[0].rpartition("-")[2].partition("+")[0]
-    return int(number) if number.isdigit() else 0
+    found = re.search(r"-(\d+)(?=[+=]|$)", name)
+    return int(found[1]) if found else 0
 
 
 def _gap(folder: Path, name: str, kind: str, text: str) -> str:
