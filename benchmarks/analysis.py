@@ -38,7 +38,7 @@ def plain_seconds(model: DecoderModel, calibration: CalibrationSet) -> float:
 
 
 def analysis_seconds(model: DecoderModel, calibration: CalibrationSet) -> float:
-    """The pass that the default criterion needs, and the computation of scores and CKA from it."""
+    """The pass that `sglp` needs, and the computation of scores and CKA from it."""
     start = time.perf_counter()
     gradnorm, cka = get_criterion("gradnorm")(model.num_layers), CKAObserver(model.num_layers)
     run_pass(model, calibration, [gradnorm, cka])

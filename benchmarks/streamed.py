@@ -53,8 +53,18 @@ def compare_memory(source: Path, folder: Path, samples: int, seq_len: int) -> No
     for engine, sequences in (("resident", samples), ("streamed", samples), ("streamed", 4 * samples)):
         output, scratch = folder / "pruned", folder / "scratch"
         scratch.mkdir()
-        arguments = ["prune", str(source), "--drop", "6", "--output", str(output), "--calibration", "pydoc"]
-        arguments += ["--samples", str(sequences), "--seq-len", str(seq_len), "--no-verify", "--engine", engine]
+        arguments = ["prune", str(source), "--drop", "6", "--output", str(output), "--preset", "paper"]
+        arguments += [
+            "--calibration",
+            "pydoc",
+            "--samples",
+            str(sequences),
+            "--seq-len",
+            str(seq_len),
+            "--no-verify",
+            "--engine",
+            engine,
+        ]
         peak, seconds = peak_of([*arguments, *(["--scratch", str(scratch)] if engine == "streamed" else [])])
         plan = json.loads((output / "sglp_plan.json").read_text())
         if sequences == samples:
