@@ -26,7 +26,7 @@ class Segment:
         return range(self.start, self.stop)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SimilarityMatrix:
     """Minibatch CKA between the outputs of every pair of decoder layers.
 
@@ -42,6 +42,10 @@ class SimilarityMatrix:
     def column_sums(self) -> list[float]:
         """``s_l = sum_j CKA[l, j]``, one number per layer."""
         return [float(value) for value in self.values.sum(dim=0)]
+
+    def __eq__(self, other: object) -> bool:
+        # A dataclass would compare the tensors with ==, which gives a tensor.
+        return isinstance(other, SimilarityMatrix) and self.kernel == other.kernel and self.values.equal(other.values)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class PrunePlan:
         revision: The Hub commit the plan was made for.
         segments: The partition of the layers that was used; empty when there was none.
         scores: Per-layer scores by name, each of length ``num_layers``.
+        similarity: The CKA matrix that the segments come from; ``None`` when there was none.
         budget: The requested budget, as in `Budget.to_dict`.
         settings: Every other setting that led to the plan.
         versions: Versions of the software that made it.
@@ -104,6 +109,7 @@ class PrunePlan:
     revision: str | None = None
     segments: tuple[Segment, ...] = ()
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    similarity: SimilarityMatrix | None = None
     budget: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -123,17 +129,20 @@ class Analysis:
 
     Attributes:
         plan: Which layers are kept.
-        similarity: The CKA matrix; ``None`` when the criterion does not use it.
         calibration_loss: Mean loss of the calibration sequences in nats per token; ``None`` when no gradients were computed.
         params_before: Parameters of the model.
         params_after: Parameters with the plan's layers removed.
     """
 
     plan: PrunePlan
-    similarity: SimilarityMatrix | None
     calibration_loss: float | None
     params_before: int
     params_after: int
+
+    @property
+    def similarity(self) -> SimilarityMatrix | None:
+        """The CKA matrix; ``None`` when the criterion does not use it."""
+        return self.plan.similarity
 
 
 @dataclass(frozen=True)

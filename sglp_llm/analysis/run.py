@@ -62,6 +62,7 @@ def run_analysis(
         revision=opened.revision,
         segments=segments,
         scores=scores,
+        similarity=observations.similarity,
         budget=recipe.budget.to_dict(),
         settings=settings,
         versions=software_versions(),
@@ -69,7 +70,7 @@ def run_analysis(
         compensation=compensated.report,
     )
     left = model.parameters_without(removed)
-    return Analysis(plan, observations.similarity, observations.loss, model.num_parameters, left)
+    return Analysis(plan, observations.loss, model.num_parameters, left)
 
 
 def plan_settings(recipe: Recipe, calibration: CalibrationSet, removed: Sequence[int]) -> dict[str, Any]:

@@ -70,12 +70,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def analysis_to_dict(analysis: Analysis) -> dict[str, Any]:
     """The analysis as plain data, for ``--json``."""
-    similarity = analysis.similarity
     return {
         "plan": plan_to_dict(analysis.plan),
-        "similarity": None
-        if similarity is None
-        else {"kernel": similarity.kernel, "values": similarity.values.tolist()},
         "calibration_loss": analysis.calibration_loss,
         "params_before": analysis.params_before,
         "params_after": analysis.params_after,

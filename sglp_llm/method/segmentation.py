@@ -79,6 +79,17 @@ def fisher_partitions(sequence: torch.Tensor) -> FisherPartitions:
     return FisherPartitions(tuple(losses), tuple(starts))
 
 
+def layer_partitions(similarity: SimilarityMatrix, features: str = "column_sum") -> FisherPartitions:
+    """The best partitions of the decoder layers, for every number of segments.
+
+    Args:
+        similarity: The CKA matrix.
+        features: See `segment_layers`.
+    """
+    values = similarity.values
+    return fisher_partitions(values.sum(dim=0) if features == "column_sum" else values)
+
+
 def segment_layers(
     similarity: SimilarityMatrix,
     k: int | None,
@@ -95,8 +106,7 @@ def segment_layers(
         min_drop: See `FisherPartitions.auto_k`.
         rule: ``"auto"`` for `FisherPartitions.auto_k`, ``"paper"`` for `FisherPartitions.paper_k`.
     """
-    values = similarity.values
-    partitions = fisher_partitions(values.sum(dim=0) if features == "column_sum" else values)
+    partitions = layer_partitions(similarity, features)
     if k is None:
         k = partitions.paper_k() if rule == "paper" else partitions.auto_k(min_drop)
     return partitions.segments(k)

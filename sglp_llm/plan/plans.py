@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglp_llm.errors import UserError, unknown
-from sglp_llm.records import ModelIdentity, PrunePlan, Segment
+from sglp_llm.plan.plan_fields import checked_indices, identity_of, scores_of, segments_of, similarity_of, typed
+from sglp_llm.records import PrunePlan
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,7 @@ KEYS = (
     "removed",
     "segments",
     "scores",
+    "similarity",
     "budget",
     "settings",
     "versions",
@@ -48,7 +49,7 @@ def plan_from_indices(num_layers: int, removed: Iterable[int]) -> PrunePlan:
     Raises:
         UserError: An index is out of range or occurs twice, no layer is removed, or none is kept.
     """
-    gone = _checked_indices(list(removed), num_layers, "removed layers")
+    gone = checked_indices(list(removed), num_layers, "removed layers")
     return _checked(PrunePlan(num_layers, tuple(layer for layer in range(num_layers) if layer not in gone)), "the plan")
 
 
@@ -71,6 +72,9 @@ def plan_to_dict(plan: PrunePlan) -> dict[str, Any]:
         "removed": list(plan.removed),
         "segments": [[segment.start, segment.stop] for segment in plan.segments],
         "scores": {name: list(values) for name, values in plan.scores.items()},
+        "similarity": None
+        if plan.similarity is None
+        else {"kernel": plan.similarity.kernel, "values": plan.similarity.values.tolist()},
         "budget": dict(plan.budget),
         "settings": dict(plan.settings),
         "versions": dict(plan.versions),
@@ -128,7 +132,7 @@ def plan_from_dict(data: object, where: str = "plan", folder: Path | None = None
         UserError: A key is unknown, missing or of the wrong type, the indices do not fit ``num_layers``, or the replaced tensors
             are missing, differ from those that were saved, or do not belong to kept layers.
     """
-    fields: dict[str, Any] = _typed(data, dict, where, "the plan", "a JSON object")
+    fields: dict[str, Any] = typed(data, dict, where, "the plan", "a JSON object")
     for key in fields:
         if key not in KEYS + COMPENSATION_KEYS:
             raise UserError(f"{where}: {unknown('key', key, KEYS + COMPENSATION_KEYS)}")
@@ -142,22 +146,23 @@ def plan_from_dict(data: object, where: str = "plan", folder: Path | None = None
     plan = PrunePlan(
         num_layers=num_layers,
         kept=_kept(fields, num_layers, where),
-        source=_identity(fields.get("source"), where),
-        revision=_typed(optional.get("revision"), (str, type(None)), where, "revision", "a text"),
-        segments=_segments(optional.get("segments", []), num_layers, where),
-        scores=_scores(optional.get("scores", {}), num_layers, where),
-        budget=_typed(optional.get("budget", {}), dict, where, "budget", "an object"),
-        settings=_typed(optional.get("settings", {}), dict, where, "settings", "an object"),
-        versions=_typed(optional.get("versions", {}), dict, where, "versions", "an object"),
+        source=identity_of(fields.get("source"), where),
+        revision=typed(optional.get("revision"), (str, type(None)), where, "revision", "a text"),
+        segments=segments_of(optional.get("segments", []), num_layers, where),
+        scores=scores_of(optional.get("scores", {}), num_layers, where),
+        similarity=similarity_of(fields.get("similarity"), num_layers, where),
+        budget=typed(optional.get("budget", {}), dict, where, "budget", "an object"),
+        settings=typed(optional.get("settings", {}), dict, where, "settings", "an object"),
+        versions=typed(optional.get("versions", {}), dict, where, "versions", "an object"),
         replaced=_replaced(optional.get("replaced"), folder, where),
-        compensation=_typed(optional.get("compensation", {}), dict, where, "compensation", "an object"),
+        compensation=typed(optional.get("compensation", {}), dict, where, "compensation", "an object"),
     )
     return _checked(plan, where)
 
 
 def _kept(data: Mapping[str, Any], num_layers: int, where: str) -> tuple[int, ...]:
     given = {
-        key: _checked_indices(data[key], num_layers, f"{where}: {key}") for key in ("kept", "removed") if key in data
+        key: checked_indices(data[key], num_layers, f"{where}: {key}") for key in ("kept", "removed") if key in data
     }
     if not given:
         raise UserError(f"{where}: a plan needs one of 'kept' and 'removed'")
@@ -166,17 +171,6 @@ def _kept(data: Mapping[str, Any], num_layers: int, where: str) -> tuple[int, ..
     if "removed" in given and kept != everything - given["removed"]:
         raise UserError(f"{where}: 'kept' and 'removed' contradict each other; give one of them")
     return tuple(sorted(kept))
-
-
-def _checked_indices(value: object, num_layers: int, where: str) -> set[int]:
-    if not isinstance(value, list) or any(type(layer) is not int for layer in value):
-        raise UserError(f"{where}: expected a list of whole numbers, not {value!r}")
-    for layer in value:
-        if not 0 <= layer < num_layers:
-            raise UserError(f"{where}: layer {layer} is not in 0..{num_layers - 1}")
-    if len(set(value)) != len(value):
-        raise UserError(f"{where}: a layer stands in the list twice: {value}")
-    return set(value)
 
 
 def _checked(plan: PrunePlan, where: str) -> PrunePlan:
@@ -207,12 +201,12 @@ def check_replaced(plan: PrunePlan, where: str) -> None:
 def _replaced(value: object, folder: Path | None, where: str) -> dict[str, torch.Tensor]:
     if value is None:
         return {}
-    fields = _typed(value, dict, where, "replaced", "an object with file, sha256 and tensors")
+    fields = typed(value, dict, where, "replaced", "an object with file, sha256 and tensors")
     if set(fields) != {"file", "sha256", "tensors"} or folder is None:
         raise UserError(
             f"{where}: replaced must have exactly file, sha256 and tensors, and the file lie beside the plan"
         )
-    name, shapes = fields["file"], _typed(fields["tensors"], dict, where, "replaced.tensors", "an object of shapes")
+    name, shapes = fields["file"], typed(fields["tensors"], dict, where, "replaced.tensors", "an object of shapes")
     if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
         raise UserError(f"{where}: replaced.file must be a plain file name, not {name!r}")
     file = folder / name
@@ -235,47 +229,3 @@ def _replaced(value: object, folder: Path | None, where: str) -> dict[str, torch
                 f"{where}: replaced: {tensor!r} has the shape {list(tensors[tensor].shape)} in {name}, not {shape}"
             )
     return {tensor: tensors[tensor] for tensor in shapes}
-
-
-def _identity(value: object, where: str) -> ModelIdentity | None:
-    if value is None:
-        return None
-    fields = _typed(value, dict, where, "source", "an object with name, model_type and fingerprint")
-    if set(fields) != {"name", "model_type", "fingerprint"} or any(type(text) is not str for text in fields.values()):
-        raise UserError(
-            f"{where}: source must have exactly the texts name, model_type and fingerprint; leave it out if unknown"
-        )
-    return ModelIdentity(**fields)
-
-
-def _segments(value: object, num_layers: int, where: str) -> tuple[Segment, ...]:
-    pairs = _typed(value, list, where, "segments", "a list of [start, stop] pairs")
-    if any(not isinstance(pair, list) or len(pair) != 2 or any(type(end) is not int for end in pair) for pair in pairs):
-        raise UserError(f"{where}: segments must be a list of [start, stop] pairs, half open")
-    segments = tuple(Segment(start, stop) for start, stop in pairs)
-    bounds = [0, *(segment.stop for segment in segments)]
-    if segments and (
-        [segment.start for segment in segments] != bounds[:-1]
-        or bounds != sorted(set(bounds))
-        or bounds[-1] != num_layers
-    ):
-        raise UserError(f"{where}: segments must cover 0..{num_layers} without gaps, in order")
-    return segments
-
-
-def _scores(value: object, num_layers: int, where: str) -> dict[str, tuple[float, ...]]:
-    scores = _typed(value, dict, where, "scores", "an object of lists")
-    for name, values in scores.items():
-        if (
-            not isinstance(values, list)
-            or len(values) != num_layers
-            or not all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in values)  # NaN is not
-        ):
-            raise UserError(f"{where}: scores.{name} must be a list of {num_layers} numbers")
-    return {name: tuple(float(x) for x in values) for name, values in scores.items()}
-
-
-def _typed(value: object, kind: type | tuple[type, ...], where: str, name: str, expected: str) -> Any:
-    if not isinstance(value, kind):
-        raise UserError(f"{where}: {name} must be {expected}, not {type(value).__name__}")
-    return value

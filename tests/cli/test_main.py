@@ -20,7 +20,7 @@ from sglp_llm.plan import load_recipe
 from sglp_llm.plan.plans import KEYS
 
 PLAN_KEYS = {"schema_version", "source", "revision", "num_layers", "kept", "removed", "segments", "scores"}
-PLAN_KEYS |= {"budget", "settings", "versions"}
+PLAN_KEYS |= {"similarity", "budget", "settings", "versions"}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def test_analyze_prints_every_layer_and_writes_nothing(tiny: Path, tmp_path: Pat
 def test_analyze_json_is_one_object_and_progress_goes_to_stderr(tiny: Path) -> None:
     outcome = run_cli("analyze", tiny, *QUICK, "--json")
     analysis = json.loads(outcome.out)
-    assert set(analysis) == {"plan", "similarity", "calibration_loss", "params_before", "params_after", "memory"}
+    assert set(analysis) == {"plan", "calibration_loss", "params_before", "params_after", "memory"}
     assert set(analysis["plan"]) == PLAN_KEYS
-    assert analysis["similarity"]["kernel"] == "cosine"
-    assert torch.tensor(analysis["similarity"]["values"]).shape == (6, 6)
+    assert analysis["plan"]["similarity"]["kernel"] == "cosine"
+    assert torch.tensor(analysis["plan"]["similarity"]["values"]).shape == (6, 6)
     assert analysis["plan"]["budget"] == {"ratio": 0.25}
     assert len(analysis["plan"]["removed"]) == 2
     forecast, progress = outcome.err.splitlines()

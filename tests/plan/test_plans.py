@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sglp_llm.errors import UserError
 from sglp_llm.plan import load_plan, plan_from_indices, plan_to_dict, save_plan
 from sglp_llm.plan.plans import KEYS, plan_from_dict
-from sglp_llm.records import ModelIdentity, PrunePlan, Segment
+from sglp_llm.records import ModelIdentity, PrunePlan, Segment, SimilarityMatrix
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 PLAIN = st.recursive(
@@ -21,6 +22,11 @@ PLAIN = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
+
+
+def random_similarity(depth: int, seed: int, kernel: str) -> SimilarityMatrix:
+    values = torch.rand(depth, depth, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return SimilarityMatrix(values, kernel)
 
 
 @st.composite
@@ -36,6 +42,7 @@ def plans(draw: st.DrawFn) -> PrunePlan:
         revision=draw(st.none() | st.text()),
         segments=draw(st.sampled_from([(), segments])),
         scores=draw(st.dictionaries(st.text(), st.tuples(*[NUMBERS] * depth), max_size=2)),
+        similarity=draw(st.none() | st.builds(random_similarity, st.just(depth), st.integers(0, 99), st.text())),
         budget=draw(st.sampled_from([{}, {"ratio": 0.25}, {"drop": 3}, {"target_params": 10**12}])),
         settings=draw(st.dictionaries(st.text(), PLAIN, max_size=3)),
         versions=draw(st.dictionaries(st.text(), st.text(), max_size=3)),
@@ -84,6 +91,12 @@ def test_a_persons_plan(text: str, kept: tuple[int, ...], tmp_path: Path) -> Non
     assert sorted((*plan.kept, *plan.removed)) == list(range(plan.num_layers))
 
 
+def test_plans_with_other_similarities_are_different() -> None:
+    one, same, other = (PrunePlan(4, (0,), similarity=random_similarity(4, seed, "cosine")) for seed in (0, 0, 1))
+    assert one == same
+    assert one not in (other, PrunePlan(4, (0,), similarity=random_similarity(4, 0, "linear")), PrunePlan(4, (0,)))
+
+
 def test_a_file_with_a_byte_order_mark_as_some_editors_write_it(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text('{"num_layers": 2, "removed": [0]}', encoding="utf-8-sig")
     assert load_plan(tmp_path / "mine.json") == PrunePlan(2, (1,))
@@ -128,6 +141,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"scores": {"bi": [1, 2, 3]}}, "scores.bi must be a list of 4 numbers"),
     ({"scores": {"bi": [1, 2, 3, "4"]}}, "scores.bi must be a list of 4 numbers"),
     ({"scores": {"bi": 4}}, "scores.bi must be a list of 4 numbers"),
+    ({"similarity": [[1.0]]}, "similarity must be an object with kernel and values, not list"),
+    ({"similarity": {"values": []}}, "similarity must have exactly the text kernel and the rows values"),
+    ({"similarity": {"kernel": 1, "values": []}}, "similarity must have exactly the text kernel and the rows values"),
+    ({"similarity": {"kernel": "", "values": [[1] * 4] * 3}}, "similarity.values must be 4 lists of 4 numbers"),
+    ({"similarity": {"kernel": "", "values": [[1] * 3] * 4}}, "similarity.values must be 4 lists of 4 numbers"),
+    ({"similarity": {"kernel": "", "values": [["1"] * 4] * 4}}, "similarity.values must be 4 lists of 4 numbers"),
     ({"budget": [1]}, "budget must be an object, not list"),
     ({"budget": 0}, "budget must be an object, not int"),
     ({"settings": "x"}, "settings must be an object, not str"),
