@@ -34,6 +34,7 @@ from sglp_llm.plan import (
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent, timed
 from sglp_llm.records import Analysis, PrunePlan, RunReport
+from sglp_llm.report.html import write_report
 from sglp_llm.report.model_card import write_model_card
 from sglp_llm.sizes import parse_bytes
 
@@ -238,6 +239,7 @@ def _prune(
                 replace(recipe, model=opened.identity.name, revision=opened.revision), folder / RECIPE_FILE_NAME
             )
             write_model_card(folder / "README.md", plan)
+            write_report(folder)
         opened.release()
         verification = None
         if expected is not None:

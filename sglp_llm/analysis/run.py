@@ -62,7 +62,7 @@ def run_analysis(
         revision=opened.revision,
         segments=segments,
         scores=scores,
-        similarity=observations.similarity,
+        similarity=observations.similarity or observations.criteria[recipe.deciding_criterion].cka,
         budget=recipe.budget.to_dict(),
         settings=settings,
         versions=software_versions(),

@@ -76,7 +76,9 @@ def analyze(
     revision: Revision = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for sglp_plan.json.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for sglp_plan.json and report.html.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -91,6 +93,7 @@ def analyze(
     from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME, save_plan, save_recipe
     from sglp_llm.processes.distributed import current_processes
     from sglp_llm.progress import silent
+    from sglp_llm.report.html import write_report
 
     processes = current_processes()
     with processes.failing_together():
@@ -113,6 +116,7 @@ def analyze(
             save_plan(analysis.plan, folder / PLAN_FILE_NAME)
             used = {"model": model_of(model, chosen), "calibration": named_text(chosen.calibration)}
             save_recipe(chosen.with_changes(**used), folder / RECIPE_FILE_NAME)
+            write_report(folder)
     if as_json:
         console.print_json({**console.analysis_to_dict(analysis), "memory": memory.to_dict()})
     else:

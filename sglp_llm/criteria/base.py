@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from sglp_llm.engine import Need, Observer
+from sglp_llm.records import SimilarityMatrix
 from sglp_llm.trials import Removed, Trials
 
 
@@ -20,10 +21,12 @@ class Criterion(Observer, ABC):
     Attributes:
         needs_with_trials: What it observes in an additional pass of its own over the trial sequences.
         keeps_trials: Whether it can resume from trial results kept in a journal (`Trials.once`).
+        cka: The CKA matrix, if it has computed one for itself.
     """
 
     needs_with_trials: ClassVar[Need] = Need.NOTHING
     keeps_trials: ClassVar[bool] = False
+    cka: SimilarityMatrix | None = None
 
     def __init__(self, num_layers: int, seed: int = 0) -> None:
         self.num_layers = num_layers

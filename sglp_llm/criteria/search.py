@@ -133,7 +133,8 @@ class Search(SetCriterion):
             PassSettings(trials.batch_size, trials.progress, trials.processes),
         )
         self._distances = turning.distances()
-        self.segments: tuple[Segment, ...] = segment_layers(cka.result(), None)
+        self.cka = cka.result()
+        self.segments: tuple[Segment, ...] = segment_layers(self.cka, None)
 
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
         return sorted(self.finalists(n, removable)[0][0])

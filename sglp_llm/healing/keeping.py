@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from sglp_llm.plan.healing_recipe import LOG_FILE_NAME
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 from sglp_llm.tensor_files.tensors import read_tensors, write_tensors
 
-LOG_FILE_NAME = "train_log.jsonl"
 DIVERGED = 0.1
 """A run stops when its held-out loss is higher than at the start by this share of it: less may be noise of the first steps."""
 

@@ -10,18 +10,22 @@ import torch
 
 from sglp_llm.checkpoint.export import export_from_files
 from sglp_llm.checkpoint.replaced import as_stored
-from sglp_llm.healing.keeping import LOG_FILE_NAME
 from sglp_llm.healing.opening import HealingModels
 from sglp_llm.healing.trained import Trained
 from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME
-from sglp_llm.plan.healing_recipe import HEALING_RECIPE_FILE_NAME, HealingRecipe, save_healing_recipe
+from sglp_llm.plan.healing_recipe import (
+    HEALING_FILE_NAME,
+    HEALING_RECIPE_FILE_NAME,
+    LOG_FILE_NAME,
+    HealingRecipe,
+    save_healing_recipe,
+)
 from sglp_llm.plan.plans import TENSORS_SUFFIX
 from sglp_llm.progress import Progress
 from sglp_llm.records import HealingRecord, PrunePlan
+from sglp_llm.report.html import write_report
 from sglp_llm.report.loss_curve import plot_losses
 from sglp_llm.report.model_card import write_model_card
-
-HEALING_FILE_NAME = "sglp_healing.json"
 
 
 def export(models: HealingModels, trained: Trained, folder: Path, progress: Progress) -> dict[str, torch.Tensor]:
@@ -65,3 +69,4 @@ def write_papers(models: HealingModels, folder: Path, record: HealingRecord, rec
     plot_losses(log, folder)
     if models.plan is not None and models.plan.source is not None:
         write_model_card(folder / "README.md", models.plan, record.to_dict())
+        write_report(folder)

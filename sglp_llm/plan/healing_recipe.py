@@ -12,6 +12,8 @@ from sglp_llm.errors import UserError, unknown
 from sglp_llm.plan.shipped import shipped_healing_recipes
 from sglp_llm.plan.yaml_files import dump_yaml, read_yaml, record_from_dict
 
+HEALING_FILE_NAME = "sglp_healing.json"
+LOG_FILE_NAME = "train_log.jsonl"
 HEALING_RECIPE_FILE_NAME = "sglp_healing_recipe.yaml"
 
 _LENGTHS = ("tokens", "minutes", "epochs")

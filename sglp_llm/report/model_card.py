@@ -82,14 +82,14 @@ def _healing(record: Mapping[str, Any] | None) -> str:
     settings, before, after = record["settings"], record["before"], record["after"]
     teacher = "the next token" if record["teacher"] is None else "the original model's predictions"
     return (
-        f"- Retrained on {teacher}: {record['tokens']:,} tokens of `{_without_paths(record['data'])}`, "
+        f"- Retrained on {teacher}: {record['tokens']:,} tokens of `{without_paths(record['data'])}`, "
         f"`train: {settings['train']}` ({record['parameters']:,} parameters)\n"
         f"- Held-out next-token loss {before['next_token_loss']:.4f} -> {after['next_token_loss']:.4f} nats a token: "
         "`sglp_healing.json`, `train_log.jsonl`\n"
     )
 
 
-def _without_paths(specification: str) -> str:
+def without_paths(specification: str) -> str:
     """Of files only their names are said."""
     return " ".join(Path(part).name if "/" in part else part for part in specification.split())
 

@@ -1,0 +1,20 @@
+"""``sglp-llm report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sglp_llm.cli.quiet import prepare
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that analyze, prune or heal has written.")],
+) -> None:
+    """Write report.html into a folder: layers, scores, similarity and what each step changed, in one file."""
+    prepare()
+    from sglp_llm.report.html import write_report
+
+    print(f"Written           {write_report(folder)}")
