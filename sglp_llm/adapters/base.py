@@ -16,12 +16,14 @@ class Branch:
         output: Module of a decoder layer whose output is the contribution.
         last: What computes it last: a linear layer, a stack of matrices ``[experts, hidden, ...]``, or a norm.
         is_norm: Whether ``last`` is a norm, into which only a diagonal map (one factor per channel) can be folded.
+        is_stacked: Whether ``last`` is a stack of matrices.
         offset: What a norm adds to its weight before it multiplies by it.
     """
 
     output: str
     last: str
     is_norm: bool = False
+    is_stacked: bool = False
     offset: float = 0.0
 
 
@@ -81,7 +83,7 @@ class DecoderAdapter:
             return Branch(self.sum_norm, self.sum_norm, is_norm=True, offset=self.norm_offset)
         if self.mlp_norm is not None:
             return Branch(self.mlp_norm, self.mlp_norm, is_norm=True, offset=self.norm_offset)
-        return Branch(self.mlp, self.mlp_out)
+        return Branch(self.mlp, self.mlp_out, is_stacked=self.active_experts_key is not None)
 
     @property
     def layer_key_pattern(self) -> re.Pattern[str]:

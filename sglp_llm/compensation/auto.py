@@ -1,13 +1,14 @@
-"""`linear`, or `scale` for a model with a norm behind its MLP, which takes no matrix: works for every family."""
+"""`refit`; `linear` for a mixture of experts, and `scale` for a model with a norm behind its MLP, which takes no matrix."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.calibration import CalibrationSet
-from sglp_llm.compensation import linear, scale
+from sglp_llm.compensation import linear, refit, scale
 from sglp_llm.compensation.base import Compensated, LeastSquares, Method
 from sglp_llm.compensation.repair.settings import DEFAULTS, FitSettings
 from sglp_llm.models.loading import DecoderModel
@@ -17,16 +18,20 @@ from sglp_llm.models.loading import DecoderModel
 class ClosedForm(Method):
     """Chooses between the closed forms when the model is known."""
 
+    of_inputs: ClassVar[bool] = True
+
     @property
     def matrices(self) -> int:
-        return linear.METHOD.matrices
+        return refit.METHOD.matrices
 
     def check(self, adapter: DecoderAdapter, config: object) -> None:
         """Accepts every family."""
 
     def closed_form(self, model: DecoderModel) -> LeastSquares:
-        is_norm = model.adapter.mlp_branch(model.model.config).is_norm
-        return scale.METHOD if is_norm else linear.METHOD
+        branch = model.adapter.mlp_branch(model.model.config)
+        if branch.is_norm:
+            return scale.METHOD
+        return linear.METHOD if branch.is_stacked else refit.METHOD
 
     def run(
         self,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
-from sglp_llm.adapters import DecoderAdapter
+from sglp_llm.adapters import Branch, DecoderAdapter
 from sglp_llm.calibration import CalibrationSet, split
+from sglp_llm.compensation.repair.branch import branch_outputs, folded
 from sglp_llm.compensation.repair.cuts import CutFit, Target, repair_cuts
 from sglp_llm.compensation.repair.settings import DEFAULTS, FitSettings
 from sglp_llm.errors import UserError
-from sglp_llm.method.least_squares import NormalEquations, RidgeFit, best_ridge
+from sglp_llm.method.least_squares import ChosenRidge, NormalEquations, best_ridge
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.processes import Processes
 
@@ -39,9 +42,13 @@ class Method(ABC):
     """Compensates for removed layers with new values of kept weights; names and shapes of all tensors are unchanged.
 
     Attributes:
-        matrices: Number of float64 matrices ``[hidden, hidden]`` at its peak, for the memory prediction.
+        matrices: Number of float64 matrices at its peak, for the memory prediction: ``[hidden, hidden]``, or as wide as the MLP's
+            hidden layer where it is ``of_inputs``.
+        of_inputs: See ``matrices``.
         refined_sequences: Number of sequences per gradient computation, for the memory prediction; 0 without gradients.
     """
+
+    of_inputs: ClassVar[bool] = False
 
     @property
     def refined_sequences(self) -> int:
@@ -124,14 +131,7 @@ class LeastSquares(Method):
         settings: FitSettings = DEFAULTS,
     ) -> Compensated:
         self.check(model.adapter, model.model.config)
-        repair = repair_cuts(
-            model,
-            calibration,
-            removed,
-            lambda width, device: _RidgeFit(self.equations, width, device),
-            settings,
-            self.target,
-        )
+        repair = repair_cuts(model, calibration, removed, self.new_fit, settings, self.target)
         parts = split(len(calibration.input_ids), settings.held_out).items()
         report = {
             "method": self.name,
@@ -143,34 +143,41 @@ class LeastSquares(Method):
         }
         return Compensated(repair.tensors, report)
 
+    def new_fit(self, width: int, device: torch.device) -> CutFit:
+        """The fit of one cut, for hidden states of a width."""
+        return FactorFit({part: self.equations(width, device) for part in ("fit", "held_out")})
 
-@dataclass
-class _RidgeFit(CutFit):
-    equations: NewEquations
-    width: int
-    device: torch.device
-    _found: RidgeFit | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        self._sums = {part: self.equations(self.width, self.device) for part in ("fit", "held_out")}
+class RidgeFit(CutFit):
+    """A fit by normal equations whose ridge is chosen on held-out rows.
 
-    def on_rows(self, part: str, branch: torch.Tensor, leaving: torch.Tensor, target: torch.Tensor) -> None:
-        self._sums[part].add(branch, leaving, target)
+    Args:
+        sums: Equations without rows yet, for ``fit`` and ``held_out``.
+    """
 
-    def factor(self, processes: Processes) -> torch.Tensor | None:
-        for part in self._sums.values():
+    def __init__(self, sums: dict[str, NormalEquations]) -> None:
+        self.sums = sums
+        self._found: ChosenRidge | None = None
+
+    def on_rows(self, name: str, part: torch.Tensor, leaving: torch.Tensor, target: torch.Tensor) -> None:
+        self.sums[name].add(part, leaving, target)
+
+    def change(self, processes: Processes) -> torch.Tensor | None:
+        """The solution for the chosen ridge; ``None`` if no ridge gives a lower held-out error. A collective call.
+
+        Raises:
+            UserError: Hidden states were not finite.
+        """
+        for part in self.sums.values():
             part.gather(processes)
             if not part.is_finite:
                 raise UserError(
                     "hidden states around a cut are not finite: the weights are damaged, or the dtype is too small "
                     "(try --dtype float32)"
                 )
-        self._found = best_ridge(self._sums["fit"], self._sums["held_out"])
-        self._sums.clear()  # frees up to four float64 matrices [hidden, hidden]
-        change = self._found.change
-        if change is None:
-            return None
-        return change + (torch.eye(self.width, dtype=change.dtype, device=change.device) if change.ndim > 1 else 1)
+        self._found = best_ridge(self.sums["fit"], self.sums["held_out"])
+        self.sums.clear()  # frees up to four float64 matrices
+        return self._found.change
 
     def report(self) -> dict[str, Any]:
         assert self._found is not None
@@ -179,3 +186,17 @@ class _RidgeFit(CutFit):
             "ridge": self._found.ridge,
             "errors": {part: {"without": before, "with": after} for part, (before, after) in errors},
         }
+
+
+class FactorFit(RidgeFit):
+    """The output of the branch is multiplied by a map."""
+
+    def watching(self, layer: nn.Module, branch: Branch) -> AbstractContextManager[list[torch.Tensor]]:
+        return branch_outputs(layer, branch)
+
+    def new_values(self, layer: nn.Module, branch: Branch, processes: Processes) -> Mapping[str, torch.Tensor] | None:
+        change = self.change(processes)
+        if change is None:
+            return None
+        unit = torch.eye(len(change), dtype=change.dtype, device=change.device) if change.ndim > 1 else 1
+        return folded(layer, branch, change + unit)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.calibration import CalibrationSet, split
@@ -41,6 +41,8 @@ class Learned(Method):
     """
 
     schedule: Schedule = field(default_factory=Schedule)
+
+    of_inputs: ClassVar[bool] = True
 
     @property
     def matrices(self) -> int:

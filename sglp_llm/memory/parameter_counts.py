@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sglp_llm.adapters import get_adapter
+from sglp_llm.compensation.repair.branch import inputs_of
 from sglp_llm.compensation.repair.refine import refinable_names
 
 
@@ -24,6 +25,8 @@ class ParameterCounts:
         layer_matrices: The same of the largest layer.
         largest: Those of a layer's largest parameter.
         refinable: Those that a compensation with gradients can change, counted over all layers.
+        mlp_width: Not a number of parameters: the width of the MLP's hidden layer, or of the hidden states where the MLP does not
+            end in a linear layer.
     """
 
     total: int
@@ -34,6 +37,7 @@ class ParameterCounts:
     layer_matrices: int
     largest: int
     refinable: int
+    mlp_width: int
 
 
 def count_parameters(model: PreTrainedModel, layers: nn.ModuleList) -> ParameterCounts:
@@ -44,6 +48,8 @@ def count_parameters(model: PreTrainedModel, layers: nn.ModuleList) -> Parameter
         layers: Its decoder layers.
     """
     adapter, width = get_adapter(model.config.model_type), model.config.hidden_size
+    branch = adapter.mlp_branch(model.config)
+    ends_otherwise = branch.is_norm or branch.is_stacked
     total = _numel(model)
     matrices = [sum(weight.numel() for weight in layer.parameters() if weight.ndim > 1) for layer in layers]
     head, lookup = model.get_output_embeddings(), model.get_input_embeddings()
@@ -59,6 +65,7 @@ def count_parameters(model: PreTrainedModel, layers: nn.ModuleList) -> Parameter
         refinable=sum(
             layer.get_parameter(name).numel() for layer in layers for name in refinable_names(layer, adapter, width)
         ),
+        mlp_width=width if ends_otherwise else max(inputs_of(layer, branch) for layer in layers),
     )
 
 

@@ -50,7 +50,8 @@ class Work:
         minibatch: Tokens of one minibatch of CKA.
         sums_on_host: Whether gradients are summed on the host although there is a device.
         scratch: Whether stored hidden states go to disk.
-        compensation: Float64 matrices ``[hidden, hidden]`` that the compensation holds; ``None`` without one.
+        compensation: Float64 matrices that the compensation holds, ``[hidden, hidden]``; ``None`` without one.
+        of_inputs: Whether they are as wide as the MLP's hidden layer instead.
         refined_sequences: Sequences that the compensation computes gradients of at once; 0 where it computes none.
     """
 
@@ -63,6 +64,7 @@ class Work:
     sums_on_host: bool = False
     scratch: bool = False
     compensation: int | None = None
+    of_inputs: bool = False
     refined_sequences: int = 0
 
 
@@ -229,7 +231,7 @@ def _compensation(dry: DryRun, model: _Model, work: Work, layers: int) -> dict[s
     assert work.compensation is not None
     return {
         "activations": _with_fragments(dry.forward_peak(layers, work.batch_size, work.seq_len)),
-        "equations": 8 * work.compensation * model.hidden**2,
+        "equations": 8 * work.compensation * (model.counts.mlp_width if work.of_inputs else model.hidden) ** 2,
     }
 
 

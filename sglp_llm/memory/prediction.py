@@ -58,6 +58,7 @@ def work_of(recipe: Recipe) -> Work:
         sums_on_host=recipe.options.get("taylor", {}).get("accumulator") == "host",
         scratch=recipe.scratch is not None,
         compensation=None if method is None else method.matrices,
+        of_inputs=method is not None and method.of_inputs,
         refined_sequences=0 if method is None else method.refined_sequences,
     )
 

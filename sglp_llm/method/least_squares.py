@@ -93,15 +93,21 @@ class NormalEquations(ABC):
 
 
 class MatrixEquations(NormalEquations):
-    """T is any matrix. Holds two float64 matrices ``[D, D]``.
+    """T is any matrix. Holds two float64 matrices, ``[D, D]`` and ``[D, outputs]``.
+
+    With ``outputs`` the rows M are what a linear layer gets, whose outputs are a summand of x, and the solution is the change of
+    its matrix.
 
     Args:
         width: D.
         device: Device of the sums.
+        outputs: Width of x and y; ``None`` = D.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device, outputs: int | None = None) -> None:
         super().__init__((width, width), device)
+        if outputs is not None:
+            self.cross = torch.zeros(width, outputs, dtype=torch.float64, device=device)
 
     @property
     def unit(self) -> float:
@@ -156,7 +162,7 @@ class FactorEquations(ChannelEquations):
 
 
 @dataclass(frozen=True)
-class RidgeFit:
+class ChosenRidge:
     """A fitted map, with the ridge that has the lowest held-out error.
 
     Attributes:
@@ -170,7 +176,7 @@ class RidgeFit:
     errors: tuple[tuple[float, float], tuple[float, float]]
 
 
-def best_ridge(fit: NormalEquations, held_out: NormalEquations, ridges: Sequence[float] = RIDGES) -> RidgeFit:
+def best_ridge(fit: NormalEquations, held_out: NormalEquations, ridges: Sequence[float] = RIDGES) -> ChosenRidge:
     """Chooses the ridge by the error on held-out rows, computed from their sums.
 
     Args:
@@ -193,4 +199,4 @@ def best_ridge(fit: NormalEquations, held_out: NormalEquations, ridges: Sequence
         )
         for part in (fit, held_out)
     ]
-    return RidgeFit(ridge_, change_, (pairs[0], pairs[1]))
+    return ChosenRidge(ridge_, change_, (pairs[0], pairs[1]))

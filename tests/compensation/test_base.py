@@ -30,7 +30,8 @@ CLOSED_FORMS = [name for name in compensation_names() if isinstance(get_method(n
 
 
 def works(name: str, model: DecoderModel) -> bool:
-    return name == "scale" or not model.adapter.mlp_branch(model.model.config).is_norm
+    branch = model.adapter.mlp_branch(model.model.config)
+    return name == "scale" or not (branch.is_norm or (name == "refit" and branch.is_stacked))
 
 
 # What holds for every method and family

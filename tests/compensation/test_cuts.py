@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +34,7 @@ REMOVED = (2, 3, 5)
 def method(name: str, target: Target = "dense") -> LeastSquares:
     found = get_method(name)
     assert isinstance(found, LeastSquares)
-    return LeastSquares(name, found.equations, found.is_channelwise, target)
+    return replace(found, target=target)
 
 
 @contextmanager
@@ -43,15 +44,20 @@ def passed(model: DecoderModel, cuts: list[Segment]) -> Iterator[None]:
 
 
 def stacked_states(
-    model: DecoderModel, calibration: CalibrationSet, layer: int, behind: int
+    name: str, model: DecoderModel, calibration: CalibrationSet, layer: int, behind: int
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """By sequence: what the branch of a layer gives, what leaves the layer, and what leaves the layer before ``behind``."""
+    """By sequence: what the branch of a layer gives, what leaves the layer, and what leaves the layer before ``behind``.
+
+    For ``refit`` the first is what the branch's last linear gets.
+    """
     branch, given = model.adapter.mlp_branch(model.model.config), []
-    handle = (
-        model.layers[layer]
-        .get_submodule(branch.output)
-        .register_forward_hook(lambda module, args, output: given.append(output.reshape(-1, output.shape[-1])))
-    )
+    watched = model.layers[layer].get_submodule(branch.last if name == "refit" else branch.output)
+
+    def keep(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen = args[0] if name == "refit" else output
+        given.append(seen.reshape(-1, seen.shape[-1]))
+
+    handle = watched.register_forward_hook(keep)
     around = states_around(model, calibration)
     handle.remove()
     real = [part[mask].double().numpy() for part, mask in zip(given, calibration.mask, strict=True)]
@@ -63,8 +69,17 @@ def stacked_states(
 
 
 def solved(name: str, part: np.ndarray, whole: np.ndarray, target: np.ndarray, ridge: float) -> np.ndarray:
-    """T by the stacked weighted system ``[sqrt(w) M; sqrt(lambda) I]``, one channel alone for ``scale``."""
+    """T by the stacked weighted system ``[sqrt(w) M; sqrt(lambda) I]``, one channel alone for ``scale``.
+
+    For ``refit`` M are the inputs of the last linear, and the result is what is added to its matrix.
+    """
     root = 1 / np.linalg.norm(target, axis=1, keepdims=True)
+    if name == "refit":
+        left = root * part
+        penalty = np.sqrt(ridge * np.mean(np.sum(left**2, axis=0)))
+        nothing = np.zeros((part.shape[1], target.shape[1]))
+        stacked = np.vstack([left, penalty * np.eye(part.shape[1])])
+        return np.linalg.lstsq(stacked, np.vstack([root * (target - whole), nothing]), rcond=None)[0]
     left, right, eye = root * part, root * (target - whole + part), np.eye(part.shape[1])
     penalty = np.sqrt(ridge * np.mean(np.sum(left**2, axis=0)))
     if name == "linear":
@@ -72,16 +87,20 @@ def solved(name: str, part: np.ndarray, whole: np.ndarray, target: np.ndarray, r
     return np.diag((np.sum(left * right, axis=0) + penalty**2) / (np.sum(left * left, axis=0) + penalty**2))
 
 
-def relative_error(part: np.ndarray, whole: np.ndarray, target: np.ndarray, factor: np.ndarray) -> float:
-    missing = whole - part + part @ factor - target
+def relative_error(name: str, part: np.ndarray, whole: np.ndarray, target: np.ndarray, factor: np.ndarray) -> float:
+    missing = whole - (0 if name == "refit" else part) + part @ factor - target
     return float(np.mean(np.sum(missing**2, axis=1) / np.sum(target**2, axis=1)))
 
 
-def fold_by_hand(layer: nn.Module, path: str, factor: torch.Tensor, offset: float) -> dict[str, torch.Tensor]:
+def fold_by_hand(
+    name: str, layer: nn.Module, path: str, factor: torch.Tensor, offset: float
+) -> dict[str, torch.Tensor]:
     """New values by parameter name, for each kind of thing that can stand at ``path``."""
     owner: Any = layer
-    for name in path.split("."):
-        owner = getattr(owner, name)
+    for part in path.split("."):
+        owner = getattr(owner, part)
+    if name == "refit":
+        return {f"{path}.weight": owner.weight.double() + (factor if isinstance(owner, Conv1D) else factor.T)}
     if isinstance(owner, nn.Parameter):
         return {path: torch.stack([factor.T @ matrix.double() for matrix in owner])}
     weight = owner.weight.double()
@@ -106,19 +125,22 @@ def by_hand(
     for number, cut in enumerate(cuts):
         layer = cut.start - 1
         with passed(student, cuts[:number]):
-            rows = [list(column) for column in stacked_states(student, calibration, layer, cut.stop)]
+            rows = [list(column) for column in stacked_states(name, student, calibration, layer, cut.stop)]
         if target == "dense":
-            rows[2] = stacked_states(model, calibration, layer, cut.stop)[2]
+            rows[2] = stacked_states(name, model, calibration, layer, cut.stop)[2]
         fit, held_out = ([np.concatenate([column[i] for i in part]) for column in rows] for _, part in parts.items())
-        found: dict[float | None, np.ndarray] = {None: np.eye(fit[0].shape[1])}
+        width = fit[0].shape[1]
+        found: dict[float | None, np.ndarray] = {
+            None: np.zeros((width, fit[2].shape[1])) if name == "refit" else np.eye(width)
+        }
         found |= {ridge: solved(name, *fit, ridge) for ridge in RIDGES}
-        errors = {ridge: relative_error(*held_out, factor) for ridge, factor in found.items()}
+        errors = {ridge: relative_error(name, *held_out, factor) for ridge, factor in found.items()}
         ridge = min(errors, key=lambda each: errors[each])
         path = f"{model.adapter.layers}.{layer}."
         new = {
             path + key: value.detach().float()
             for key, value in fold_by_hand(
-                student.layers[layer], branch.last, torch.from_numpy(found[ridge]), branch.offset
+                name, student.layers[layer], branch.last, torch.from_numpy(found[ridge]), branch.offset
             ).items()
         }
         before = mean_losses(student, calibration, removed)
@@ -142,6 +164,9 @@ def by_hand(
         (Tiny("gpt_neox", 0), "linear", "local"),
         (Tiny("mixtral", 0), "linear", "dense"),
         (Tiny("opt", 0), "linear", "dense"),
+        (Tiny("llama", 1), "refit", "dense"),
+        (Tiny("gpt2", 0), "refit", "local"),
+        (Tiny("opt", 0), "refit", "dense"),
         (Tiny("qwen2", 1), "scale", "dense"),
         (Tiny("gemma3_text", 0), "scale", "local"),
         (Tiny("olmo2", 0), "scale", "dense"),

@@ -15,6 +15,48 @@ from sglp_llm.errors import UserError
 
 
 @contextmanager
+def branch_inputs(layer: nn.Module, branch: Branch) -> Iterator[list[Tensor]]:
+    """Inside the block the list holds what the branch's last linear gets in the layer's last call."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[:] = [args[0].detach()]
+
+    handle = layer.get_submodule(branch.last).register_forward_pre_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def inputs_of(layer: nn.Module, branch: Branch) -> int:
+    """Number of inputs of the branch's last linear."""
+    owner: Any = layer.get_submodule(branch.last)
+    return int(owner.weight.shape[0 if isinstance(owner, Conv1D) else 1])
+
+
+def changed(layer: nn.Module, branch: Branch, change: Tensor) -> dict[str, Tensor]:
+    """The new matrix of a branch's last linear.
+
+    Args:
+        layer: The decoder layer, in memory.
+        branch: One of its branches, which ends in a linear.
+        change: ``[inputs, outputs]``, added to the matrix.
+
+    Returns:
+        By the parameter's name in the layer, in its shape, float64.
+
+    Raises:
+        UserError: The layer is offloaded.
+    """
+    owner: Any = layer.get_submodule(branch.last)
+    weight: Tensor = owner.weight.detach()
+    refuse_offloaded(weight)
+    turned = change if isinstance(owner, Conv1D) else change.T
+    return {f"{branch.last}.weight": (weight.double() + turned.to(weight.device)).contiguous()}
+
+
+@contextmanager
 def branch_outputs(layer: nn.Module, branch: Branch) -> Iterator[list[Tensor]]:
     """Inside the block the list holds the branch's output in the layer's last call; its leading dimensions may be any."""
     seen: list[Tensor] = []

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from sglp_llm.adapters import Branch
 from sglp_llm.calibration import CalibrationSet, Parts, split
-from sglp_llm.compensation.repair.branch import branch_outputs, folded
 from sglp_llm.compensation.repair.settings import DEFAULTS, FitSettings
 from sglp_llm.engine.streamed import Step, layer_in_memory
 from sglp_llm.engine.streams import StateStreams, Visit, state_streams
@@ -32,22 +34,26 @@ _STUDENT, _DENSE, _PLAIN, _REPAIRED, _WITHOUT, _WITH = "student", "dense", "plai
 
 
 class CutFit(ABC):
-    """The fit at one cut ``[i, j)``: it sees all tokens once, then returns the factor to multiply the branch by."""
+    """The fit at one cut ``[i, j)``: it sees all tokens once, then returns new values for the layer before the cut."""
 
     @abstractmethod
-    def on_rows(self, part: str, branch: torch.Tensor, leaving: torch.Tensor, target: torch.Tensor) -> None:
-        """Called with the tokens of a batch, without padding: each ``[rows, hidden]``, on one device.
+    def watching(self, layer: nn.Module, branch: Branch) -> AbstractContextManager[list[torch.Tensor]]:
+        """Inside the block the list holds, after each call of the layer, what `on_rows` gets as ``part``."""
+
+    @abstractmethod
+    def on_rows(self, name: str, part: torch.Tensor, leaving: torch.Tensor, target: torch.Tensor) -> None:
+        """Called with the tokens of a batch, without padding: each ``[rows, width]``, on one device.
 
         Args:
-            part: ``fit`` or ``held_out``.
-            branch: The branch's output.
-            leaving: The hidden states that leave layer i-1; the branch's output is one summand of them.
+            name: ``fit`` or ``held_out``.
+            part: What `watching` has kept.
+            leaving: The hidden states that leave layer i-1.
             target: The target hidden states.
         """
 
     @abstractmethod
-    def factor(self, processes: Processes) -> torch.Tensor | None:
-        """The factor, ``[hidden, hidden]`` or one per channel, ``[hidden]``; ``None`` if no change was found that helps.
+    def new_values(self, layer: nn.Module, branch: Branch, processes: Processes) -> Mapping[str, torch.Tensor] | None:
+        """New values by the parameter's name in the layer, float64; ``None`` if no change was found that helps.
 
         A collective call with the same result in each process.
         """
@@ -202,13 +208,13 @@ class _Repairing:
         """New values of parameters by name, rounded to the stored dtype; `_PLAIN` becomes the student's stream without them."""
         streams, branch = self._streams, self._branch
         streams.branch(_STUDENT, _PLAIN)
-        with layer_in_memory(self._model, layer) as module, branch_outputs(module, branch) as outputs:
+        with layer_in_memory(self._model, layer) as module, fit.watching(module, branch) as seen:
 
             def visit(part: str) -> Visit:
                 def show(step: Step, leaving: torch.Tensor) -> None:
                     target = streams.states(_DENSE, step)
                     rows = slice(None) if step.mask is None else step.mask.flatten().to(target.device)
-                    given = outputs[0].reshape(leaving.shape)
+                    given = seen[0].reshape(*leaving.shape[:2], -1)
                     fit.on_rows(
                         part, *(each.to(target.device).flatten(0, 1)[rows] for each in (given, leaving, target))
                     )
@@ -216,10 +222,9 @@ class _Repairing:
                 return show
 
             streams.show(layer, _PLAIN, {part: visit(part) for part, _ in self._parts.items()})
-            factor = fit.factor(self._processes)
-            if factor is None:
+            values = fit.new_values(module, branch, self._processes)
+            if values is None:
                 return {}
-            values = folded(module, branch, factor)
             prefix = f"{self._model.adapter.layers}.{layer}."
             dtype_of = self._stored or (lambda _: self._model.model.dtype)
             return {prefix + name: value.to(dtype_of(prefix + name)).cpu() for name, value in values.items()}
