@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sglp_llm.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from sglp_llm.analysis.replanning import replan
     from sglp_llm.calibration import CalibrationSet
     from sglp_llm.checkpoint.export import drop_layers
     from sglp_llm.errors import UserError
@@ -34,6 +35,7 @@ __all__ = [
     "load_plan",
     "load_recipe",
     "prune",
+    "replan",
 ]
 
 # The module of each name. Importing them here would import torch, which costs `sglp-llm --help` two seconds (PEP 562).
@@ -52,6 +54,7 @@ _HOMES = {
     "load_plan": "plan",
     "load_recipe": "plan",
     "prune": "pipeline",
+    "replan": "analysis.replanning",
 }
 
 

@@ -49,6 +49,43 @@ class SimilarityMatrix:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """What a model takes in memory, by decoder layer.
+
+    Attributes:
+        itemsize: Bytes of one number, in the weights and in the KV cache.
+        outside: Number of parameters outside the decoder layers, tied ones once.
+        layers: Number of parameters of each decoder layer.
+        cached: How many numbers each decoder layer caches for a token: its keys and values.
+        cached_tokens: The largest number of tokens that each decoder layer caches; ``None`` without a sliding window.
+        positions: The longest context in tokens; ``None`` where the configuration sets no limit.
+    """
+
+    itemsize: int
+    outside: int
+    layers: tuple[int, ...]
+    cached: tuple[int, ...]
+    cached_tokens: tuple[int | None, ...]
+    positions: int | None
+
+    def params_without(self, removed: Sequence[int]) -> int:
+        """Number of parameters without the given layers."""
+        return self.outside + sum(self.layers) - sum(self.layers[layer] for layer in removed)
+
+    def cache_bytes_without(self, removed: Sequence[int], context: int) -> int:
+        """Bytes of the KV cache of one sequence of ``context`` tokens, without the given layers."""
+        return self.itemsize * sum(
+            numbers * (context if limit is None else min(context, limit))
+            for layer, (numbers, limit) in enumerate(zip(self.cached, self.cached_tokens, strict=True))
+            if layer not in removed
+        )
+
+    def bytes_without(self, removed: Sequence[int], context: int) -> int:
+        """Bytes of the weights and of that KV cache, without the given layers."""
+        return self.itemsize * self.params_without(removed) + self.cache_bytes_without(removed, context)
+
+
+@dataclass(frozen=True)
 class Budget:
     """How much to remove: exactly one of the three.
 
@@ -95,6 +132,7 @@ class PrunePlan:
         segments: The partition of the layers that was used; empty when there was none.
         scores: Per-layer scores by name, each of length ``num_layers``.
         similarity: The CKA matrix that the segments come from; ``None`` when there was none.
+        footprint: What the original model takes in memory, in the dtype of the checkpoint; ``None`` when it is not known.
         budget: The requested budget, as in `Budget.to_dict`.
         settings: Every other setting that led to the plan.
         versions: Versions of the software that made it.
@@ -110,6 +148,7 @@ class PrunePlan:
     segments: tuple[Segment, ...] = ()
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     similarity: SimilarityMatrix | None = None
+    footprint: Footprint | None = None
     budget: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -130,14 +169,22 @@ class Analysis:
     Attributes:
         plan: Which layers are kept.
         calibration_loss: Mean loss of the calibration sequences in nats per token; ``None`` when no gradients were computed.
-        params_before: Parameters of the model.
-        params_after: Parameters with the plan's layers removed.
     """
 
     plan: PrunePlan
     calibration_loss: float | None
-    params_before: int
-    params_after: int
+
+    @property
+    def params_before(self) -> int:
+        """Parameters of the model."""
+        assert self.plan.footprint is not None
+        return self.plan.footprint.params_without(())
+
+    @property
+    def params_after(self) -> int:
+        """Parameters without the plan's removed layers."""
+        assert self.plan.footprint is not None
+        return self.plan.footprint.params_without(self.plan.removed)
 
     @property
     def similarity(self) -> SimilarityMatrix | None:

@@ -10,14 +10,14 @@ from sglp_llm.analysis.observing import Observations
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.compensation import NONE, Compensated, FitSettings, Method, get_method
 from sglp_llm.criteria import SetCriterion
+from sglp_llm.errors import UserError
 from sglp_llm.method.segmentation import segment_layers
-from sglp_llm.method.selection import layers_to_remove, removable_layers, set_to_remove
-from sglp_llm.models.loading import DecoderModel
+from sglp_llm.method.selection import check_budget, layers_to_remove, removable_layers, set_to_remove
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
-from sglp_llm.records import Segment
+from sglp_llm.records import Footprint, Segment, SimilarityMatrix
 
 _CANDIDATE_SAMPLES = 32
 """Sequences on which the candidate sets of a search are compensated, to take the best of them."""
@@ -25,8 +25,20 @@ _CANDIDATE_HELD_OUT = 0.25
 """Least share of these that is held out to compare the sets: the loss of only a few sequences is mostly noise."""
 
 
+def check_selection(recipe: Recipe, num_layers: int) -> None:
+    """Rejects, before any work is done, a number of segments or a budget that does not fit a model of this depth.
+
+    Raises:
+        UserError: One does not.
+    """
+    segments = recipe.num_segments if isinstance(recipe.num_segments, int) and recipe.is_segmented else 1
+    if segments > num_layers:
+        raise UserError(f"num_segments: {segments} segments are more than the model's {num_layers} decoder layers")
+    check_budget(recipe.budget, num_layers, (recipe.protect.first, recipe.protect.last), segments)
+
+
 def choose_layers(
-    recipe: Recipe, model: DecoderModel, observations: Observations
+    recipe: Recipe, footprint: Footprint, observations: Observations
 ) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
     """Chooses the layers to remove, by the recipe's criterion and budget.
 
@@ -37,17 +49,37 @@ def choose_layers(
         UserError: The budget cannot be met.
     """
     criterion = observations.criteria[recipe.deciding_criterion]
-    protect = (recipe.protect.first, recipe.protect.last)
-    segments: tuple[Segment, ...] = (Segment(0, model.num_layers),)
+    if not isinstance(criterion, SetCriterion):
+        scores = observations.scores()[recipe.deciding_criterion]
+        return choose_by_scores(recipe, scores, observations.similarity, footprint)
+    num_layers, protect = len(footprint.layers), (recipe.protect.first, recipe.protect.last)
+    removed = set_to_remove(recipe.budget, num_layers, criterion.choose, protect, footprint.params_without)
+    return removed, (Segment(0, num_layers),)
+
+
+def choose_by_scores(
+    recipe: Recipe, scores: Sequence[float], similarity: SimilarityMatrix | None, footprint: Footprint | None
+) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
+    """The choice of `choose_layers` for a criterion that gives scores.
+
+    Args:
+        recipe: For the budget, the segments and the protected layers.
+        scores: The deciding criterion's, one per layer.
+        similarity: The CKA matrix; needed with segments only.
+        footprint: What the model takes in memory; needed for ``target_params`` only.
+
+    Raises:
+        UserError: The budget cannot be met.
+    """
+    segments: tuple[Segment, ...] = (Segment(0, len(scores)),)
     if recipe.is_segmented:
-        assert observations.similarity is not None
+        assert similarity is not None
         k = None if recipe.num_segments == "auto" else recipe.num_segments
-        segments = segment_layers(observations.similarity, k, recipe.features, recipe.min_drop, recipe.segments_rule)
-    if isinstance(criterion, SetCriterion):
-        left = model.parameters_without
-        return set_to_remove(recipe.budget, model.num_layers, criterion.choose, protect, left), segments
-    scores = observations.scores()[recipe.deciding_criterion]
-    return layers_to_remove(recipe.budget, segments, scores, protect, model.parameters_without), segments
+        segments = segment_layers(similarity, k, recipe.features, recipe.min_drop, recipe.segments_rule)
+    left = None if footprint is None else footprint.params_without
+    return layers_to_remove(
+        recipe.budget, segments, scores, (recipe.protect.first, recipe.protect.last), left
+    ), segments
 
 
 def compensate(
@@ -120,21 +152,20 @@ def decide(
     Raises:
         UserError: See `choose_layers` and `compensate`.
     """
-    model = opened.load()
-    removed, segments = choose_layers(recipe, model, observations)
-    sets = [removed] if recipe.compensate == NONE else finalists(recipe, model, observations, removed)
+    removed, segments = choose_layers(recipe, opened.footprint(), observations)
+    sets = [removed] if recipe.compensate == NONE else finalists(recipe, opened.num_layers, observations, removed)
     removed, compensated = repair_best(opened, recipe, calibration, sets, progress, processes)
     return Decision(removed, segments, compensated)
 
 
 def finalists(
-    recipe: Recipe, model: DecoderModel, observations: Observations, removed: Sequence[int]
+    recipe: Recipe, num_layers: int, observations: Observations, removed: Sequence[int]
 ) -> list[tuple[int, ...]]:
     """The candidate sets of the recipe's criterion: first the choice of `choose_layers`, then runners-up, if it has any."""
     criterion = observations.criteria[recipe.deciding_criterion]
     if not isinstance(criterion, SetCriterion):
         return [tuple(removed)]
-    among = removable_layers(model.num_layers, (recipe.protect.first, recipe.protect.last))
+    among = removable_layers(num_layers, (recipe.protect.first, recipe.protect.last))
     return [tuple(removed), *(tuple(sorted(each)) for each in criterion.runners_up(len(removed), among))]
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglp_llm.adapters import get_adapter
+from sglp_llm.analysis.decisions import check_selection
 from sglp_llm.analysis.observing import check_criteria, check_journal
 from sglp_llm.calibration import CalibrationSet, calibration_set, check_spec
 from sglp_llm.calibration.cache import cache_folder
@@ -25,7 +26,6 @@ from sglp_llm.engine.heap import trim
 from sglp_llm.errors import UserError
 from sglp_llm.memory import EngineMemory, FreeMemory
 from sglp_llm.memory.prediction import chosen_engine, forecast
-from sglp_llm.method.selection import check_budget
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe
 from sglp_llm.processes import ALONE, Processes
@@ -251,12 +251,7 @@ def _checked(
     opened = _found(model, recipe, tokenizer, processes)
     check_compensation(recipe.compensate, get_adapter(opened.identity.model_type), opened.config, recipe.samples)
     for each in recipes:
-        segments = each.num_segments if isinstance(each.num_segments, int) and each.is_segmented else 1
-        if segments > opened.num_layers:
-            raise UserError(
-                f"num_segments: {segments} segments are more than the model's {opened.num_layers} decoder layers"
-            )
-        check_budget(each.budget, opened.num_layers, (each.protect.first, each.protect.last), segments)
+        check_selection(each, opened.num_layers)
     longest = _positions(opened)
     if longest is not None and recipe.seq_len > longest:
         raise UserError(

@@ -50,7 +50,7 @@ def run_analysis(
     scores = observations.scores()
     decision = decide(opened, recipe, calibration, observations, progress, processes)
     removed, segments, compensated = decision.removed, decision.segments, decision.compensated
-    settings = plan_settings(recipe, calibration, removed)
+    settings = {**plan_settings(recipe, removed), "calibration_hash": calibration.hash}
     for name, criterion in observations.criteria.items():
         if report := criterion.report():
             assert name not in settings
@@ -63,25 +63,24 @@ def run_analysis(
         segments=segments,
         scores=scores,
         similarity=observations.similarity or observations.criteria[recipe.deciding_criterion].cka,
+        footprint=opened.footprint(),
         budget=recipe.budget.to_dict(),
         settings=settings,
         versions=software_versions(),
         replaced=compensated.replaced,
         compensation=compensated.report,
     )
-    left = model.parameters_without(removed)
-    return Analysis(plan, observations.loss, model.num_parameters, left)
+    return Analysis(plan, observations.loss)
 
 
-def plan_settings(recipe: Recipe, calibration: CalibrationSet, removed: Sequence[int]) -> dict[str, Any]:
-    """The settings that led to a plan, for `PrunePlan.settings`; the budget has a field of its own.
+def plan_settings(recipe: Recipe, removed: Sequence[int]) -> dict[str, Any]:
+    """The recipe that led to a plan, for `PrunePlan.settings`; the budget has a field of its own.
 
     Args:
         recipe: All settings.
-        calibration: The sequences.
         removed: The removed layers, in the order in which the criterion removes them.
     """
-    settings = {**recipe.to_dict(), "calibration_hash": calibration.hash, "scored_by": recipe.deciding_criterion}
+    settings = {**recipe.to_dict(), "scored_by": recipe.deciding_criterion}
     # Recorded elsewhere, about the export only, or without influence on the plan.
     idle = ("held_out", "candidates") if recipe.compensate == NONE else ()
     for key in (

@@ -80,16 +80,22 @@ def analysis_to_dict(analysis: Analysis) -> dict[str, Any]:
 
 def print_analysis(analysis: Analysis) -> None:
     """The layer table, then what would be removed."""
-    plan = analysis.plan
+    print_plan(analysis.plan, analysis.calibration_loss)
+
+
+def print_plan(plan: PrunePlan, calibration_loss: float | None = None) -> None:
+    """The layer table, then what would be removed."""
     _print_layers(plan)
     print()
-    if analysis.calibration_loss is not None:
-        print(f"Calibration loss  {analysis.calibration_loss:.4f} nats a token")
+    if calibration_loss is not None:
+        print(f"Calibration loss  {calibration_loss:.4f} nats a token")
     if len(plan.segments) > 1:
         print(f"Segments          {'  '.join(f'{segment.start}..{segment.stop - 1}' for segment in plan.segments)}")
     print(f"Removed           {_removed(plan)}")
     _print_compensation(plan)
-    print(f"Parameters        {show_count(analysis.params_before)} -> {show_count(analysis.params_after)}")
+    if (footprint := plan.footprint) is not None:
+        before, after = (show_count(footprint.params_without(removed)) for removed in ((), plan.removed))
+        print(f"Parameters        {before} -> {after}")
 
 
 def report_to_dict(report: RunReport) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sglp_llm.cli.heal import heal
 from sglp_llm.cli.members import list_members
 from sglp_llm.cli.plan_memory import plan_memory
 from sglp_llm.cli.prune import prune
+from sglp_llm.cli.replan import replan
 from sglp_llm.cli.report import report
 from sglp_llm.errors import UserError
 from sglp_llm.processes import process_count, process_index
@@ -31,6 +32,7 @@ app = typer.Typer(
 
 app.command()(analyze)
 app.command()(prune)
+app.command()(replan)
 app.command()(heal)
 app.command()(report)
 app.command(name="eval")(evaluate)

@@ -72,6 +72,13 @@ SegmentsRule = Annotated[
     str | None,
     typer.Option(help="How that number is found: auto (default), or paper, as the paper's published code does."),
 ]
+Features = Annotated[
+    str | None, typer.Option(help="What segments are computed from: column_sum (default) or rows of the CKA matrix.")
+]
+MinDrop = Annotated[
+    float | None,
+    typer.Option(help="No more segments where one more lowers the Fisher loss by less than this share. Default: 0.05."),
+]
 Option = Annotated[list[str] | None, typer.Option(help="CRITERION.KEY=VALUE, such as angular.tokens=all; repeatable.")]
 Kernel = Annotated[str | None, typer.Option(help="CKA kernel: cosine (default) or linear (the paper's).")]
 ProtectFirst = Annotated[int | None, typer.Option(help="Layers at the front that are never removed. Default: 0.")]
@@ -97,6 +104,8 @@ DECIDING = [
     "segments",
     "num_segments",
     "segments_rule",
+    "features",
+    "min_drop",
     "kernel",
     "protect_first",
     "protect_last",
@@ -110,15 +119,15 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
     from sglp_llm.sizes import parse_count
 
     names = (
-        "ratio drop criterion also segments calibration samples seq_len seed trial_samples journal batch_size kernel "
-        "engine scratch compensate segments_rule revision dtype device_map max_shard_size"
+        "ratio drop criterion also segments calibration samples seq_len seed trial_samples journal batch_size kernel features "
+        "min_drop engine scratch compensate segments_rule revision dtype device_map max_shard_size"
     )
     settings = {name: arguments.get(name) for name in names.split()}
     settings["also"] = settings["also"] or None
     if (target := arguments.get("target_params")) is not None:
         target = parse_count(target)
     number = arguments.get("num_segments")
-    options = _options(arguments["option"] or [])
+    options = _options(arguments.get("option") or [])
     if (budget := arguments.get("search_budget")) is not None:
         options["search"] = {**options.get("search", {}), "budget": budget}
     protect = {"first": arguments.get("protect_first"), "last": arguments.get("protect_last")}

@@ -79,8 +79,8 @@ def choices(
 
 
 def _sets(opened: OpenedModel, recipe: Recipe, observations: Observations) -> list[tuple[int, ...]]:
-    removed, _ = choose_layers(recipe, opened.load(), observations)
-    return finalists(recipe, opened.load(), observations, removed)
+    removed, _ = choose_layers(recipe, opened.footprint(), observations)
+    return finalists(recipe, opened.num_layers, observations, removed)
 
 
 def _greedy(

@@ -196,7 +196,7 @@ def _decided(run: RunOfComparison, method: str, recipe: Recipe, sets: Sequence[S
             source=run.opened.identity,
             revision=run.opened.revision,
             budget=recipe.budget.to_dict(),
-            settings=plan_settings(recipe, run.calibration, removed),
+            settings={**plan_settings(recipe, removed), "calibration_hash": run.calibration.hash},
             versions=software_versions(),
             replaced=replaced,
             compensation=report,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 
+from sglp_llm.models.footprint import attention_windows, footprint_of, head_size
 from sglp_llm.models.loading import DecoderModel
 
 
@@ -46,35 +46,20 @@ def count_costs(decoder: DecoderModel, context: int) -> Costs:
         decoder: The model.
         context: See `Costs`; at least 1.
     """
-    config = decoder.model.config
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    entry = 2 * key_heads * head_size * decoder.model.dtype.itemsize  # a key and a value
-    windows = _windows(decoder)
+    config, dtype = decoder.model.config, decoder.model.dtype
+    footprint = footprint_of(decoder, dtype)
+    windows = attention_windows(config)
     seen = sum(context if window is None else min(context, window) for window in windows)
-    # A sliding-window layer caches what the next token will attend to beside itself.
-    kept = sum(context if window is None else min(context, window - 1) for window in windows)
-    parameters = list(decoder.model.parameters())
     return Costs(
         layers=decoder.num_layers,
-        parameters=sum(parameter.numel() for parameter in parameters),
-        layer_parameters=sum(parameter.numel() for parameter in decoder.layers.parameters()),
-        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        parameters=footprint.params_without(()),
+        layer_parameters=sum(footprint.layers),
+        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in decoder.model.parameters()),
         context=context,
-        flops_per_token=2 * _active_weights(decoder) + 4 * config.num_attention_heads * head_size * seen,
-        kv_cache_bytes_per_token=entry * len(windows),
-        kv_cache_bytes=entry * kept,
+        flops_per_token=2 * _active_weights(decoder) + 4 * config.num_attention_heads * head_size(config) * seen,
+        kv_cache_bytes_per_token=footprint.itemsize * sum(footprint.cached),
+        kv_cache_bytes=footprint.cache_bytes_without((), context),
     )
-
-
-def _windows(decoder: DecoderModel) -> list[int | None]:
-    """How many tokens each decoder layer's attention sees, the current one included; None where there is no limit.
-
-    Read from the cache that transformers makes for the configuration, because families configure it differently.
-    """
-    cache = DynamicCache(config=decoder.model.config)
-    assert len(cache.layers) == decoder.num_layers
-    return [int(layer.sliding_window) if layer.is_sliding else None for layer in cache.layers]
 
 
 def _active_weights(decoder: DecoderModel) -> int:

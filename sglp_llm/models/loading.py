@@ -64,10 +64,6 @@ class DecoderModel:
         """Number of parameters, tied ones once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def parameters_without(self, removed: tuple[int, ...]) -> int:
-        """Number of parameters without those of the given layers."""
-        return self.num_parameters - sum(p.numel() for layer in removed for p in self.layers[layer].parameters())
-
 
 def wrap_model(model: PreTrainedModel) -> DecoderModel:
     """Wraps a live transformers model.
@@ -155,14 +151,14 @@ def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = No
     check_streamable(source)
     # Buffers are real: rotary frequencies and embedding scales are in no file.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(source.config, dtype=DTYPES.get(dtype) or _stored_dtype(source))
+        model = AutoModelForCausalLM.from_config(source.config, dtype=DTYPES.get(dtype) or checkpoint_dtype(source))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = LayerWeights(source, model.eval(), device, scratch)
     return DecoderModel(model, source.adapter, weights.unused_tensors, weights)
 
 
-def _stored_dtype(source: Source) -> torch.dtype:
-    """The dtype that transformers' ``dtype="auto"`` means: the configuration's, otherwise the first floating point tensor's."""
+def checkpoint_dtype(source: Source) -> torch.dtype:
+    """What transformers' ``dtype="auto"`` means for safetensors: the configuration's, or the first floating point tensor's."""
     assert source.index is not None
     if isinstance(named := getattr(source.config, "dtype", None), torch.dtype):
         return named
@@ -188,7 +184,7 @@ def stored_dtype(source: Source, name: str) -> torch.dtype:
         match = pattern.match(entry.name)
         if match is not None and match[2] == wanted[2] and entry.dtype in _FLOATS:
             found[match[3]] = _FLOATS[entry.dtype]
-    return found.get(wanted[3]) or next(iter(found.values()), None) or _stored_dtype(source)
+    return found.get(wanted[3]) or next(iter(found.values()), None) or checkpoint_dtype(source)
 
 
 def load_tokenizer(source: Source) -> Any:

@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from sglp_llm.errors import UserError
+from sglp_llm.models.footprint import footprint_of
 from sglp_llm.models.loading import (
     DecoderModel,
     check_streamable,
+    checkpoint_dtype,
     load_model,
     load_streamed,
     load_tokenizer,
@@ -19,7 +21,7 @@ from sglp_llm.models.loading import (
     wrap_model,
 )
 from sglp_llm.models.source import Source, find_source, fingerprint
-from sglp_llm.records import ModelIdentity
+from sglp_llm.records import Footprint, ModelIdentity
 
 
 class OpenedModel:
@@ -133,6 +135,13 @@ class OpenedModel:
             else:
                 self._loaded = load_model(self.source, self._dtype, self._device_map)
         return self._loaded
+
+    def footprint(self) -> Footprint:
+        """What the model takes in memory, in the dtype that plain transformers loads an exported checkpoint in; loads it."""
+        decoder = self.load()
+        if self.source is None or self.source.index is None:
+            return footprint_of(decoder, decoder.model.dtype)
+        return footprint_of(decoder, checkpoint_dtype(self.source))
 
     @property
     def is_loaded(self) -> bool:

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from sglp_llm.errors import UserError
-from sglp_llm.records import ModelIdentity, Segment, SimilarityMatrix
+from sglp_llm.records import Footprint, ModelIdentity, Segment, SimilarityMatrix
 
 
 def checked_indices(value: object, num_layers: int, where: str) -> set[int]:
@@ -93,6 +93,29 @@ def similarity_of(value: object, num_layers: int, where: str) -> SimilarityMatri
     return SimilarityMatrix(torch.tensor(rows, dtype=torch.float64), fields["kernel"])
 
 
+def footprint_of(value: object, num_layers: int, where: str) -> Footprint | None:
+    """`PrunePlan.footprint`, from its fields.
+
+    Raises:
+        UserError: A field is unknown or missing, or not a count, or a list has not one count for each layer.
+    """
+    if value is None:
+        return None
+    names = ("itemsize", "outside", "layers", "cached", "cached_tokens", "positions")
+    fields = typed(value, dict, where, "footprint", f"an object with {', '.join(names)}")
+    if set(fields) != set(names):
+        raise UserError(f"{where}: footprint must have exactly {', '.join(names)}")
+    for name, fits in (("itemsize", _is_count), ("outside", _is_count), ("positions", _is_limit)):
+        if not fits(fields[name]):
+            raise UserError(f"{where}: footprint.{name} must be a whole number, not {fields[name]!r}")
+    for name, fits in (("layers", _is_count), ("cached", _is_count), ("cached_tokens", _is_limit)):
+        given = fields[name]
+        if not isinstance(given, list) or len(given) != num_layers or not all(map(fits, given)):
+            raise UserError(f"{where}: footprint.{name} must be a list of {num_layers} whole numbers")
+        fields = {**fields, name: tuple(given)}
+    return Footprint(**fields)
+
+
 def typed(value: object, kind: type | tuple[type, ...], where: str, name: str, expected: str) -> Any:
     """The value, if it is of that type.
 
@@ -111,3 +134,11 @@ def _are_numbers(values: object, count: int) -> bool:
         and len(values) == count
         and all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in values)  # NaN is not
     )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_limit(value: object) -> bool:
+    return value is None or _is_count(value)

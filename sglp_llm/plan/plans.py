@@ -8,11 +8,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglp_llm.errors import UserError, unknown
-from sglp_llm.plan.plan_fields import checked_indices, identity_of, scores_of, segments_of, similarity_of, typed
+from sglp_llm.plan.plan_fields import (
+    checked_indices,
+    footprint_of,
+    identity_of,
+    scores_of,
+    segments_of,
+    similarity_of,
+    typed,
+)
 from sglp_llm.records import PrunePlan
 
 if TYPE_CHECKING:
@@ -33,6 +42,7 @@ KEYS = (
     "segments",
     "scores",
     "similarity",
+    "footprint",
     "budget",
     "settings",
     "versions",
@@ -75,6 +85,7 @@ def plan_to_dict(plan: PrunePlan) -> dict[str, Any]:
         "similarity": None
         if plan.similarity is None
         else {"kernel": plan.similarity.kernel, "values": plan.similarity.values.tolist()},
+        "footprint": None if plan.footprint is None else asdict(plan.footprint),
         "budget": dict(plan.budget),
         "settings": dict(plan.settings),
         "versions": dict(plan.versions),
@@ -151,6 +162,7 @@ def plan_from_dict(data: object, where: str = "plan", folder: Path | None = None
         segments=segments_of(optional.get("segments", []), num_layers, where),
         scores=scores_of(optional.get("scores", {}), num_layers, where),
         similarity=similarity_of(fields.get("similarity"), num_layers, where),
+        footprint=footprint_of(fields.get("footprint"), num_layers, where),
         budget=typed(optional.get("budget", {}), dict, where, "budget", "an object"),
         settings=typed(optional.get("settings", {}), dict, where, "settings", "an object"),
         versions=typed(optional.get("versions", {}), dict, where, "versions", "an object"),

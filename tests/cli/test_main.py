@@ -20,7 +20,7 @@ from sglp_llm.plan import load_recipe
 from sglp_llm.plan.plans import KEYS
 
 PLAN_KEYS = {"schema_version", "source", "revision", "num_layers", "kept", "removed", "segments", "scores"}
-PLAN_KEYS |= {"similarity", "budget", "settings", "versions"}
+PLAN_KEYS |= {"similarity", "footprint", "budget", "settings", "versions"}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sglp_llm.errors import UserError
 from sglp_llm.plan import load_plan, plan_from_indices, plan_to_dict, save_plan
 from sglp_llm.plan.plans import KEYS, plan_from_dict
-from sglp_llm.records import ModelIdentity, PrunePlan, Segment, SimilarityMatrix
+from sglp_llm.records import Footprint, ModelIdentity, PrunePlan, Segment, SimilarityMatrix
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 PLAIN = st.recursive(
@@ -27,6 +27,12 @@ PLAIN = st.recursive(
 def random_similarity(depth: int, seed: int, kernel: str) -> SimilarityMatrix:
     values = torch.rand(depth, depth, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return SimilarityMatrix(values, kernel)
+
+
+def footprints(depth: int) -> st.SearchStrategy[Footprint]:
+    count = st.integers(0, 10**12)
+    each, limits = st.tuples(*[count] * depth), st.tuples(*[st.none() | count] * depth)
+    return st.builds(Footprint, count, count, each, each, limits, st.none() | count)
 
 
 @st.composite
@@ -43,6 +49,7 @@ def plans(draw: st.DrawFn) -> PrunePlan:
         segments=draw(st.sampled_from([(), segments])),
         scores=draw(st.dictionaries(st.text(), st.tuples(*[NUMBERS] * depth), max_size=2)),
         similarity=draw(st.none() | st.builds(random_similarity, st.just(depth), st.integers(0, 99), st.text())),
+        footprint=draw(st.none() | footprints(depth)),
         budget=draw(st.sampled_from([{}, {"ratio": 0.25}, {"drop": 3}, {"target_params": 10**12}])),
         settings=draw(st.dictionaries(st.text(), PLAIN, max_size=3)),
         versions=draw(st.dictionaries(st.text(), st.text(), max_size=3)),
@@ -103,9 +110,11 @@ def test_a_file_with_a_byte_order_mark_as_some_editors_write_it(tmp_path: Path) 
 
 
 SOURCE = {"name": "a", "model_type": "llama", "fingerprint": "sha256:0"}
+FOOTPRINT = {"itemsize": 2, "outside": 1, "positions": None}
+FOOTPRINT |= {"layers": [1] * 4, "cached": [1] * 4, "cached_tokens": [None] * 4}
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"removd": [1]}, "unknown key 'removd'; did you mean 'removed'?"),
-    ({"xyzzy": 1}, "unknown key 'xyzzy'. Known: budget, compensation, kept,"),
+    ({"xyzzy": 1}, "unknown key 'xyzzy'. Known: budget, compensation, footprint, kept,"),
     ({"schema_version": 2}, "schema_version 2 is not 1"),
     ({"schema_version": None}, "schema_version None is not 1"),
     ({"schema_version": True}, "schema_version True is not 1"),
@@ -147,6 +156,14 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"similarity": {"kernel": "", "values": [[1] * 4] * 3}}, "similarity.values must be 4 lists of 4 numbers"),
     ({"similarity": {"kernel": "", "values": [[1] * 3] * 4}}, "similarity.values must be 4 lists of 4 numbers"),
     ({"similarity": {"kernel": "", "values": [["1"] * 4] * 4}}, "similarity.values must be 4 lists of 4 numbers"),
+    ({"footprint": 1}, "footprint must be an object with itemsize, outside, layers"),
+    ({"footprint": {**FOOTPRINT, "more": 1}}, "footprint must have exactly itemsize, outside, layers"),
+    ({"footprint": {**FOOTPRINT, "itemsize": 2.0}}, "footprint.itemsize must be a whole number, not 2.0"),
+    ({"footprint": {**FOOTPRINT, "outside": None}}, "footprint.outside must be a whole number, not None"),
+    ({"footprint": {**FOOTPRINT, "positions": -1}}, "footprint.positions must be a whole number, not -1"),
+    ({"footprint": {**FOOTPRINT, "layers": [1] * 3}}, "footprint.layers must be a list of 4 whole numbers"),
+    ({"footprint": {**FOOTPRINT, "cached": [1, 1, 1, None]}}, "footprint.cached must be a list of 4 whole numbers"),
+    ({"footprint": {**FOOTPRINT, "cached_tokens": 4}}, "footprint.cached_tokens must be a list of 4 whole numbers"),
     ({"budget": [1]}, "budget must be an object, not list"),
     ({"budget": 0}, "budget must be an object, not int"),
     ({"settings": "x"}, "settings must be an object, not str"),

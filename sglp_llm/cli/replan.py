@@ -1,0 +1,79 @@
+"""``sglp-llm replan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sglp_llm.cli.options import (
+    CriterionName,
+    Drop,
+    Features,
+    Json,
+    MinDrop,
+    NumSegments,
+    ProtectFirst,
+    ProtectLast,
+    Ratio,
+    Segments,
+    SegmentsRule,
+    TargetParams,
+    settings_of,
+)
+from sglp_llm.cli.quiet import prepare
+from sglp_llm.errors import UserError
+
+
+def replan(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="sglp_plan.json, or the folder it is in.")],
+    ratio: Ratio = None,
+    drop: Drop = None,
+    target_params: TargetParams = None,
+    criterion: CriterionName = None,
+    segments: Segments = None,
+    num_segments: NumSegments = None,
+    segments_rule: SegmentsRule = None,
+    features: Features = None,
+    min_drop: MinDrop = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    compensate: Annotated[
+        str | None, typer.Option(help="none: leave out the compensation, which is fitted to the removed layers.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output file if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Choose layers again from the scores in a plan, without the model. Writes nothing without --output."""
+    settings = {name: value for name, value in settings_of(locals()).items() if value is not None}
+    console = prepare()
+    from sglp_llm.analysis.replanning import replan
+    from sglp_llm.plan import PLAN_FILE_NAME, save_plan
+
+    if output is not None:
+        _check_output(output, plan / PLAN_FILE_NAME if plan.is_dir() else plan, overwrite)
+    found = replan(plan, **settings)
+    if output is not None:
+        partial = output.with_name(f".{output.name}.partial")
+        save_plan(found, partial)
+        partial.replace(output)
+    if as_json:
+        console.print_json(console.plan_to_dict(found))
+        return
+    console.print_plan(found)
+    if output is not None:
+        print(f"Written           {output}")
+
+
+def _check_output(output: Path, read: Path, overwrite: bool) -> None:
+    """Refuses an output file that cannot be written or must not be replaced."""
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; the output is a file, such as plan.json")
+    if not output.parent.is_dir():
+        raise UserError(f"{output}: there is no folder {output.parent}")
+    if output.exists() and output.samefile(read):
+        raise UserError(f"{output}: is the plan that is read, and belongs to what lies beside it; choose another file")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output}: already exists; choose another file, or replace it with --overwrite")
