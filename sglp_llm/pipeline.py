@@ -218,7 +218,7 @@ def _prune(
                 analysis = run_analysis(found, recipe, progress, processes)
             plan = analysis.plan
         else:
-            raise UserError("how much to remove? Give a ratio, a number of layers to drop, target_params, or a plan")
+            raise UserError("how much to remove? Give a ratio, a number of layers to drop, a target, or a plan")
         opened = found.model
         plan = replace(plan, replaced=as_stored(opened.config, opened.source, plan.replaced))
     plan = replace(plan, source=plan.source or opened.identity, versions=plan.versions or software_versions())

@@ -87,19 +87,21 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to remove: exactly one of the three.
+    """How much to remove: exactly one of these.
 
     Attributes:
         ratio: Share of the decoder layers, in (0, 1); ``floor(ratio * L + 0.5)`` layers are removed.
         drop: Number of decoder layers.
         target_params: Largest number of parameters that may remain; as few layers as possible are removed to reach it.
+        target_memory: The same for the bytes of weights and KV cache of one sequence, such as ``6GB``.
     """
 
     ratio: float | None = None
     drop: int | None = None
     target_params: int | None = None
+    target_memory: str | None = None
 
-    def to_dict(self) -> dict[str, float | int]:
+    def to_dict(self) -> dict[str, float | int | str]:
         """The one field that is set, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 

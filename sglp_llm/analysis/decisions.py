@@ -7,12 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sglp_llm.analysis.observing import Observations
+from sglp_llm.analysis.targets import wanted
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.compensation import NONE, Compensated, FitSettings, Method, get_method
 from sglp_llm.criteria import SetCriterion
 from sglp_llm.errors import UserError
 from sglp_llm.method.segmentation import segment_layers
-from sglp_llm.method.selection import check_budget, layers_to_remove, removable_layers, set_to_remove
+from sglp_llm.method.selection import (
+    Target,
+    check_budget,
+    check_target,
+    layers_to_remove,
+    removable_layers,
+    set_to_remove,
+)
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe
 from sglp_llm.processes import ALONE, Processes
@@ -31,10 +39,22 @@ def check_selection(recipe: Recipe, num_layers: int) -> None:
     Raises:
         UserError: One does not.
     """
-    segments = recipe.num_segments if isinstance(recipe.num_segments, int) and recipe.is_segmented else 1
-    if segments > num_layers:
-        raise UserError(f"num_segments: {segments} segments are more than the model's {num_layers} decoder layers")
-    check_budget(recipe.budget, num_layers, (recipe.protect.first, recipe.protect.last), segments)
+    if _segments(recipe) > num_layers:
+        raise UserError(
+            f"num_segments: {recipe.num_segments} segments are more than the model's {num_layers} decoder layers"
+        )
+    check_budget(recipe.budget, num_layers, _protect(recipe), _segments(recipe))
+
+
+def check_reachable(recipe: Recipe, footprint: Footprint) -> None:
+    """Rejects, before layers are scored, a target that the whole model reaches, or that no choice of layers can reach.
+
+    Raises:
+        UserError: See `check_target`.
+    """
+    target = wanted(recipe, footprint)
+    if isinstance(target, Target):
+        check_target(target, len(footprint.layers), _protect(recipe), _segments(recipe))
 
 
 def choose_layers(
@@ -52,8 +72,8 @@ def choose_layers(
     if not isinstance(criterion, SetCriterion):
         scores = observations.scores()[recipe.deciding_criterion]
         return choose_by_scores(recipe, scores, observations.similarity, footprint)
-    num_layers, protect = len(footprint.layers), (recipe.protect.first, recipe.protect.last)
-    removed = set_to_remove(recipe.budget, num_layers, criterion.choose, protect, footprint.params_without)
+    num_layers = len(footprint.layers)
+    removed = set_to_remove(wanted(recipe, footprint), num_layers, criterion.choose, _protect(recipe))
     return removed, (Segment(0, num_layers),)
 
 
@@ -66,7 +86,7 @@ def choose_by_scores(
         recipe: For the budget, the segments and the protected layers.
         scores: The deciding criterion's, one per layer.
         similarity: The CKA matrix; needed with segments only.
-        footprint: What the model takes in memory; needed for ``target_params`` only.
+        footprint: What the model takes in memory; needed with a target only.
 
     Raises:
         UserError: The budget cannot be met.
@@ -76,10 +96,16 @@ def choose_by_scores(
         assert similarity is not None
         k = None if recipe.num_segments == "auto" else recipe.num_segments
         segments = segment_layers(similarity, k, recipe.features, recipe.min_drop, recipe.segments_rule)
-    left = None if footprint is None else footprint.params_without
-    return layers_to_remove(
-        recipe.budget, segments, scores, (recipe.protect.first, recipe.protect.last), left
-    ), segments
+    return layers_to_remove(wanted(recipe, footprint), segments, scores, _protect(recipe)), segments
+
+
+def _protect(recipe: Recipe) -> tuple[int, int]:
+    return recipe.protect.first, recipe.protect.last
+
+
+def _segments(recipe: Recipe) -> int:
+    """The least number of segments."""
+    return recipe.num_segments if isinstance(recipe.num_segments, int) and recipe.is_segmented else 1
 
 
 def compensate(
@@ -165,7 +191,7 @@ def finalists(
     criterion = observations.criteria[recipe.deciding_criterion]
     if not isinstance(criterion, SetCriterion):
         return [tuple(removed)]
-    among = removable_layers(num_layers, (recipe.protect.first, recipe.protect.last))
+    among = removable_layers(num_layers, _protect(recipe))
     return [tuple(removed), *(tuple(sorted(each)) for each in criterion.runners_up(len(removed), among))]
 
 

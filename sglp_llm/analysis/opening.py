@@ -16,6 +16,7 @@ import torch
 from sglp_llm.adapters import get_adapter
 from sglp_llm.analysis.decisions import check_selection
 from sglp_llm.analysis.observing import check_criteria, check_journal
+from sglp_llm.analysis.targets import check_context
 from sglp_llm.calibration import CalibrationSet, calibration_set, check_spec
 from sglp_llm.calibration.cache import cache_folder
 from sglp_llm.calibration.self_text import self_text, tokens_to_write
@@ -252,6 +253,7 @@ def _checked(
     check_compensation(recipe.compensate, get_adapter(opened.identity.model_type), opened.config, recipe.samples)
     for each in recipes:
         check_selection(each, opened.num_layers)
+    check_context(recipe, _positions(opened), opened.identity.name)
     longest = _positions(opened)
     if longest is not None and recipe.seq_len > longest:
         raise UserError(

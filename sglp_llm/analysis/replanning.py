@@ -8,8 +8,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from sglp_llm.analysis.decisions import check_selection, choose_by_scores
+from sglp_llm.analysis.decisions import check_reachable, check_selection, choose_by_scores
 from sglp_llm.analysis.run import plan_settings
+from sglp_llm.analysis.targets import check_context
 from sglp_llm.compensation import NONE
 from sglp_llm.criteria import SetCriterion, criterion_names, get_criterion
 from sglp_llm.errors import UserError, unknown
@@ -18,7 +19,7 @@ from sglp_llm.plan.recipe import recipe_from_dict
 from sglp_llm.records import PrunePlan
 
 SETTINGS = (
-    *("ratio", "drop", "target_params"),
+    *("ratio", "drop", "target_params", "target_memory", "context"),
     *("criterion", "segments", "num_segments", "segments_rule", "features", "min_drop", "protect", "compensate"),
 )
 """What can be changed without the model."""
@@ -32,8 +33,9 @@ def replan(plan: PrunePlan | str | Path, **settings: Any) -> PrunePlan:
     Args:
         plan: The plan of an analysis, or the file or folder that it is in.
         **settings: Settings of the recipe that change; the others are the plan's. `SETTINGS` can: the budget (``ratio``,
-            ``drop``, ``target_params``), the segments, the protected layers, and the criterion, if the analysis scored layers by
-            it. A compensation is fitted to the removed layers: ``compensate="none"`` leaves it out.
+            ``drop``, ``target_params``, ``target_memory`` with ``context``), the segments, the protected layers, and the
+            criterion, if the analysis scored layers by it. A compensation is fitted to the removed layers:
+            ``compensate="none"`` leaves it out.
 
     Raises:
         UserError: The plan does not hold what the choice needs, such as scores; the message names the command that measures it.
@@ -48,6 +50,9 @@ def replan(plan: PrunePlan | str | Path, **settings: Any) -> PrunePlan:
     if problem := _missing(old, recipe):
         raise UserError(f"{problem}: {_fresh_analysis(old, where, {**recipe.budget.to_dict(), **settings})}")
     check_selection(recipe, old.num_layers)
+    if old.footprint is not None:
+        check_context(recipe, old.footprint.positions, "the model")
+        check_reachable(recipe, old.footprint)
     scores = old.scores[recipe.deciding_criterion]
     removed, segments = choose_by_scores(recipe, scores, old.similarity, old.footprint)
     measured = {key: value for key, value in old.settings.items() if key not in _settings_of_the_choice()}
@@ -85,8 +90,8 @@ def _missing(plan: PrunePlan, recipe: Recipe) -> str | None:
         return f"{recipe.compensate} is fitted to the removed layers on text; choose with compensate none, or analyse again"
     if recipe.is_segmented and plan.similarity is None:
         return "the plan has no CKA matrix, which segments come from; choose without segments, or analyse again"
-    if recipe.target_params is not None and plan.footprint is None:
-        return "the plan does not say how large the layers are, which target_params needs; analyse again"
+    if plan.footprint is None and (recipe.target_params or recipe.target_memory):
+        return "the plan does not say how large the layers are, which a target needs; analyse again"
     return None
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sglp_llm.analysis.decisions import decide
+from sglp_llm.analysis.decisions import check_reachable, decide
 from sglp_llm.analysis.observing import observe
 from sglp_llm.analysis.opening import Inputs
 from sglp_llm.calibration import CalibrationSet
@@ -45,6 +45,7 @@ def run_analysis(
     processes.check_same("calibration set", calibration.hash)
     journal = _journal(opened, recipe, calibration)
     model = opened.load()
+    check_reachable(recipe, opened.footprint())
     names = (recipe.deciding_criterion, *recipe.also)
     observations = observe(model, calibration, recipe, names, recipe.is_segmented, progress, processes, journal)
     scores = observations.scores()

@@ -21,6 +21,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from sglp_llm.analysis.observing import CKA_COLUMN_SUM
+from sglp_llm.analysis.targets import context_of
 from sglp_llm.evaluation.records import EvalResult, TaskScore
 from sglp_llm.evaluation.side_by_side import Row
 from sglp_llm.plan import plan_to_dict
@@ -96,6 +97,10 @@ def print_plan(plan: PrunePlan, calibration_loss: float | None = None) -> None:
     if (footprint := plan.footprint) is not None:
         before, after = (show_count(footprint.params_without(removed)) for removed in ((), plan.removed))
         print(f"Parameters        {before} -> {after}")
+        if "target_memory" in plan.budget:
+            context = context_of(plan.settings.get("context"), footprint)
+            before, after = (show_bytes(footprint.bytes_without(removed, context)) for removed in ((), plan.removed))
+            print(f"Memory            {before} -> {after}, weights and a KV cache of {context:,} tokens")
 
 
 def report_to_dict(report: RunReport) -> dict[str, Any]:

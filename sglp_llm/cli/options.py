@@ -30,6 +30,14 @@ Drop = Annotated[int | None, typer.Option(help="Number of decoder layers to remo
 TargetParams = Annotated[
     str | None, typer.Option(help="Remove the fewest layers that leave at most this many, e.g. 6.5B.")
 ]
+TargetMemory = Annotated[
+    str | None,
+    typer.Option(help="Remove the fewest layers until weights and KV cache of one sequence fit into this, e.g. 6GB."),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(help="Tokens in the KV cache of --target-memory. Default: the model's longest context, 4096 at most."),
+]
 CriterionName = Annotated[str | None, typer.Option("--criterion", help="sglp, or a name from `sglp-llm ls criteria`.")]
 Also = Annotated[list[str] | None, typer.Option(help="Score by this criterion too, in the same pass; repeatable.")]
 Calibration = Annotated[
@@ -96,6 +104,8 @@ DECIDING = [
     "ratio",
     "drop",
     "target_params",
+    "target_memory",
+    "context",
     "criterion",
     "also",
     "option",
@@ -119,8 +129,8 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
     from sglp_llm.sizes import parse_count
 
     names = (
-        "ratio drop criterion also segments calibration samples seq_len seed trial_samples journal batch_size kernel features "
-        "min_drop engine scratch compensate segments_rule revision dtype device_map max_shard_size"
+        "ratio drop target_memory context criterion also segments segments_rule features min_drop kernel calibration samples "
+        "seq_len seed trial_samples journal batch_size engine scratch compensate revision dtype device_map max_shard_size"
     )
     settings = {name: arguments.get(name) for name in names.split()}
     settings["also"] = settings["also"] or None

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sglp_llm.cli.options import (
+    Context,
     CriterionName,
     Drop,
     Features,
@@ -19,6 +20,7 @@ from sglp_llm.cli.options import (
     Ratio,
     Segments,
     SegmentsRule,
+    TargetMemory,
     TargetParams,
     settings_of,
 )
@@ -31,6 +33,8 @@ def replan(
     ratio: Ratio = None,
     drop: Drop = None,
     target_params: TargetParams = None,
+    target_memory: TargetMemory = None,
+    context: Context = None,
     criterion: CriterionName = None,
     segments: Segments = None,
     num_segments: NumSegments = None,

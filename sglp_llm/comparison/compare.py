@@ -39,7 +39,7 @@ MEASURED = "measured"
 _PLANS = "plans"
 # Settings that belong to single methods, or without influence on the numbers.
 _IDLE = (
-    "criterion also ratio drop target_params compensate held_out candidates "
+    "criterion also ratio drop target_params target_memory context compensate held_out candidates "
     "heal max_shard_size batch_size engine scratch journal"
 )
 

@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 from sglp_llm.errors import UserError
 from sglp_llm.records import Budget, Segment
+from sglp_llm.sizes import parse_bytes
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit for the shortened model: the fewest layers that reach it are removed.
+
+    Attributes:
+        said: The limit as the user gave it, with its name.
+        limit: The limit.
+        left: What the model has without the given layers; every layer adds its own share to it.
+        show: What is left, as the end of a sentence.
+    """
+
+    said: str
+    limit: float
+    left: Callable[[Sequence[int]], float]
+    show: Callable[[float], str]
+
+    def reached_without(self, removed: Sequence[int]) -> bool:
+        """Whether the model without these layers is within the limit."""
+        return self.left(removed) <= self.limit
 
 
 def layers_to_remove(
-    budget: Budget,
+    wanted: Budget | Target,
     segments: Sequence[Segment],
     scores: Sequence[float],
     protect: tuple[int, int] = (0, 0),
-    params_left: Callable[[tuple[int, ...]], int] | None = None,
 ) -> tuple[int, ...]:
     """Spreads the budget over the segments and removes the layers with the lowest scores inside each.
 
     Args:
-        budget: How much to remove.
+        wanted: How much to remove: a ratio or a number of layers, or what is to be reached.
         segments: A partition of the layers; one segment of all layers when there is no segmentation.
         scores: One score per layer, larger = keep.
         protect: Number of protected layers at the front and at the end.
-        params_left: Number of the model's parameters without the given layers; needed for ``target_params`` only.
 
     Returns:
         Indices of the removed layers, ascending.
@@ -31,32 +52,30 @@ def layers_to_remove(
     Raises:
         UserError: The budget removes no layer, or more than can be removed.
     """
-    capacities = segment_capacities(segments, protect)
-    if budget.target_params is None:
-        return lowest_scores(number_to_remove(budget, len(scores), sum(capacities)), segments, scores, protect)
-    assert params_left is not None
-    for n in range(1, sum(capacities) + 1):
+    capacity = sum(segment_capacities(segments, protect))
+    if isinstance(wanted, Budget):
+        return lowest_scores(number_to_remove(wanted, len(scores), capacity), segments, scores, protect)
+    removed: tuple[int, ...] = ()
+    for n in range(1, capacity + 1):
         removed = lowest_scores(n, segments, scores, protect)
-        if params_left(removed) <= budget.target_params:
+        if wanted.reached_without(removed):
             return removed
-    raise _unreachable(budget, sum(capacities), params_left(lowest_scores(sum(capacities), segments, scores, protect)))
+    raise _unreachable(wanted, removed)
 
 
 def set_to_remove(
-    budget: Budget,
+    wanted: Budget | Target,
     num_layers: int,
     choose: Callable[[int, Sequence[int]], Sequence[int]],
     protect: tuple[int, int] = (0, 0),
-    params_left: Callable[[tuple[int, ...]], int] | None = None,
 ) -> tuple[int, ...]:
     """The layers to remove for a criterion that chooses whole sets.
 
     Args:
-        budget: How much to remove.
+        wanted: As for `layers_to_remove`.
         num_layers: Number of decoder layers.
         choose: Takes a number of layers and the removable layers; returns the layers to remove.
         protect: Number of protected layers at the front and at the end.
-        params_left: As for `layers_to_remove`.
 
     Returns:
         Indices of the removed layers, in the criterion's own order.
@@ -64,39 +83,57 @@ def set_to_remove(
     Raises:
         UserError: The budget removes no layer, or more than can be removed.
     """
-    everything = [Segment(0, num_layers)]
-    removable, capacity = _removable(everything[0], num_layers, protect), sum(segment_capacities(everything, protect))
-    if budget.target_params is None:
-        return tuple(choose(number_to_remove(budget, num_layers, capacity), removable))
-    assert params_left is not None
-    by_size = sorted(removable, key=lambda layer: params_left((layer,)))
+    removable, capacity = removable_layers(num_layers, protect), _capacity(num_layers, protect)
+    if isinstance(wanted, Budget):
+        return tuple(choose(number_to_remove(wanted, num_layers, capacity), removable))
+    largest = _largest_first(wanted, removable)
     for n in range(1, capacity + 1):
-        if params_left(tuple(by_size[:n])) <= budget.target_params:  # otherwise no n layers can reach the target
+        if wanted.reached_without(largest[:n]):  # otherwise no n layers can reach the target
             removed = tuple(choose(n, removable))
-            if params_left(removed) <= budget.target_params:
+            if wanted.reached_without(removed):
                 return removed
-    raise _unreachable(budget, capacity, params_left(tuple(by_size[:capacity])))
+    raise _unreachable(wanted, largest[:capacity])
+
+
+def check_target(target: Target, num_layers: int, protect: tuple[int, int] = (0, 0), segments: int = 1) -> None:
+    """Rejects, before layers are chosen, a target that the whole model reaches, or that no choice of layers can reach.
+
+    Args:
+        target: What is to be reached.
+        num_layers: Number of decoder layers.
+        protect: Number of protected layers at the front and at the end.
+        segments: Least number of segments.
+
+    Raises:
+        UserError: It is one of these; the message says what the whole model has, or the least that can be left.
+    """
+    if target.reached_without(()):
+        raise UserError(f"{target.said} removes no layer: with all layers kept, {target.show(target.left(()))}")
+    largest = _largest_first(target, removable_layers(num_layers, protect))[: _capacity(num_layers, protect, segments)]
+    if not target.reached_without(largest):
+        raise _unreachable(target, largest)
 
 
 def check_budget(budget: Budget, num_layers: int, protect: tuple[int, int] = (0, 0), segments: int = 1) -> None:
     """Rejects, before any work is done, a budget that no segmentation into ``segments`` or more segments could meet.
 
     Raises:
-        UserError: Not exactly one of ratio, drop and target_params is given, it is out of range, or it removes too few or too
-            many layers.
+        UserError: Not exactly one field of the budget is given, it is out of range, or it removes too few or too many layers.
     """
     given = budget.to_dict()
     if len(given) != 1:
-        raise UserError(f"give exactly one of ratio, drop and target_params, not {' and '.join(given) or 'none'}")
+        *names, last = (each.name for each in fields(Budget))
+        raise UserError(f"give exactly one of {', '.join(names)} and {last}, not {' and '.join(given) or 'none'}")
     if min(protect) < 0:
         raise UserError(f"protect: the numbers of layers must not be negative, not {protect[0]} and {protect[1]}")
     if budget.ratio is not None and not 0 < budget.ratio < 1:
         raise UserError(f"ratio {budget.ratio:g} must lie between 0 and 1, both excluded")
-    capacity = min(sum(segment_capacities([Segment(0, num_layers)], protect)), num_layers - segments)
-    if budget.target_params is None:
-        number_to_remove(budget, num_layers, capacity)
-    elif budget.target_params < 1:
+    if budget.ratio is not None or budget.drop is not None:
+        number_to_remove(budget, num_layers, _capacity(num_layers, protect, segments))
+    if budget.target_params is not None and budget.target_params < 1:
         raise UserError(f"target_params {budget.target_params} must be positive")
+    if budget.target_memory is not None:
+        parse_bytes(budget.target_memory)
 
 
 def number_to_remove(budget: Budget, num_layers: int, capacity: int) -> int:
@@ -148,11 +185,20 @@ def lowest_scores(
     return tuple(sorted(removed))
 
 
-def _unreachable(budget: Budget, capacity: int, least: int) -> UserError:
+def _unreachable(target: Target, removed: Sequence[int]) -> UserError:
     return UserError(
-        f"target_params {budget.target_params:,} cannot be reached: with the {capacity} layers that can go removed, "
-        f"{least:,} parameters are left"
+        f"{target.said} cannot be reached: with the {len(removed)} layers that can go removed, "
+        f"{target.show(target.left(removed))}"
     )
+
+
+def _largest_first(target: Target, layers: Sequence[int]) -> list[int]:
+    return sorted(layers, key=lambda layer: target.left((layer,)))
+
+
+def _capacity(num_layers: int, protect: tuple[int, int], segments: int = 1) -> int:
+    """How many layers can be removed at most, from so many segments."""
+    return min(sum(segment_capacities([Segment(0, num_layers)], protect)), num_layers - segments)
 
 
 def _removable(segment: Segment, num_layers: int, protect: tuple[int, int]) -> range:

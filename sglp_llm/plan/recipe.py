@@ -15,6 +15,7 @@ from sglp_llm.plan.yaml_files import dump_yaml, read_yaml, record_from_dict
 from sglp_llm.records import Budget
 
 RECIPE_FILE_NAME = "sglp_recipe.yaml"
+_BUDGET = {each.name for each in dataclasses.fields(Budget)}
 
 SGLP = "sglp"
 """The paper's pipeline: CKA segments, and GradNorm inside them."""
@@ -66,7 +67,9 @@ class Recipe:
         protect: Layers that are never removed.
         ratio: Share of the layers to remove, or
         drop: their number, or
-        target_params: the number of parameters that may remain.
+        target_params: the number of parameters that may remain, or
+        target_memory: the bytes that weights and KV cache of one sequence may take, such as ``6GB``.
+        context: Tokens in that KV cache; none = the longest context of the model, 4096 at most.
         compensate: How the kept layers compensate for the removed ones: ``none``, or a name from ``compensation/``.
         held_out: Share of the calibration sequences, the last ones, that a compensation is evaluated on and not fitted on.
         candidates: How many candidate sets of a search are compensated in closed form before the best one is taken.
@@ -103,6 +106,8 @@ class Recipe:
     ratio: float | None = None
     drop: int | None = None
     target_params: int | None = None
+    target_memory: str | None = None
+    context: int | None = None
     compensate: str = "none"
     held_out: float = 0.25
     candidates: int = 3
@@ -121,8 +126,8 @@ class Recipe:
 
     @property
     def budget(self) -> Budget:
-        """The three budget settings as one record; `check_budget` requires that exactly one of them is set."""
-        return Budget(self.ratio, self.drop, self.target_params)
+        """The budget settings as one record; `check_budget` requires that exactly one of them is set."""
+        return Budget(**{name: getattr(self, name) for name in _BUDGET})
 
     @property
     def healing(self) -> HealingRecipe | None:
@@ -141,9 +146,8 @@ class Recipe:
         """
         given = {key: value for key, value in changes.items() if value is not None}
         base = self.to_dict()
-        budget_keys = {"ratio", "drop", "target_params"}
-        if budget_keys & set(given):
-            base = {key: value for key, value in base.items() if key not in budget_keys}
+        if _BUDGET & set(given):
+            base = {key: value for key, value in base.items() if key not in {*_BUDGET, "context"}}
         if isinstance(given.get("protect"), Mapping):
             given["protect"] = {**base["protect"], **given["protect"]}
         if isinstance(base["heal"], Mapping) and given.get("heal"):
@@ -178,8 +182,9 @@ def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
     if isinstance(recipe.heal, Mapping):
         healing_recipe_from_dict(recipe.heal, f"{where}: heal")
     _at_least(2, recipe.seq_len, f"{where}: seq_len")
-    if recipe.trial_samples is not None:
-        _at_least(1, recipe.trial_samples, f"{where}: trial_samples")
+    for key in ("trial_samples", "context"):
+        if (number := getattr(recipe, key)) is not None:
+            _at_least(1, number, f"{where}: {key}")
     if recipe.scratch is not None and recipe.engine == "resident":
         raise UserError(f"{where}: scratch is for the streamed engine: leave it out, or the engine 'resident'")
     if recipe.num_segments != "auto":

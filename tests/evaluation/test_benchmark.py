@@ -13,9 +13,9 @@ import pytest
 import torch
 from checkpoints import run_cli, save_tiny, write_gguf
 from checkpoints import tiny_model as seeded_model
+from model_bytes import cache_after, cache_bytes
 from tiny_models import Tiny, every_tiny, greedy, tiny_model, token_ids
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
 
 from sglp_llm.cli.bench_table import table, to_dict
 from sglp_llm.errors import UserError
@@ -40,15 +40,6 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("source") / "shallow", num_hidden_layers=3)
-
-
-def cache_after(model: PreTrainedModel, tokens: int) -> Any:
-    with torch.no_grad():
-        return model(input_ids=token_ids(1)[:, :tokens], use_cache=True).past_key_values
-
-
-def cache_bytes(cache: Any) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 @pytest.mark.parametrize("context", [5, 40], ids=["within-windows", "beyond-windows"])  # the tiny windows are 8 tokens

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import combinations
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sglp_llm.errors import UserError
 from sglp_llm.method.selection import (
+    Target,
     check_budget,
+    check_target,
     layers_to_remove,
     number_to_remove,
     segment_capacities,
@@ -90,8 +93,8 @@ def test_ratio_is_rounded_half_up(ratio: float, layers: int, n: int) -> None:
         (Budget(drop=-2), "removes no layer; at most 9 can go"),
         (Budget(drop=10), "removes 10; at most 9 can go"),
         (Budget(target_params=0), "must be positive"),
-        (Budget(), "exactly one of ratio, drop and target_params, not none"),
-        (Budget(ratio=0.5, drop=3), "exactly one of ratio, drop and target_params, not ratio and drop"),
+        (Budget(), "exactly one of ratio, drop, target_params and target_memory, not none"),
+        (Budget(ratio=0.5, drop=3), "exactly one of ratio, drop, target_params and target_memory, not ratio and drop"),
     ],
 )
 def test_impossible_budgets(budget: Budget, message: str) -> None:
@@ -109,16 +112,22 @@ def test_protection_counts_against_the_budget() -> None:
         check_budget(Budget(drop=1), 10, (10, 10))
 
 
-def test_target_params_removes_the_fewest_layers() -> None:
+def target(limit: int, left: Callable[[Sequence[int]], float]) -> Target:
+    return Target(f"limit {limit}", limit, left, lambda count: f"{count} are left")
+
+
+def test_a_target_removes_the_fewest_layers() -> None:
     segments, scores = [Segment(0, 3), Segment(3, 6)], [5.0, 1.0, 2.0, 9.0, 3.0, 4.0]
 
-    def left(removed: tuple[int, ...]) -> int:
+    def left(removed: Sequence[int]) -> int:
         return 100 - 10 * len(removed)
 
-    assert layers_to_remove(Budget(target_params=85), segments, scores, params_left=left) == (1, 4)
-    assert layers_to_remove(Budget(target_params=60), segments, scores, params_left=left) == (1, 2, 4, 5)
-    with pytest.raises(UserError, match="with the 4 layers that can go removed, 60 parameters are left"):
-        layers_to_remove(Budget(target_params=59), segments, scores, params_left=left)
+    assert layers_to_remove(target(85, left), segments, scores) == (1, 4)
+    assert layers_to_remove(target(60, left), segments, scores) == (1, 2, 4, 5)
+    with pytest.raises(
+        UserError, match="limit 59 cannot be reached: with the 4 layers that can go removed, 60 are left"
+    ):
+        layers_to_remove(target(59, left), segments, scores)
 
 
 def test_a_set_is_only_asked_for_where_so_many_layers_can_be_enough() -> None:
@@ -128,18 +137,34 @@ def test_a_set_is_only_asked_for_where_so_many_layers_can_be_enough() -> None:
         asked.append(n)
         return list(removable)[:n]
 
-    def left(removed: tuple[int, ...]) -> int:
+    def left(removed: Sequence[int]) -> int:
         return 80 - sum(sizes[layer] for layer in removed)
 
-    assert set_to_remove(Budget(target_params=40), 5, choose, params_left=left) == (0, 1)
-    assert asked == [2]
+    for limit, removed, tried in ((40, (0, 1), [2]), (25, (0, 1, 2), [3]), (50, (0, 1), [1, 2])):
+        asked.clear()
+        assert set_to_remove(target(limit, left), 5, choose) == removed
+        assert asked == tried
     asked.clear()
-    assert set_to_remove(Budget(target_params=25), 5, choose, params_left=left) == (0, 1, 2)
-    assert asked == [3]
-    asked.clear()
-    assert set_to_remove(Budget(target_params=50), 5, choose, params_left=left) == (0, 1)
-    assert asked == [1, 2]
-    asked.clear()
-    with pytest.raises(UserError, match="with the 4 layers that can go removed, 10 parameters are left"):
-        set_to_remove(Budget(target_params=9), 5, choose, params_left=left)
+    with pytest.raises(UserError, match="with the 4 layers that can go removed, 10 are left"):
+        set_to_remove(target(9, left), 5, choose)
     assert asked == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(1, 9), min_size=2, max_size=7), limit=st.integers(0, 70), data=st.data())
+def test_a_target_is_refused_early_where_no_set_reaches_it(sizes: list[int], limit: int, data: st.DataObject) -> None:
+    first, last = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2))
+    segments = data.draw(st.integers(1, len(sizes)))
+
+    def left(removed: Sequence[int]) -> int:
+        return sum(sizes) - sum(sizes[layer] for layer in removed)
+
+    free = range(first, max(first, len(sizes) - last))
+    most = min(len(free), len(sizes) - segments)
+    least = min(left(removed) for n in range(most + 1) for removed in combinations(free, n))
+    if least <= limit < sum(sizes):
+        check_target(target(limit, left), len(sizes), (first, last), segments)
+        return
+    text = "removes no layer: with all layers kept, " if sum(sizes) <= limit else "cannot be reached: with the "
+    with pytest.raises(UserError, match=f"limit {limit} {text}"):
+        check_target(target(limit, left), len(sizes), (first, last), segments)

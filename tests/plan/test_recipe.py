@@ -52,6 +52,8 @@ RECIPES = st.builds(
     ratio=st.none() | st.floats(0, 1),
     drop=st.none() | st.integers(),
     target_params=st.none() | st.integers(),
+    target_memory=st.none() | st.text(),
+    context=st.none() | st.integers(1),
     compensate=TEXT,
     held_out=st.floats(0.01, 0.99),
     heal=st.sampled_from([False, True, {"tokens": 5}, {"train": "lora", "minutes": 2.0}]),
@@ -174,9 +176,9 @@ def test_changes_that_are_none_change_nothing_and_the_others_are_checked() -> No
     assert recipe == Recipe(samples=4, ratio=0.5, also=("bi",))
 
 
-@pytest.mark.parametrize("budget", [{"ratio": 0.1}, {"drop": 3}, {"target_params": 10**9}])
+@pytest.mark.parametrize("budget", [{"ratio": 0.1}, {"drop": 3}, {"target_params": 10**9}, {"target_memory": "6GB"}])
 def test_a_new_budget_replaces_the_old_one_whole(budget: dict[str, Any]) -> None:
-    for old in ({"ratio": 0.5}, {"drop": 1}, {"target_params": 5}):
+    for old in ({"ratio": 0.5}, {"drop": 1}, {"target_params": 5}, {"target_memory": "1GB", "context": 9}):
         assert Recipe(**old).with_changes(**budget).budget.to_dict() == budget
 
 
