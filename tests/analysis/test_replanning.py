@@ -25,6 +25,7 @@ CHANGES: list[dict[str, Any]] = [
     {"num_segments": 2},
     {"num_segments": "auto", "min_drop": 0.001, "drop": 4},
     {"features": "rows", "num_segments": 4},
+    {"segments_rule": "paper", "drop": 3},
     {"protect": {"first": 2}, "ratio": 0.3},
     {"segments": False, "ratio": 0.3},
 ]
