@@ -15,6 +15,7 @@ from sglp_llm.plan.healing_recipe import HEALING_FILE_NAME, LOG_FILE_NAME
 from sglp_llm.records import PrunePlan, Segment
 from sglp_llm.report.drawing import Chart, Mark, chart, shade
 from sglp_llm.report.model_card import without_paths
+from sglp_llm.sizes import show_bytes, show_count
 
 _HEAT_MAP = 400.0
 _RACES = 3
@@ -73,7 +74,8 @@ class Contents:
         races: The last races of a search: what it was, and its sets with their costs.
         gains: What each repair and the training changed.
         training: The training loss against the step, and the held-out one.
-        choices: For every number of layers, which ones would go; empty where no scores decide.
+        sizes: What is told of the model before and after: a name and two numbers as text.
+        choices: For every number of layers, which ones would go, and the parameters that stay; empty where no scores decide.
         settings: Names and values.
         versions: Names and versions.
         command: Makes the checkpoint again; empty without a recipe.
@@ -90,7 +92,8 @@ class Contents:
     races: Sequence[tuple[str, Sequence[tuple[str, float]]]]
     gains: Sequence[Gain]
     training: Mapping[str, Chart]
-    choices: Sequence[Sequence[int]]
+    sizes: Sequence[tuple[str, str, str]]
+    choices: Sequence[tuple[Sequence[int], str]]
     settings: Sequence[tuple[str, str]]
     versions: Sequence[tuple[str, str]]
     command: str
@@ -119,6 +122,7 @@ def gather(folder: Path) -> Contents:
         races=_races(plan.settings),
         gains=[*_repairs(plan.compensation), *_trained(healing)],
         training=_training(folder / LOG_FILE_NAME),
+        sizes=_sizes(plan),
         choices=_choices(plan),
         settings=[
             (key, _short(value))
@@ -232,15 +236,34 @@ def _training(file: Path) -> dict[str, Chart]:
     return drawn
 
 
-def _choices(plan: PrunePlan) -> list[list[int]]:
-    """The layers that the deciding scores would remove, for every number of them; the plan's own number is its own choice."""
+def _sizes(plan: PrunePlan) -> list[tuple[str, str, str]]:
+    found = plan.footprint
+    if found is None:
+        return []
+    before, after = (found.params_without(gone) for gone in ((), plan.removed))
+    cache = [found.cache_bytes_without(gone, 1) for gone in ((), plan.removed)]
+    return [
+        ("decoder layers", str(plan.num_layers), str(len(plan.kept))),
+        ("parameters", show_count(before), show_count(after)),
+        ("weights", show_bytes(found.itemsize * before), show_bytes(found.itemsize * after)),
+        ("KV cache, a token", show_bytes(cache[0]), show_bytes(cache[1])),
+    ]
+
+
+def _choices(plan: PrunePlan) -> list[tuple[list[int], str]]:
+    """The layers that the deciding scores would remove, for every number of them."""
     scores = plan.scores.get(str(plan.settings.get("scored_by")))
     protect = plan.settings.get("protect")
     if scores is None or not plan.segments or not isinstance(protect, Mapping):
         return []
     ends = (int(protect.get("first", 0)), int(protect.get("last", 0)))
     most = sum(segment_capacities(plan.segments, ends))
-    return [sorted(lowest_scores(count, plan.segments, scores, ends)) for count in range(most + 1)]
+    choices = []
+    for count in range(most + 1):
+        gone = sorted(lowest_scores(count, plan.segments, scores, ends))
+        left = "" if plan.footprint is None else f"{show_count(plan.footprint.params_without(gone))} parameters stay"
+        choices.append((gone, left))
+    return choices
 
 
 def _json(file: Path) -> Mapping[str, Any]:

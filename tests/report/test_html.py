@@ -13,6 +13,7 @@ from tiny_models import Tiny, save_tiny, tiny_model
 
 from sglp_llm.method.selection import lowest_scores
 from sglp_llm.plan import load_plan
+from sglp_llm.sizes import show_count
 
 EVIL = "<script>alert(1)</script>"
 
@@ -68,9 +69,11 @@ def test_a_pruned_checkpoint_with_scores(source: Path, tmp_path: Path) -> None:
             assert f"layer {layer}: {value:.6g}" in page.text
     (slider,) = page.all("input")
     choices = json.loads(str(slider["data-choices"]))
-    assert choices[2] == list(plan.removed)
-    for count, chosen in enumerate(choices):
+    assert choices[2][0] == list(plan.removed)
+    assert plan.footprint is not None
+    for count, (chosen, left) in enumerate(choices):
         assert chosen == sorted(lowest_scores(count, plan.segments, plan.scores["gradnorm"]))
+        assert left == f"{show_count(plan.footprint.params_without(chosen))} parameters stay"
     assert "sglp-llm prune --recipe sglp_recipe.yaml" in page.text
     assert str(tmp_path) not in page.text
 

@@ -11,9 +11,10 @@ if (choice) {
   const choices = JSON.parse(choice.dataset.choices);
   const layers = document.querySelectorAll(".layers li");
   const show = () => {
-    const gone = new Set(choices[choice.value]);
+    const [removed, left] = choices[choice.value];
+    const gone = new Set(removed);
     layers.forEach((layer, index) => layer.classList.toggle("removed", gone.has(index)));
-    document.getElementById("chosen").textContent = `${gone.size} of ${layers.length} layers would go: ${[...gone].join(" ") || "none"}`;
+    document.getElementById("chosen").textContent = `${gone.size} of ${layers.length} layers would go: ${removed.join(" ") || "none"}. ${left}`;
   };
   choice.addEventListener("input", show);
 }
