@@ -94,7 +94,7 @@ ProtectLast = Annotated[int | None, typer.Option(help="Layers at the end that ar
 Compensate = Annotated[
     str | None,
     typer.Option(
-        help="Fold what the removed layers did into weights that are kept: none, scale, linear, auto or learned."
+        help="Fold what the removed layers did into weights that are kept: none, scale, linear, refit, auto or learned."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -31,6 +31,11 @@ class Refit(LeastSquares):
 
     of_inputs: ClassVar[bool] = True
 
+    @property
+    def matrices(self) -> int:
+        # One as wide as the inputs in the sums of each part and two while solving; the others are as wide as the hidden states.
+        return 5
+
     def check(self, adapter: DecoderAdapter, config: object) -> None:
         super().check(adapter, config)
         branch = adapter.mlp_branch(config)
