@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglp_llm.analysis import open_for_analysis, run_analysis, software_versions
-from sglp_llm.analysis.opening import OnForecast, open_for_plan
+from sglp_llm.analysis.latency import drop_for_latency
+from sglp_llm.analysis.opening import Inputs, OnForecast, open_for_plan
 from sglp_llm.calibration import CalibrationSet, named_text
 from sglp_llm.checkpoint import atomic_folder, check_output
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
@@ -18,6 +19,7 @@ from sglp_llm.checkpoint.export import drop_layers, export_from_files, export_fr
 from sglp_llm.checkpoint.replaced import as_stored
 from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError
+from sglp_llm.evaluation.latency import measure_decode
 from sglp_llm.healing.heal import check_healing, heal
 from sglp_llm.healing.preparing import work_folder_of
 from sglp_llm.healing.reading import NotTrained
@@ -78,7 +80,7 @@ def analyze(
         found = open_for_analysis(
             model, recipe, tokenizer, calibration, processes=processes, on_forecast=on_forecast, progress=progress
         )
-        return run_analysis(found, recipe, progress, processes)
+        return _analysed(found, recipe, progress, processes)
 
 
 def prune(
@@ -215,7 +217,7 @@ def _prune(
                 progress=progress,
             )
             with timed(seconds, "analysis"):
-                analysis = run_analysis(found, recipe, progress, processes)
+                analysis = _analysed(found, recipe, progress, processes)
             plan = analysis.plan
         else:
             raise UserError("how much to remove? Give a ratio, a number of layers to drop, a target, or a plan")
@@ -247,6 +249,17 @@ def _prune(
                 verification = asdict(verify_checkpoint(folder, expected, dtype, device, opened.streamed))
         written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
     return RunReport(str(output), plan, written, verification, seconds, analysis)
+
+
+def _analysed(found: Inputs, recipe: Recipe, progress: Progress, processes: Processes) -> Analysis:
+    """The analysis; for a target of decode time after this has been measured, and become a number of layers."""
+    if recipe.target_latency is None:
+        return run_analysis(found, recipe, progress, processes)
+    times = measure_decode(found.model, progress, processes)
+    drop = drop_for_latency(recipe, times)
+    analysis = run_analysis(found, recipe.with_changes(drop=drop), progress, processes)
+    settings = {**analysis.plan.settings, "decode_times": times.to_dict()}
+    return replace(analysis, plan=replace(analysis.plan, budget=recipe.budget.to_dict(), settings=settings))
 
 
 def _recipe(

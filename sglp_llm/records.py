@@ -86,6 +86,25 @@ class Footprint:
 
 
 @dataclass(frozen=True)
+class DecodeTimes:
+    """Measured decode times of a model at several depths.
+
+    Attributes:
+        depths: Numbers of decoder layers, the whole model's first.
+        seconds: Time from one token to the next at each depth.
+        device: What it was measured on.
+    """
+
+    depths: tuple[int, ...]
+    seconds: tuple[float, ...]
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"depths": list(self.depths), "seconds": list(self.seconds), "device": self.device}
+
+
+@dataclass(frozen=True)
 class Budget:
     """How much to remove: exactly one of these.
 
@@ -94,12 +113,14 @@ class Budget:
         drop: Number of decoder layers.
         target_params: Largest number of parameters that may remain; as few layers as possible are removed to reach it.
         target_memory: The same for the bytes of weights and KV cache of one sequence, such as ``6GB``.
+        target_latency: The same for the decode time of a token: ``0.8x`` of the whole model's, or ``25ms``.
     """
 
     ratio: float | None = None
     drop: int | None = None
     target_params: int | None = None
     target_memory: str | None = None
+    target_latency: str | None = None
 
     def to_dict(self) -> dict[str, float | int | str]:
         """The one field that is set, by name."""

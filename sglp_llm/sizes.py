@@ -29,6 +29,18 @@ def parse_count(text: str) -> int:
     return _parse(text.replace(",", "").replace("_", ""), _COUNTS, "a number such as 100M or 6.5B")
 
 
+def parse_latency(text: str) -> tuple[float, str]:
+    """``"0.8x"`` -> ``(0.8, "x")``, a share of another time; ``"25ms"`` -> ``(25.0, "ms")``.
+
+    Raises:
+        UserError: It is neither, or not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(x|ms)\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"{text!r} is not a share such as 0.8x, or a time such as 25ms")
+    return float(match[1]), match[2]
+
+
 def show_count(count: int) -> str:
     """``106_234_560`` -> ``"106.2M"``."""
     for unit in ("T", "B", "M", "K"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sglp_llm.analysis.decisions import check_reachable, check_selection, choose_by_scores
+from sglp_llm.analysis.observing import CKA_COLUMN_SUM
 from sglp_llm.analysis.run import plan_settings
 from sglp_llm.analysis.targets import check_context
 from sglp_llm.compensation import NONE
@@ -19,10 +20,10 @@ from sglp_llm.plan.recipe import recipe_from_dict
 from sglp_llm.records import PrunePlan
 
 SETTINGS = (
-    *("ratio", "drop", "target_params", "target_memory", "context"),
+    *("ratio", "drop", "target_params", "target_memory", "target_latency", "context"),
     *("criterion", "segments", "num_segments", "segments_rule", "features", "min_drop", "protect", "compensate"),
 )
-"""What can be changed without the model."""
+"""What the choice depends on; all but ``target_latency`` can be changed without the model."""
 
 
 def replan(plan: PrunePlan | str | Path, **settings: Any) -> PrunePlan:
@@ -74,12 +75,14 @@ def _recipe_of(plan: PrunePlan, where: str) -> Recipe:
 
 
 def _settings_of_the_choice() -> set[str]:
-    """The keys of `PrunePlan.settings` that `plan_settings` may set."""
-    return {*(each.name for each in fields(Recipe)), "scored_by", "removal_order"}
+    """The keys of `PrunePlan.settings` that another choice sets anew, or has no use for."""
+    return {*(each.name for each in fields(Recipe)), "scored_by", "removal_order", "decode_times"}
 
 
 def _missing(plan: PrunePlan, recipe: Recipe) -> str | None:
     """What the plan lacks for the recipe, as the beginning of a message; ``None`` if it lacks nothing."""
+    if recipe.target_latency is not None:
+        return "target_latency is measured on the model itself; give a ratio or a number of layers, or analyse again"
     name = recipe.deciding_criterion
     if name not in plan.scores:
         known = f"the plan has scores of {', '.join(plan.scores) or 'no criterion'}"
@@ -88,7 +91,8 @@ def _missing(plan: PrunePlan, recipe: Recipe) -> str | None:
         return f"{known}, and not of {name}; analyse again"
     if recipe.compensate != NONE:
         return f"{recipe.compensate} is fitted to the removed layers on text; choose with compensate none, or analyse again"
-    if recipe.is_segmented and plan.similarity is None:
+    # A matrix without the column sums is one that a criterion has computed for itself, on other sequences.
+    if recipe.is_segmented and (plan.similarity is None or CKA_COLUMN_SUM not in plan.scores):
         return "the plan has no CKA matrix, which segments come from; choose without segments, or analyse again"
     if plan.footprint is None and (recipe.target_params or recipe.target_memory):
         return "the plan does not say how large the layers are, which a target needs; analyse again"

@@ -101,6 +101,17 @@ def print_plan(plan: PrunePlan, calibration_loss: float | None = None) -> None:
             context = context_of(plan.settings.get("context"), footprint)
             before, after = (show_bytes(footprint.bytes_without(removed, context)) for removed in ((), plan.removed))
             print(f"Memory            {before} -> {after}, weights and a KV cache of {context:,} tokens")
+    _print_decode_times(plan)
+
+
+def _print_decode_times(plan: PrunePlan) -> None:
+    times = plan.settings.get("decode_times")
+    if "target_latency" in plan.budget and times is not None:
+        shown = (
+            f"{each * 1e3:.3g} ms ({depth} layers)"
+            for depth, each in zip(times["depths"], times["seconds"], strict=True)
+        )
+        print(f"Decode time       {', '.join(shown)}; {plan.budget['target_latency']} was wanted, on {times['device']}")
 
 
 def report_to_dict(report: RunReport) -> dict[str, Any]:

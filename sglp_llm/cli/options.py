@@ -34,6 +34,13 @@ TargetMemory = Annotated[
     str | None,
     typer.Option(help="Remove the fewest layers until weights and KV cache of one sequence fit into this, e.g. 6GB."),
 ]
+TargetLatency = Annotated[
+    str | None,
+    typer.Option(
+        metavar="0.8x|25ms",
+        help="Remove the fewest layers until decoding a token takes this share of the whole model's time, or this time.",
+    ),
+]
 Context = Annotated[
     int | None,
     typer.Option(help="Tokens in the KV cache of --target-memory. Default: the model's longest context, 4096 at most."),
@@ -105,6 +112,7 @@ DECIDING = [
     "drop",
     "target_params",
     "target_memory",
+    "target_latency",
     "context",
     "criterion",
     "also",
@@ -129,8 +137,9 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
     from sglp_llm.sizes import parse_count
 
     names = (
-        "ratio drop target_memory context criterion also segments segments_rule features min_drop kernel calibration samples "
-        "seq_len seed trial_samples journal batch_size engine scratch compensate revision dtype device_map max_shard_size"
+        "ratio drop target_memory target_latency context criterion also segments segments_rule features min_drop kernel "
+        "calibration samples seq_len seed trial_samples journal batch_size engine scratch compensate revision dtype "
+        "device_map max_shard_size"
     )
     settings = {name: arguments.get(name) for name in names.split()}
     settings["also"] = settings["also"] or None

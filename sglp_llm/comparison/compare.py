@@ -39,8 +39,8 @@ MEASURED = "measured"
 _PLANS = "plans"
 # Settings that belong to single methods, or without influence on the numbers.
 _IDLE = (
-    "criterion also ratio drop target_params target_memory context compensate held_out candidates "
-    "heal max_shard_size batch_size engine scratch journal"
+    "criterion also ratio drop target_params target_memory target_latency context compensate "
+    "held_out candidates heal max_shard_size batch_size engine scratch journal"
 )
 
 

@@ -202,6 +202,15 @@ def greedy(model: DecoderModel, prompt: torch.Tensor, new_tokens: int, devices: 
     return Greedy(torch.cat(tokens, dim=1), first - start, last - first)
 
 
+def random_prompts(decoder: DecoderModel, batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """Token ids ``[batch, tokens]`` on the model's input device."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(int(decoder.model.config.vocab_size), (batch, tokens), generator=generator)
+    device = decoder.input_device
+    # Where embeddings are offloaded, accelerate moves them to the ids' device.
+    return ids.to(torch.device("cpu") if device.type == "meta" else device)
+
+
 def _check_positions(opened: OpenedModel, settings: BenchmarkSettings) -> None:
     limit = getattr(opened.config, "max_position_embeddings", None)
     if limit is not None and settings.prompt_len + settings.new_tokens > limit:
@@ -215,14 +224,9 @@ def _warmed_up(opened: OpenedModel, settings: BenchmarkSettings, advance: Advanc
     """Loads a model and runs the warm-up rounds, in which its peak memory is measured."""
     before = held()
     decoder = opened.load()
-    generator = torch.Generator().manual_seed(settings.seed)
-    shape = (settings.batch, settings.prompt_len)
-    ids = torch.randint(int(opened.config.vocab_size), shape, generator=generator)
-    device = decoder.input_device
-    if device.type == "meta":  # offloaded: accelerate moves the embeddings to the ids' device
-        device = torch.device("cpu")
+    ids = random_prompts(decoder, settings.batch, settings.prompt_len, settings.seed)
     devices = devices_of(decoder.model)
-    prompts = {batch: ids[:batch].to(device) for batch in settings.batches}
+    prompts = {batch: ids[:batch] for batch in settings.batches}
     runner = _Runner(opened.identity.name, decoder, devices, prompts, Peak(), {batch: [] for batch in prompts})
     with watch_peak(devices, before) as runner.peak:
         for _ in range(settings.warmup):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from sglp_llm.errors import UserError
 from sglp_llm.records import Budget, Segment
-from sglp_llm.sizes import parse_bytes
+from sglp_llm.sizes import parse_bytes, parse_latency
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ def check_budget(budget: Budget, num_layers: int, protect: tuple[int, int] = (0,
         raise UserError(f"target_params {budget.target_params} must be positive")
     if budget.target_memory is not None:
         parse_bytes(budget.target_memory)
+    if budget.target_latency is not None:
+        parse_latency(budget.target_latency)
 
 
 def number_to_remove(budget: Budget, num_layers: int, capacity: int) -> int:

@@ -68,7 +68,8 @@ class Recipe:
         ratio: Share of the layers to remove, or
         drop: their number, or
         target_params: the number of parameters that may remain, or
-        target_memory: the bytes that weights and KV cache of one sequence may take, such as ``6GB``.
+        target_memory: the bytes that weights and KV cache of one sequence may take, such as ``6GB``, or
+        target_latency: the time that decoding a token may take on this device: ``0.8x`` of the whole model's, or ``25ms``.
         context: Tokens in that KV cache; none = the longest context of the model, 4096 at most.
         compensate: How the kept layers compensate for the removed ones: ``none``, or a name from ``compensation/``.
         held_out: Share of the calibration sequences, the last ones, that a compensation is evaluated on and not fitted on.
@@ -107,6 +108,7 @@ class Recipe:
     drop: int | None = None
     target_params: int | None = None
     target_memory: str | None = None
+    target_latency: str | None = None
     context: int | None = None
     compensate: str = "none"
     held_out: float = 0.25

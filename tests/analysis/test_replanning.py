@@ -125,6 +125,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
         "the plan has no CKA matrix, which segments come from; choose without segments, or analyse again: "
         f"sglp-llm analyze {SOURCE} --criterion bi --drop 2 --segments --output DIR",
     ),
+    (
+        # The matrix in it is of the trial sequences, and of the search's own settings.
+        lambda: analysed(criterion="search", also=("gradnorm",), options={"search": {"budget": "2k"}}, drop=2),
+        {"criterion": "sglp"},
+        "the plan has no CKA matrix, which segments come from",
+    ),
     (lambda: old(paper()), {"ratio": 0.3}, "the plan has no CKA matrix, which segments come from"),
     (lambda: old(analysed(criterion="bi", drop=2)), {"target_params": 1}, "does not say how large the layers are"),
     (lambda: PrunePlan(4, (0, 1)), {"drop": 1}, "the plan has scores of no criterion, and not of gradnorm"),

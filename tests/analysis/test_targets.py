@@ -86,7 +86,7 @@ def test_it_is_printed(source: Path) -> None:
         ({"drop": 1, "context": 5}, "context is for the KV cache that target_memory counts"),
         (
             {"target_memory": "1KB", "drop": 1},
-            "exactly one of ratio, drop, target_params and target_memory, not drop and",
+            "exactly one of ratio, drop, target_params, target_memory and target_latency, not drop and",
         ),
         ({"target_params": 10**9}, "target_params 1,000,000,000 removes no layer: with all layers kept, "),
     ],

@@ -93,8 +93,11 @@ def test_ratio_is_rounded_half_up(ratio: float, layers: int, n: int) -> None:
         (Budget(drop=-2), "removes no layer; at most 9 can go"),
         (Budget(drop=10), "removes 10; at most 9 can go"),
         (Budget(target_params=0), "must be positive"),
-        (Budget(), "exactly one of ratio, drop, target_params and target_memory, not none"),
-        (Budget(ratio=0.5, drop=3), "exactly one of ratio, drop, target_params and target_memory, not ratio and drop"),
+        (Budget(), "exactly one of ratio, drop, target_params, target_memory and target_latency, not none"),
+        (
+            Budget(ratio=0.5, drop=3),
+            "target_memory and target_latency, not ratio and drop",
+        ),
     ],
 )
 def test_impossible_budgets(budget: Budget, message: str) -> None:

@@ -53,6 +53,7 @@ RECIPES = st.builds(
     drop=st.none() | st.integers(),
     target_params=st.none() | st.integers(),
     target_memory=st.none() | st.text(),
+    target_latency=st.none() | st.text(),
     context=st.none() | st.integers(1),
     compensate=TEXT,
     held_out=st.floats(0.01, 0.99),
