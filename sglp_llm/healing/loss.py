@@ -46,9 +46,29 @@ def top_k_of(logits: Tensor, k: int, temperature: float) -> TopK:
         k: How many; all of them where the vocabulary is smaller.
         temperature: Divides the logits.
     """
-    log_probs = (logits.float() / temperature).log_softmax(dim=-1)
+    log_probs = _log_probs(logits, temperature)
     values, ids = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
     return TopK(ids, values)
+
+
+def sampled_positions(tokens: int, share: float, seed: int) -> Tensor | None:
+    """Positions at which predictions are compared, drawn at random without replacement; ``None`` = all.
+
+    The last position is never among them: what follows it is not known.
+
+    Args:
+        tokens: Length of the sequences.
+        share: Of the ``tokens - 1`` others; at least one is drawn.
+        seed: Of the draw.
+
+    Returns:
+        ``[chosen]`` int64, ascending.
+    """
+    predicting = tokens - 1
+    count = max(1, round(share * predicting))
+    if count == predicting:
+        return None
+    return torch.randperm(predicting, generator=torch.Generator().manual_seed(seed))[:count].sort().values
 
 
 def position_weights(labels: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -133,6 +153,11 @@ def divergence(
     return temperature**2 * whole
 
 
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    """Float32; dividing by 1 would be one more pass over them."""
+    return (logits if temperature == 1 else logits.float() / temperature).log_softmax(dim=-1, dtype=torch.float32)
+
+
 def _between(own: Tensor, other: Tensor, beta: float) -> Tensor:
     """The divergence of the distributions along the last dimension, from their logarithms."""
     if beta == 0:
@@ -171,8 +196,8 @@ class _Divergence(torch.autograd.Function):
         length = max(1, size // (4 * logits.shape[0] * logits.shape[-1]))
         for first in range(0, logits.shape[1], length):
             part = slice(first, first + length)
-            own = (logits[:, part].float() / temperature).log_softmax(dim=-1)
-            other = (teacher[:, part].to(logits.device).float() / temperature).log_softmax(dim=-1)
+            own = _log_probs(logits[:, part], temperature)
+            other = _log_probs(teacher[:, part].to(logits.device), temperature)
             total += (_between(own, other, beta) * weights[:, part]).sum()
             if gradient is not None:
                 gradient[:, part] = _slope(own, other, beta) * (weights[:, part, None] / temperature)
@@ -183,13 +208,14 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], None, None, None, None
+        # In place: it is as large as the logits, and nothing else needs it. A second backward pass is refused by autograd.
+        return gradient.mul_(outer[0]), None, None, None, None
 
 
 def _bucketed_divergence(logits: Tensor, teacher: TopK, temperature: float, beta: float) -> Tensor:
     """``[batch, positions]``, float32."""
     log_teacher = teacher.log_probs.to(logits.device)
-    own = (logits.float() / temperature).log_softmax(dim=-1)
+    own = _log_probs(logits, temperature)
     chosen = own.gather(-1, teacher.ids.to(logits.device))
     if teacher.ids.shape[-1] < logits.shape[-1]:
         chosen, log_teacher = (torch.cat([each, _rest(each)], dim=-1) for each in (chosen, log_teacher))

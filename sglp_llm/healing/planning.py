@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from sglp_llm.errors import UserError
-from sglp_llm.healing.loss import divergence, next_token_loss
+from sglp_llm.healing.loss import divergence, next_token_loss, sampled_positions
 from sglp_llm.healing.opening import HealingModels
-from sglp_llm.healing.teacher import Teacher
+from sglp_llm.healing.teacher import Teacher, logits_at
 from sglp_llm.healing.trained import count_trained, layers_around, seams_of
 from sglp_llm.memory.dry_run import DryRun
 from sglp_llm.memory.free import free_memory
@@ -152,7 +152,12 @@ def batch_that_runs(attempt: Callable[[int], None], batch_size: int) -> int:
 
 
 def try_batch(
-    model: nn.Module, teacher: Teacher | None, recipe: HealingRecipe, batch_size: int, config: PretrainedConfig
+    model: nn.Module,
+    teacher: Teacher | None,
+    recipe: HealingRecipe,
+    batch_size: int,
+    config: PretrainedConfig,
+    share: float = 1.0,
 ) -> None:
     """Computes the loss and its gradients once on random tokens, waits for them and forgets them.
 
@@ -162,17 +167,21 @@ def try_batch(
         recipe: The settings.
         batch_size: Sequences computed at once.
         config: The student's.
+        share: Of the positions that the loss is computed at. A measurement of the held-out loss, for which there must be memory,
+            takes all of them.
     """
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     ids = torch.randint(int(config.vocab_size), (batch_size, recipe.seq_len), generator=generator).to(device)
+    positions = sampled_positions(recipe.seq_len, share, recipe.seed)
+    positions = None if positions is None else positions.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(recipe)):
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = logits_at(model, ids, positions)
     if teacher is None:
-        loss = next_token_loss(logits, ids)
+        loss = next_token_loss(logits, ids, positions)
     else:
-        targets = teacher.targets(torch.zeros(batch_size), ids)
-        loss = divergence(logits, targets, ids, recipe.temperature, recipe.beta)
+        targets = teacher.targets(torch.zeros(batch_size, dtype=torch.int64), ids, positions)
+        loss = divergence(logits, targets, ids, recipe.temperature, recipe.beta, positions)
     loss.backward()
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":
@@ -203,7 +212,7 @@ def steps_in(
     best = float("inf")
     for _ in range(_TIMED_STEPS):
         start = time.perf_counter()
-        try_batch(model, teacher, recipe, batch_size, config)
+        try_batch(model, teacher, recipe, batch_size, config, recipe.positions)
         best = min(best, time.perf_counter() - start)
     step = best * recipe.sequences / batch_size
     # The held-out sequences take a third of a step's time for each of theirs, and are measured so many times.

@@ -98,7 +98,7 @@ class OnlineTeacher(Teacher):
         self.model, self._top_k, self._temperature = model, top_k, temperature
         self._bfloat16 = bfloat16
         self._asked_again: frozenset[int] = frozenset()
-        self._states: dict[int, Tensor] = {}  # what leaves the last decoder layer, [tokens, hidden]
+        self._states: dict[int, Tensor] = {}  # what leaves the last decoder layer, [tokens, hidden], on the host
 
     def remember(self, sequences: Iterable[int]) -> None:
         self._asked_again, self._states = frozenset(sequences), {}
@@ -117,12 +117,12 @@ class OnlineTeacher(Teacher):
         """The logits, from what left the last decoder layer when the sequences were first seen."""
         replay = Replay(self.model, input_ids, None)
         if self._states.keys() >= set(numbers):
-            states = torch.stack([self._states[number] for number in numbers])
+            states = torch.stack([self._states[number] for number in numbers]).to(input_ids.device)
         else:
             states = replay.layers(0, frozenset(), replay.first_states)
             size = states[0].numel() * states.element_size()
             if size * (len(self._states) + len(numbers)) <= _REMEMBERED_BYTES:
-                self._states |= dict(zip(numbers, states, strict=True))
+                self._states |= dict(zip(numbers, states.cpu(), strict=True))
         chosen = slice(None) if positions is None else positions
         return replay.logits(states[:, chosen], chosen)
 

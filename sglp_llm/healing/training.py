@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from sglp_llm.calibration.sampling import seed_of
 from sglp_llm.calibration.training import TrainingSequences
 from sglp_llm.healing.keeping import Keeper, Run, Training
-from sglp_llm.healing.loss import divergence, hidden_state_loss, next_token_loss
+from sglp_llm.healing.loss import divergence, hidden_state_loss, next_token_loss, sampled_positions
 from sglp_llm.healing.matching import NOTHING_MATCHED, Matched, outputs_of
 from sglp_llm.healing.on_policy import continued, is_on_policy, new_tokens
 from sglp_llm.healing.teacher import Teacher, logits_at
@@ -119,7 +120,9 @@ class _Distiller(Trainer):
         self._teacher, self._recipe, self._run, self._matched = teacher, recipe, run, matched
         self._sequences, self._held_out = sequences, held_out
         if teacher is not None and not matched.student:  # whose hidden states only a whole run shows
-            teacher.remember(held_out)
+            # In an on-policy step a sequence is not the one that was seen before.
+            again = [] if recipe.on_policy else [number for number, count in Counter(order).items() if count > 1]
+            teacher.remember([*held_out, *again])
         self.keeper = Keeper(trained.model, run)
         self._plain = trained.plain
         every = max(1, steps // recipe.evaluations)
@@ -215,7 +218,11 @@ class _Distiller(Trainer):
 
     def _losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         labels, recipe, ids = inputs["labels"], self._recipe, inputs["input_ids"]
-        positions = self._positions(ids) if model.training else None
+        positions = None
+        if model.training:  # the same in all batches of a step
+            seed = seed_of(recipe.seed, self.state.global_step)
+            positions = sampled_positions(ids.shape[1], recipe.positions, seed)
+            positions = None if positions is None else positions.to(ids.device)
         with outputs_of(self._matched.student) as states:
             logits = logits_at(model, ids, positions)
         if self._teacher is None:
@@ -240,15 +247,6 @@ class _Distiller(Trainer):
             parts["hidden_state_loss"] = torch.stack(apart).mean()
         total = torch.stack([weights[name] * part for name, part in parts.items() if weights[name]]).sum()
         return {"loss": total, **{name: part.detach() for name, part in parts.items()}}
-
-    def _positions(self, input_ids: Tensor) -> Tensor | None:
-        """The positions of this step's losses, ascending, the same in all of its batches; ``None`` = all."""
-        predicting = input_ids.shape[1] - 1
-        count = max(1, round(self._recipe.positions * predicting))
-        if count == predicting:
-            return None
-        generator = torch.Generator().manual_seed(seed_of(self._recipe.seed, self.state.global_step))
-        return torch.randperm(predicting, generator=generator)[:count].sort().values.to(input_ids.device)
 
 
 class _Report(TrainerCallback):

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TEXT
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import Tiny, every_tiny, save_tiny, tiny_model
 
 from sglp_llm import heal, prune
-from sglp_llm.healing.loss import IGNORED, divergence, next_token_loss, top_k_of
+from sglp_llm.healing.loss import IGNORED, divergence, next_token_loss, sampled_positions, top_k_of
 from sglp_llm.healing.teacher import OnlineTeacher, logits_at
 from sglp_llm.models.loading import wrap_model
 
@@ -33,6 +35,26 @@ def test_the_mean_over_a_partition_of_the_positions_is_the_whole_loss(beta: floa
     torch.testing.assert_close(torch.stack(estimates).mean(), divergence(own, teacher, labels, 1.5, beta))
     alone = torch.stack([next_token_loss(own[:, part], labels, part) for part in parts]).mean()
     torch.testing.assert_close(alone, next_token_loss(own, labels))
+
+
+@given(tokens=st.integers(2, 40), share=st.floats(0.01, 1), seed=st.integers(0, 2**63 - 1))
+def test_a_sample_of_positions(tokens: int, share: float, seed: int) -> None:
+    found = sampled_positions(tokens, share, seed)
+    count = max(1, round(share * (tokens - 1)))
+    if found is None:
+        assert count == tokens - 1
+        return
+    assert found.tolist() == sorted(set(found.tolist()))
+    assert len(found) == count
+    assert 0 <= int(found[0]) <= int(found[-1]) < tokens - 1
+
+
+def test_every_position_is_as_likely() -> None:
+    counts = torch.zeros(9)
+    for seed in range(900):
+        counts[sampled_positions(10, 1 / 3, seed)] += 1
+    assert counts.sum() == 2700
+    assert (counts - 300).abs().max() < 5 * 14  # binomial, 900 draws of chance 1/3: a standard deviation of 14
 
 
 @pytest.mark.parametrize("tiny", every_tiny(), ids=str)

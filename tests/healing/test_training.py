@@ -146,7 +146,7 @@ def killed_after(tokens: int) -> Progress:
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_resumed_it_ends_like_uninterrupted(kind: str, steps: int, tmp_path: Path) -> None:
-    recipe = RECIPE.with_changes(train=kind, lora_rank=2, evaluations=3)
+    recipe = RECIPE.with_changes(train=kind, lora_rank=2, evaluations=3, positions=0.5)
     whole, model = trained_by_us(tmp_path / "whole", recipe)
     with pytest.raises(Killed):
         trained_by_us(tmp_path / "cut", recipe, progress=killed_after(steps * 4 * 16))
@@ -187,6 +187,31 @@ def test_a_run_that_gets_worse_stops_and_keeps_the_start(tmp_path: Path) -> None
     assert found.after == found.before
 
 
+def test_text_that_is_seen_again_goes_through_the_teacher_once(tmp_path: Path) -> None:
+    passes: list[list[int]] = []
+    model = wrap_model(tiny_model(Tiny("llama", 0)))
+    text = sequences()
+    numbers = {tuple(row.tolist()): number for number, row in enumerate(text.input_ids)}
+    teacher = OnlineTeacher(model)
+    asked: list[list[int]] = []
+    plain = teacher.targets
+
+    def targets(chosen: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor | None = None) -> Any:
+        assert [numbers[tuple(row.tolist())] for row in ids] == chosen.tolist()
+        asked.append(chosen.tolist())
+        return plain(chosen, ids, positions)
+
+    teacher.targets = targets  # type: ignore[method-assign]
+    # A remembered layer is called too, to take what leaves it from memory; the projection inside is not.
+    model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: passes.append(asked[-1]))
+    student = wrap_model(drop_layers(tiny_model(Tiny("llama", 0)), PLAN))
+    (tmp_path / "run").mkdir()
+    run = Run(tmp_path / "run", batch_size=1)
+    train(make_trainable(student, RECIPE, PLAN), teacher, text, HELD_OUT, RECIPE, STEPS, run)
+    assert len(asked) == STEPS * 4 + 7 * len(HELD_OUT)
+    assert sorted(passes) == [[number] for number in range(10)]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_batch_changes_nothing(batch_size: int, tmp_path: Path) -> None:
     pair = [trained_by_us(tmp_path / str(size), batch_size=size)[0] for size in (2, batch_size)]
@@ -206,7 +231,7 @@ def test_memory_for_time(tmp_path: Path) -> None:
 
 def curve(folder: str) -> list[dict[str, float]]:
     processes = current_processes()
-    recipe = RECIPE.with_changes(sequences=6)
+    recipe = RECIPE.with_changes(sequences=6, positions=0.5)
     found, _ = trained_by_us(Path(folder), recipe, batch_size=6 // processes.count, processes=processes)
     return [{key: value for key, value in line.items() if key != "seconds"} for line in found.log]
 
