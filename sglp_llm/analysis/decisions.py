@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglp_llm.analysis.observing import Observations
+from sglp_llm.analysis.observing import Observations, trials_in_bfloat16
 from sglp_llm.analysis.targets import wanted
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.compensation import NONE, Compensated, FitSettings, Method, get_method
@@ -143,8 +143,10 @@ def _repaired(
     progress: Progress,
     processes: Processes,
 ) -> Compensated:
-    settings = FitSettings(recipe.held_out, opened.stored_dtype, recipe.batch_size, progress, processes)
-    return method.run(opened.load(), calibration, removed, settings)
+    model = opened.load()
+    rounded = trials_in_bfloat16(recipe, model)
+    settings = FitSettings(recipe.held_out, opened.stored_dtype, recipe.batch_size, progress, processes, rounded)
+    return method.run(model, calibration, removed, settings)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import Criterion, ScoreCriterion, SetCriterion, criterion_names, get_criterion, make_criterion
 from sglp_llm.engine import Need, PassSettings, run_pass
 from sglp_llm.engine.representations import CKAObserver
 from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.modes import has_fast_bfloat16
 from sglp_llm.plan import Recipe
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
@@ -66,6 +69,12 @@ def check_criteria(recipe: Recipe) -> None:
         raise UserError(f"{recipe.criterion} gives a set of layers, not scores: it cannot be used inside segments")
 
 
+def trials_in_bfloat16(recipe: Recipe, model: DecoderModel) -> bool:
+    """Whether numbers that only rank removals and compensations are computed in bfloat16 although the model is not."""
+    on_cpu_in_float32 = model.input_device.type == "cpu" and model.model.dtype == torch.float32
+    return recipe.trial_dtype == "auto" and on_cpu_in_float32 and has_fast_bfloat16()
+
+
 def check_journal(recipe: Recipe) -> None:
     """Refuses, before any work is done, a journal that no criterion of the run would write to.
 
@@ -110,7 +119,12 @@ def observe(
     observers = [*criteria.values(), *([cka] if similarity else [])]
     loss = run_pass(model, calibration, observers, PassSettings(recipe.batch_size, progress, processes))
     trials = Trials(
-        model, calibration.first(recipe.trial_samples), progress=progress, processes=processes, journal=journal
+        model,
+        calibration.first(recipe.trial_samples),
+        progress=progress,
+        processes=processes,
+        journal=journal,
+        bfloat16=trials_in_bfloat16(recipe, model),
     )
     for criterion in criteria.values():
         if Need.TRIALS in criterion.needs:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sglp_llm.analysis.decisions import check_reachable, decide
-from sglp_llm.analysis.observing import observe
+from sglp_llm.analysis.observing import observe, trials_in_bfloat16
 from sglp_llm.analysis.opening import Inputs
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.compensation import NONE
@@ -114,6 +114,7 @@ def _journal(opened: OpenedModel, recipe: Recipe, calibration: CalibrationSet) -
         "dtype": recipe.dtype,
         "calibration_hash": calibration.hash,
         "versions": software_versions(),
+        **({"trial_dtype": "bfloat16"} if trials_in_bfloat16(recipe, opened.load()) else {}),
     }
     return Journal(Path(recipe.journal).expanduser() / "trials", setting)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from sglp_llm.engine.modes import entering_states, leaving_states
 from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.modes import products_in_bfloat16
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Replay:
         model: The model.
         ids: ``[batch, tokens]`` on the model's input device.
         mask: ``[batch, tokens]`` bool, or ``None`` without padding.
+        bfloat16: Multiply matrices in bfloat16, whatever the model's dtype.
 
     Attributes:
         ids: The token ids.
@@ -39,8 +41,10 @@ class Replay:
         first_states: ``[batch, tokens, hidden]``: the hidden states that enter layer 0.
     """
 
-    def __init__(self, model: DecoderModel, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        self._model, self.ids, self.mask = model, ids, mask
+    def __init__(
+        self, model: DecoderModel, ids: torch.Tensor, mask: torch.Tensor | None, bfloat16: bool = False
+    ) -> None:
+        self._model, self.ids, self.mask, self._bfloat16 = model, ids, mask, bfloat16
         self._calls: list[Call] = []
         seen: list[torch.Tensor] = []
 
@@ -51,7 +55,7 @@ class Replay:
             self._calls.append(Call(args[1:], rest))
             return states
 
-        with _layers_replaced(model, [record] * model.num_layers):
+        with _layers_replaced(model, [record] * model.num_layers), self._products():
             model.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         self.first_states = seen[0]
 
@@ -66,10 +70,11 @@ class Replay:
             weights: Tensors to use in place of parameters of the layer, by name in the layer.
         """
         call, layer = self._calls[index], self._model.layers[index]
-        if weights:
-            output = torch.func.functional_call(layer, dict(weights), (states, *call.args), call.kwargs)
-        else:
-            output = layer(states, *call.args, **call.kwargs)
+        with self._products():
+            if weights:
+                output = torch.func.functional_call(layer, dict(weights), (states, *call.args), call.kwargs)
+            else:
+                output = layer(states, *call.args, **call.kwargs)
         result: torch.Tensor = leaving_states(output)
         return result
 
@@ -90,9 +95,12 @@ class Replay:
         mask = None if self.mask is None else self.mask[:, positions]
         # After the layers only the number of tokens matters: id 0 throughout reads one row of the embedding matrix.
         ids = torch.zeros_like(self.ids[:, positions])
-        with _layers_replaced(self._model, [lambda args, kwargs: states] * self._model.num_layers):
+        with _layers_replaced(self._model, [lambda args, kwargs: states] * self._model.num_layers), self._products():
             logits: torch.Tensor = self._model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits
+
+    def _products(self) -> AbstractContextManager[object]:
+        return products_in_bfloat16(self.ids.device, self._bfloat16)
 
     def with_ids(self, ids: torch.Tensor) -> Replay:
         """The same layer arguments for other sequences of the same shape, without padding; `first_states` is not updated."""

@@ -49,13 +49,13 @@ class Replays:
     tokens. These are recomputed when needed, at the cost of a forward pass without layers.
     """
 
-    def __init__(self, model: DecoderModel) -> None:
-        self._model = model
+    def __init__(self, model: DecoderModel, bfloat16: bool = False) -> None:
+        self._model, self._bfloat16 = model, bfloat16
         self._plain: dict[torch.Size, Replay] = {}
 
     def first_states(self, step: Step) -> torch.Tensor:
         """The hidden states that enter layer 0, ``[batch, tokens, hidden]``."""
-        replay = Replay(self._model, step.ids, step.mask)
+        replay = Replay(self._model, step.ids, step.mask, self._bfloat16)
         if step.mask is None:
             self._plain.setdefault(step.ids.shape, replay)
         return replay.first_states
@@ -64,7 +64,7 @@ class Replays:
         """A `Replay` that runs layers and the head on this step; after `first_states` of a step of this shape."""
         if step.mask is None:
             return self._plain[step.ids.shape].with_ids(step.ids)
-        return Replay(self._model, step.ids, step.mask)
+        return Replay(self._model, step.ids, step.mask, self._bfloat16)
 
 
 def run_streamed(

@@ -22,6 +22,7 @@ from sglp_llm.memory.dry_run import DryRun
 from sglp_llm.memory.free import free_memory
 from sglp_llm.memory.parameter_counts import count_parameters
 from sglp_llm.memory.peaks import USABLE
+from sglp_llm.models.modes import has_fast_bfloat16
 from sglp_llm.plan.healing_recipe import HealingRecipe
 
 _ADAM_BYTES = 4 + 4 + 4
@@ -39,14 +40,6 @@ Train = Literal["seam", "lora", "full"]
 def least_batch(recipe: HealingRecipe) -> int:
     """The fewest sequences that a process computes at once."""
     return 1 if recipe.batch_size == "auto" else recipe.batch_size
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether the device multiplies bfloat16 faster than float32."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capability = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(capability and capability())
 
 
 def in_bfloat16(recipe: HealingRecipe) -> bool:

@@ -45,6 +45,8 @@ class Recipe:
         seed: Seed of everything that is random.
         trial_samples: Number of sequences, from the first on, used by criteria that try removals (ppl, sleb, kl, cka_output,
             search); none = all of them.
+        trial_dtype: What trials of removals, and the losses that judge compensations, are computed in: ``model``, the dtype of
+            the analysis; ``auto``, matrix products in bfloat16 where a float32 model is on a CPU that is faster at these.
         journal: Folder in which the criterion ``search`` keeps the results of its trials, so that an interrupted run with the
             same model, sequences and versions resumes.
         engine: ``resident`` holds the whole model in memory, ``streamed`` one decoder layer at a time; ``auto`` is resident
@@ -88,6 +90,7 @@ class Recipe:
     seq_len: int = 512
     seed: int = 0
     trial_samples: int | None = None
+    trial_dtype: Literal["model", "auto"] = "model"
     journal: str | None = None
     engine: Literal["auto", "resident", "streamed"] = "auto"
     scratch: str | None = None

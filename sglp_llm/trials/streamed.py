@@ -21,6 +21,7 @@ def run_streamed_trials(
     observer: TrialObserver,
     progress: Progress,
     description: str,
+    bfloat16: bool = False,
 ) -> None:
     """Like `sglp_llm.trials.trials.Trials.run`, but layer by layer instead of batch by batch.
 
@@ -28,7 +29,7 @@ def run_streamed_trials(
     far share a slot, which is keyed by the first of them.
     """
     assert model.weights is not None
-    replays = Replays(model)
+    replays = Replays(model, bfloat16)
     groups = [observer.with_reference(wanted)]
     needed = [index for index in range(model.num_layers) if any(index not in removed for removed in groups[0])]
     with (

@@ -34,6 +34,7 @@ class Trials:
         progress: Reports finished trials x sequences; with streamed layers finished layers.
         processes: Each takes its share of the sequences; all must run the same trials.
         journal: Stores finished results, see `once`; only the main process's journal is used.
+        bfloat16: Multiply matrices in bfloat16, whatever the model's dtype; what observers compute stays in theirs.
     """
 
     def __init__(
@@ -44,13 +45,14 @@ class Trials:
         progress: Progress = silent,
         processes: Processes = ALONE,
         journal: Journal | None = None,
+        bfloat16: bool = False,
     ) -> None:
         self.model = model
         self.calibration = calibration
         self.batch_size = batch_size
         self.progress = progress
         self.processes = processes
-        self._journal = journal
+        self._journal, self._bfloat16 = journal, bfloat16
 
     def run(
         self,
@@ -75,7 +77,7 @@ class Trials:
             self._run_resident(wanted, observer, share, description)
         else:
             steps = steps_of(self.model, self.calibration, self.batch_size, share)
-            run_streamed_trials(self.model, steps, wanted, observer, self.progress, description)
+            run_streamed_trials(self.model, steps, wanted, observer, self.progress, description, self._bfloat16)
         observer.on_end(wanted, self.processes)
 
     def once(self, piece: str, count: int, compute: Callable[[], list[float]]) -> list[float]:
@@ -107,7 +109,7 @@ class Trials:
             self.progress(description, len(wanted) * len(share)) as advance,
         ):
             for batch, ids, mask in batches(self.calibration, self.batch_size, self.model.input_device, share):
-                replay = Replay(self.model, ids, mask)
+                replay = Replay(self.model, ids, mask, self._bfloat16)
                 for removed, final in self._outcomes(replay, observer.with_reference(wanted)):
                     if removed == observer.reference:
                         observer.on_reference(batch, replay, final)

@@ -203,3 +203,21 @@ def test_one_factor_for_all_channels_has_one() -> None:
     for name, tensor in found.replaced.items():
         ratio = tensor / model.model.get_parameter(name)
         torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
+
+
+def test_losses_in_bfloat16_leave_the_fit_as_it_is() -> None:
+    calibration = sampled_set(tiny_model(Tiny("llama", 0)), 12)
+    found = {}
+    for rounded in (False, True):
+        settings = FitSettings(bfloat16=rounded)
+        found[rounded] = method("linear").run(wrap_model(tiny_model(Tiny("llama", 0))), calibration, REMOVED, settings)
+    exact, rounded_report = (found[each].report for each in (False, True))
+    for ours, theirs in zip(rounded_report["cuts"][:1], exact["cuts"][:1], strict=True):
+        assert (ours["ridge"], ours["errors"]) == (theirs["ridge"], theirs["errors"])
+    for part, losses in exact["losses"].items():
+        for name, loss in losses.items():
+            assert rounded_report["losses"][part][name] == pytest.approx(loss, rel=1e-2)
+            assert rounded_report["losses"][part][name] != loss
+    assert found[True].replaced.keys() == found[False].replaced.keys()
+    for name, tensor in found[False].replaced.items():
+        assert torch.equal(found[True].replaced[name], tensor), name

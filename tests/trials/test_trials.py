@@ -52,6 +52,26 @@ def test_replaying_every_layer_is_the_model_bit_for_bit(tiny: Tiny, calibration:
         assert torch.equal(model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize("tiny", [Tiny(family, 0) for family in ("llama", "gpt2", "gemma3_text")], ids=str)
+def test_in_bfloat16_a_trial_is_the_shortened_model_under_autocast(tiny: Tiny) -> None:
+    plain, calibration = tiny_model(tiny), plain_set(2)
+    measure, exact = LossMeasure(), LossMeasure()
+    removed = frozenset({1, 2})
+    Trials(wrap_model(plain), calibration, bfloat16=True).run([removed], measure)
+    Trials(wrap_model(plain), calibration).run([removed], exact)
+    model = wrap_model(plain)
+    ids, losses = calibration.input_ids, []
+    with torch.no_grad(), passed_through(model.layers, removed, plain):
+        for row in ids:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = plain(input_ids=row[None], use_cache=False).logits
+            assert logits.dtype == torch.bfloat16
+            losses.append(float(torch.nn.functional.cross_entropy(logits[0, :-1].float(), row[1:])))
+    assert measure.means()[removed] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert measure.means()[removed] == pytest.approx(exact.means()[removed], rel=1e-2)
+    assert measure.means()[removed] != exact.means()[removed]
+
+
 @FAMILIES
 @SETS
 def test_ppl_is_the_naive_loop(family: str, calibration: CalibrationSet) -> None:

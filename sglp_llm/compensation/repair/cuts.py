@@ -20,6 +20,7 @@ from sglp_llm.engine.streams import StateStreams, Visit, state_streams
 from sglp_llm.errors import UserError
 from sglp_llm.method.proposals import runs_of
 from sglp_llm.models.loading import DecoderModel
+from sglp_llm.models.modes import products_in_bfloat16
 from sglp_llm.processes import Processes
 from sglp_llm.records import Segment
 
@@ -142,6 +143,7 @@ class _Repairing:
     ) -> None:
         self._model, self._streams, self._parts, self._kept = model, streams, parts, kept
         self._target, self._stored, self._processes = target, settings.stored, settings.processes
+        self._bfloat16 = settings.bfloat16
         self._branch = model.adapter.mlp_branch(model.model.config)
         self._here = 0
         self._apart = False  # whether `_DENSE` is kept between cuts as a separate stream
@@ -234,13 +236,14 @@ class _Repairing:
         for trial, slot in trials.items():
             self._streams.branch(slot, trial)
         rest = [layer for layer in self._kept if layer >= cut.stop]
-        if trials:
-            self._streams.through(rest, *trials)
-        else:
-            self._streams.advance(len(rest))
+        with products_in_bfloat16(self._model.input_device, self._bfloat16):
+            if trials:
+                self._streams.through(rest, *trials)
+            else:
+                self._streams.advance(len(rest))
+            sums_of = {trial: self._streams.losses(trial) for trial in trials}
         found = {}
-        for trial in trials:
-            sums = self._streams.losses(trial)
+        for trial, sums in sums_of.items():
             self._streams.end(trial)
             total = self._processes.sum(
                 torch.tensor([sums[part] for part, _ in self._parts.items()], dtype=torch.float64)

@@ -24,6 +24,8 @@ class FitSettings:
         batch_size: Sequences per forward pass of a layer; results do not depend on it, except for rounding.
         progress: Progress callback.
         processes: Each takes its share of the sequences; all return the same result.
+        bfloat16: Whether the losses that decide about new values are computed with matrix products in bfloat16, whatever the
+            model's dtype. The fit itself never is.
     """
 
     held_out: float = 0.25
@@ -31,6 +33,7 @@ class FitSettings:
     batch_size: int = 8
     progress: Progress = silent
     processes: Processes = ALONE
+    bfloat16: bool = False
 
 
 DEFAULTS = FitSettings()
