@@ -44,6 +44,7 @@ bench: setup
 	$(BIN)/python benchmarks/trials.py
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/healing.py
+	$(BIN)/python benchmarks/trial_dtype.py
 
 # On one GPU with 40 GB or more; 16 GB of disk for a random model.
 bench-gpu: setup

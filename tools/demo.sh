@@ -28,3 +28,4 @@ prompt = tokenizer("A function in Python is defined with", return_tensors="pt")
 text = tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0])
 print(f"{type(model).__name__} with {model.config.num_hidden_layers} layers says: {text!r}")
 PYTHON
+printf '\nWhat was removed and why, for a browser: %s/report.html\n' "$output"
