@@ -32,8 +32,8 @@ def method_recipe(recipe: Recipe, method: str, budget: Budget) -> Recipe:
     """
     base, plus, compensation = method.removesuffix(_HEALED).partition("+")
     settings = _settings_of(base)
-    # All methods see the same sequences, however many a preset would take.
-    shared = {"samples", "seq_len", "calibration", *(["trial_samples"] if recipe.trial_samples else [])}
+    # All methods see the same sequences, however many a preset would take, and compute alike.
+    shared = {"samples", "seq_len", "calibration", "trial_dtype", *(["trial_samples"] if recipe.trial_samples else [])}
     settings = {key: value for key, value in settings.items() if key not in shared}
     if plus:
         if compensation not in (NONE, *compensation_names()):

@@ -32,7 +32,7 @@ from sglp_llm.models import find_source
 from sglp_llm.models.loading import load_model, load_tokenizer
 from sglp_llm.plan import plan_from_indices
 
-QUICKLY: dict[str, Any] = {"calibration": "pydoc", "samples": 4, "seq_len": 16}
+QUICKLY: dict[str, Any] = {"criterion": "sglp", "calibration": "pydoc", "samples": 4, "seq_len": 16}
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,8 @@ def test_live_model(given: str, tiny: Path, tmp_path: Path) -> None:
     analysis = analyze(tiny, drop=2, **QUICKLY)
     options: dict[str, Any] = QUICKLY
     if given == "tokens":
-        options = {"calibration": calibration_set(tokenizer, "pydoc", samples=4, seq_len=16)}
+        sequences = calibration_set(tokenizer, "pydoc", samples=4, seq_len=16)
+        options = {"criterion": "sglp", "calibration": sequences}
     live = analyze(tiny_model(), tokenizer=tokenizer, drop=2, **options)
     assert (live.plan.kept, live.plan.scores) == (analysis.plan.kept, analysis.plan.scores)
     assert live.plan.settings["seq_len"] == 16
