@@ -311,7 +311,7 @@ def test_torchrun_prints_and_writes_once(engine: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_says_once_what_one_process_did_wrong(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
-    options = ("--calibration", "pydoc", "--samples", "9", "--seq-len", "3", "--drop", "2")
+    options = ("--preset", "paper", "--calibration", "pydoc", "--samples", "9", "--seq-len", "3", "--drop", "2")
     result = launched("prune", source, "-o", tmp_path / "out", *options)
     assert result.returncode != 0
     assert result.stdout == ""
