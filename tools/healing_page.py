@@ -52,7 +52,7 @@ WikiText-2's test split, and as much C4.
 
 BY_TEXT = """## Which text
 
-`=TEXT` after the preset says what it was calibrated on, and after `full` what all parameters of `search+linear-6` were trained on
+`=TEXT` says what a model was calibrated on, and `fast` trained on too; after `full` it says what all parameters of `search+linear-6` were trained on
 with 20k tokens: one kind of text alone, or what the original samples itself (`self`). A column whose text is the row's own says
 how well that kind is learned; the others say what carries over. The removals are calibrated on 32 sequences of 256 tokens.
 Measured on 32 windows of each text.
@@ -61,7 +61,7 @@ Measured on 32 windows of each text.
 PRESETS = """## The presets
 
 Everything that `prune --preset NAME` does, calibrated and trained on the text above, 64 sequences of 256 tokens for the choice of
-layers. `minutes` is the whole command; columns as in the section before.
+layers. `minutes` is the whole command, with two threads; columns as in the section before.
 """
 
 
