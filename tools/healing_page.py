@@ -52,9 +52,10 @@ WikiText-2's test split, and as much C4.
 
 BY_TEXT = """## Which text
 
-`=TEXT` says what a model was calibrated on, and `fast` trained on too; after `full` it says what all parameters of `search+linear-6` were trained on
-with 20k tokens: one kind of text alone, or what the original samples itself (`self`). A column whose text is the row's own says
-how well that kind is learned; the others say what carries over. The removals are calibrated on 32 sequences of 256 tokens.
+`=TEXT` says what a model was calibrated on, and `fast` trained on too. After `full` it says what all parameters of
+`search+linear-6` were trained on with 20k tokens: one kind of text alone, or what the original samples itself (`self`). A column
+whose text is the row's own says how well that kind is learned; the others say what carries over. The removals are calibrated on
+32 sequences of 256 tokens.
 Measured on 32 windows of each text.
 """
 
