@@ -9,16 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from sglp_llm.cli.analyze import analyze
-from sglp_llm.cli.bench import bench
-from sglp_llm.cli.compare import compare
-from sglp_llm.cli.evaluate import evaluate
-from sglp_llm.cli.heal import heal
-from sglp_llm.cli.members import list_members
-from sglp_llm.cli.plan_memory import plan_memory
-from sglp_llm.cli.prune import prune
-from sglp_llm.cli.replan import replan
-from sglp_llm.cli.report import report
+from sglp_llm.cli.verbs.analyze import analyze
+from sglp_llm.cli.verbs.bench import bench
+from sglp_llm.cli.verbs.compare import compare
+from sglp_llm.cli.verbs.evaluate import evaluate
+from sglp_llm.cli.verbs.heal import heal
+from sglp_llm.cli.verbs.members import list_members
+from sglp_llm.cli.verbs.plan_memory import plan_memory
+from sglp_llm.cli.verbs.prune import prune
+from sglp_llm.cli.verbs.replan import replan
+from sglp_llm.cli.verbs.report import report
 from sglp_llm.errors import UserError
 from sglp_llm.processes import process_count, process_index
 from sglp_llm.version import __version__
