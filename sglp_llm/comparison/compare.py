@@ -19,7 +19,7 @@ from sglp_llm.calibration import CalibrationSet
 from sglp_llm.checkpoint.replaced import as_stored
 from sglp_llm.comparison.choices import choices
 from sglp_llm.comparison.healed import DecidedRow, RunOfComparison, trained_after
-from sglp_llm.comparison.measured import Measurement, Shortened, measured
+from sglp_llm.comparison.measured import Measuring, Shortened, measured
 from sglp_llm.comparison.methods import chooser, is_single, method_recipe, training_of
 from sglp_llm.comparison.pairs import paired_difference, pairs
 from sglp_llm.compensation import NONE, check_compensation
@@ -50,17 +50,16 @@ def compare(
     recipe: Recipe,
     methods: Sequence[str],
     budgets: Sequence[Budget],
-    measurements: Sequence[Measurement],
+    measuring: Measuring,
     folder: Path,
     progress: Progress = silent,
-    kept: Path | None = None,
     healing: HealingRecipe | None = None,
 ) -> Comparison:
     """Runs every method at every depth, and measures the shortened models in memory.
 
     All criteria that use hidden states or gradients share one pass. Methods that select alike select once; equal selections
-    are compensated and measured once. Selections are kept in ``folder/journal`` and numbers in ``kept``, from where an
-    interrupted run resumes; every row's plan is in ``folder/plans``.
+    are compensated and measured once. Selections are kept in ``folder/journal`` and numbers in their own journal, from where
+    an interrupted run resumes; every row's plan is in ``folder/plans``.
 
     Args:
         opened: The model.
@@ -68,11 +67,9 @@ def compare(
         recipe: Settings that all methods share; its criterion, budget and compensation are not used.
         methods: See `sglp_llm.comparison.methods.method_recipe`.
         budgets: Ratios or numbers of layers.
-        measurements: What is measured.
+        measuring: What is measured, and how.
         folder: For the journal and the plans.
         progress: Reports the progress of every step.
-        kept: Journal of the measured numbers, which all comparisons of a model can share, whatever their calibration; in
-            ``folder`` by default.
         healing: How the models of methods that end in ``+heal`` are trained; the defaults are `HealingRecipe`'s.
 
     Raises:
@@ -88,7 +85,8 @@ def compare(
         settings.pop(key, None)
     # Another version may store results in another form.
     model = {**opened.setting, "sglp-llm": __version__}
-    numbers = Journal(kept or folder / MEASURED, {"dtype": recipe.dtype, **model})
+    dtype = measuring.dtype or recipe.dtype
+    numbers = Journal(measuring.kept or folder / MEASURED, {"dtype": dtype, **model})
     run = RunOfComparison(opened, calibration, Journal(folder / "journal", {**settings, **model}), folder, progress)
 
     choosers = {name: chooser(recipe, name, budgets[0]) for name in methods}
@@ -107,7 +105,14 @@ def compare(
             for name, plan in plans
         ]
     dense = Shortened(())
-    found = measured(opened, [dense, *(plan.model for _, plan in plans)], measurements, numbers, progress)
+    same = opened
+    if dtype != recipe.dtype:
+        if opened.source is None:
+            raise UserError("a live model is measured in its own dtype: save it, and compare the folder")
+        settings["measure_dtype"] = dtype
+        opened.release()
+        same = opened.alike(opened.source.path, dtype)
+    found = measured(same, [dense, *(plan.model for _, plan in plans)], measuring.measurements, numbers, progress)
     dense_losses = {name: each.losses for name, each in found[dense].items()}
 
     def results(model: Shortened) -> dict[str, dict[str, float]]:

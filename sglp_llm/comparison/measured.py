@@ -78,6 +78,22 @@ class Losses(Measurement):
 
 
 @dataclass(frozen=True)
+class Measuring:
+    """How the models of a comparison are measured.
+
+    Attributes:
+        measurements: What is measured.
+        kept: Folder of the journal of the numbers, which all comparisons of a model can share, whatever their calibration;
+            ``None`` = in the comparison's folder.
+        dtype: What is computed in; ``None`` = what the criteria are computed in.
+    """
+
+    measurements: Sequence[Measurement]
+    kept: Path | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
 class Shortened:
     """A model with layers removed; equal ones compute the same.
 

@@ -17,6 +17,8 @@ from sglp_llm.models.opened import OpenedModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from sglp_llm.evaluation.suites import Suite
+
 _TASK_BATCH = 8
 
 
@@ -46,23 +48,36 @@ def perplexity_measurement(opened: OpenedModel, spec: str, window: int, max_wind
     return Losses(f"{name} ({count} x {length})", windows.input_ids, summarise)
 
 
-def suite_measurement(opened: OpenedModel, suite: str | Path, limit: int | None, data_dir: Path | None) -> Measurement:
-    """The tasks of a suite, each with its metric, and their average.
+def suite_measurements(
+    opened: OpenedModel, suites: Sequence[str | Path], limit: int | None, data_dir: Path | None
+) -> list[Measurement]:
+    """For each suite its tasks, each with its metric, and their average.
 
     Args:
         opened: The model, for its tokenizer.
-        suite: The suite's name or YAML file.
+        suites: Their names or YAML files.
         limit: Only the first examples of each task.
-        data_dir: Where tasks that read local files find them.
+        data_dir: Where tasks that read local files find them. Beside other suites, one that generates its files does so.
 
     Raises:
-        UserError: The suite, a task or its data cannot be loaded.
+        UserError: A suite, a task or its data cannot be loaded.
     """
-    from sglp_llm.evaluation.harness import evaluate_tasks, open_suite, scores
+    if not suites:
+        return []  # lm-eval is slow to import
     from sglp_llm.evaluation.suites import check_counts, load_suite
 
     check_counts(limit, None)
-    suite_tasks = open_suite(load_suite(suite), data_dir)
+    loaded = [load_suite(suite) for suite in suites]
+    alone = len(loaded) == 1
+    return [
+        _suite_measurement(opened, each, limit, data_dir if alone or not each.generate else None) for each in loaded
+    ]
+
+
+def _suite_measurement(opened: OpenedModel, suite: Suite, limit: int | None, data_dir: Path | None) -> Measurement:
+    from sglp_llm.evaluation.harness import evaluate_tasks, open_suite, scores
+
+    suite_tasks = open_suite(suite, data_dir)
 
     def measure(model: PreTrainedModel) -> Measured:
         results = evaluate_tasks(model, opened.tokenizer, suite_tasks, limit=limit, batch_size=_TASK_BATCH)

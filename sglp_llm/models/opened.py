@@ -69,13 +69,13 @@ class OpenedModel:
             self.num_layers = self.source.num_layers
             self.config = self.source.config
 
-    def alike(self, model: str | Path) -> OpenedModel:
-        """Another model, opened with the same dtype, placement and tokenizer.
+    def alike(self, model: str | Path, dtype: str | None = None) -> OpenedModel:
+        """Another model, opened with the same placement and tokenizer, and the same dtype unless another is given.
 
         Raises:
             UserError: See `find_source`.
         """
-        return OpenedModel(model, None, self._dtype, self._device_map, self._tokenizer)
+        return OpenedModel(model, None, dtype or self._dtype, self._device_map, self._tokenizer)
 
     @property
     def revision(self) -> str | None:

@@ -21,7 +21,7 @@ from tiny_models import Tiny, save_tiny, tiny_model
 
 from sglp_llm import analyze, prune
 from sglp_llm.errors import UserError
-from sglp_llm.plan import plan_from_indices
+from sglp_llm.plan import load_plan, plan_from_indices
 from sglp_llm.trials import Journal
 
 CRITERIA = ("sglp", "bi", "angular", "taylor", "ppl", "sleb", "kl", "random")
@@ -125,6 +125,27 @@ def test_comparisons_share_what_is_measured(tiny: Path, finished: Path, tmp_path
     outcome = run_cli(*arguments(copy, tmp_path / "copied"), "--measured", shared)
     assert outcome.code == 2
     assert f"{shared} holds an unfinished or finished run with another model" in outcome.err
+
+
+def test_measured_in_another_dtype_with_two_suites(tiny: Path, tmp_path: Path) -> None:
+    shown = ("--suite", "generated", "--suite", "generation_offline", "--limit", "2")
+    command = arguments(tiny, tmp_path / "out", ("bi",))
+    # Both suites generate their files, and do not look for them in the folder that is for others.
+    outcome = run_cli(*command, *shown, "--data-dir", tmp_path, "--measure-dtype", "bfloat16", "--json")
+    assert outcome.code == 0, outcome.err
+    (one, _) = json.loads(outcome.out)["rows"]
+    plan = json.loads((finished_plan := tmp_path / "out" / one["plan"] / "sglp_plan.json").read_text())
+    assert plan["settings"]["dtype"] == "auto"
+    prune(tiny, tmp_path / "shortened", plan=load_plan(finished_plan), verify=False)
+    exported = tmp_path / "shortened"
+    evaluated = ("eval", exported, "--dtype", "bfloat16", "--json")
+    text = json.loads(run_cli(*evaluated, "--data", "pydoc", "--window", "48", "--max-windows", "3").out)
+    (windows,) = (name for name in one["results"] if name.startswith("pydoc (") or name.startswith("pydoc:test ("))
+    assert one["results"][windows]["perplexity"] == pytest.approx(text["perplexity"], rel=1e-6)
+    for suite in ("generated", "generation_offline"):
+        found = run_cli(*evaluated, "--suite", suite, "--limit", "2", "--batch-size", "8")
+        scores = {f"{score['task']} {score['metric']}": score["value"] for score in json.loads(found.out)["scores"]}
+        assert scores.items() <= one["results"][f"{suite} (first 2)"].items()
 
 
 def test_refusals(tiny: Path, finished: Path, tmp_path: Path) -> None:

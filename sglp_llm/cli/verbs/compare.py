@@ -55,11 +55,16 @@ def compare(
     window: Annotated[int, typer.Option(help="Tokens in one window of it.")] = 512,
     max_windows: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
     suite: Annotated[
-        str | None,
-        typer.Option(help="Suite of lm-eval tasks to score too: a name from `sglp-llm ls suites`, or a file."),
+        list[str] | None,
+        typer.Option(
+            help="Suite of lm-eval tasks to score too: a name from `sglp-llm ls suites`, or a file; repeatable."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first examples of each task.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the files that the suite's tasks read.")] = None,
+    measure_dtype: Annotated[
+        str | None, typer.Option(help="What perplexity and tasks are computed in. Default: as --dtype.")
+    ] = None,
     measured: Annotated[
         Path | None, typer.Option(help="Keep what is measured here, for other comparisons of the model too.")
     ] = None,
@@ -90,7 +95,7 @@ def compare(
     settings = settings_of(locals())
     if output is None:
         raise UserError("where to? Give --output FOLDER")
-    if suite is None and (limit is not None or data_dir is not None):
+    if not suite and (limit is not None or data_dir is not None):
         raise UserError("--limit and --data-dir are about tasks: give --suite too")
     if seeds is not None and seed is not None:
         raise UserError("give --seed or --seeds, not both")
@@ -102,7 +107,8 @@ def compare(
     from sglp_llm.calibration import named_text
     from sglp_llm.cli.memory_table import text_line
     from sglp_llm.comparison.compare import MEASURED, check_compensations, checked_recipes, compare
-    from sglp_llm.comparison.measurements import perplexity_measurement, suite_measurement
+    from sglp_llm.comparison.measured import Measuring
+    from sglp_llm.comparison.measurements import perplexity_measurement, suite_measurements
     from sglp_llm.compensation import NONE
     from sglp_llm.report.comparison_tables import to_markdown, write_tables
     from sglp_llm.report.plots import check_plotting, plot_perplexity
@@ -130,15 +136,16 @@ def compare(
         for each in drawn or [chosen.seed]
     ]
     measurements = [perplexity_measurement(opened, text, window, max_windows) for text in texts]
-    if suite is not None:
-        measurements.append(suite_measurement(opened, suite, limit, data_dir))
+    measurements += suite_measurements(opened, suite or [], limit, data_dir)
+    if measure_dtype is not None:
+        measure_dtype = chosen.with_changes(dtype=measure_dtype).dtype
+    measuring = Measuring(measurements, measured or output / MEASURED, measure_dtype)
     results = []
     for sequences in sets:
         folder = output if drawn is None else output / f"seed-{sequences.seed}"
         own = replace(chosen, seed=sequences.seed)
-        kept = measured or output / MEASURED
         results.append(
-            compare(opened, sequences, own, names, budgets, measurements, folder, console.progress_bar, kept, training)
+            compare(opened, sequences, own, names, budgets, measuring, folder, console.progress_bar, training)
         )
         write_tables(results[-1], folder)
         plot_perplexity(results[-1], folder)
