@@ -19,6 +19,7 @@ from sglp_llm.checkpoint.export import drop_layers, export_from_files, export_fr
 from sglp_llm.checkpoint.replaced import as_stored
 from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError
+from sglp_llm.evaluation.judge import open_judge
 from sglp_llm.evaluation.latency import measure_decode
 from sglp_llm.healing.heal import check_healing, heal
 from sglp_llm.healing.preparing import work_folder_of
@@ -253,11 +254,12 @@ def _prune(
 
 def _analysed(found: Inputs, recipe: Recipe, progress: Progress, processes: Processes) -> Analysis:
     """The analysis; for a target of decode time after this has been measured, and become a number of layers."""
+    judge = open_judge(recipe, found.model)
     if recipe.target_latency is None:
-        return run_analysis(found, recipe, progress, processes)
+        return run_analysis(found, recipe, progress, processes, judge)
     times = measure_decode(found.model, progress, processes)
     drop = drop_for_latency(recipe, times)
-    analysis = run_analysis(found, recipe.with_changes(drop=drop), progress, processes)
+    analysis = run_analysis(found, recipe.with_changes(drop=drop), progress, processes, judge)
     settings = {**analysis.plan.settings, "decode_times": times.to_dict()}
     return replace(analysis, plan=replace(analysis.plan, budget=recipe.budget.to_dict(), settings=settings))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from sglp_llm.analysis.observing import Observations, trials_in_bfloat16
 from sglp_llm.analysis.targets import wanted
@@ -26,6 +28,9 @@ from sglp_llm.plan import Recipe
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 from sglp_llm.records import Footprint, Segment, SimilarityMatrix
+
+Judge = Callable[[Sequence[int], Mapping[str, torch.Tensor]], float]
+"""Scores the model without these layers and with these parameters replaced; more is better."""
 
 _CANDIDATE_SAMPLES = 32
 """Sequences on which the candidate sets of a search are compensated, to take the best of them."""
@@ -171,18 +176,21 @@ def decide(
     observations: Observations,
     progress: Progress = silent,
     processes: Processes = ALONE,
+    judge: Judge | None = None,
 ) -> Decision:
     """Chooses the layers to remove and compensates for them, comparing several sets where the criterion gives more than one.
 
     The best set before compensation need not be the best after it: each of the first ``recipe.candidates`` sets is compensated
-    in closed form on some of the sequences, and the one with the lowest loss on the held-out sequences is taken.
+    in closed form on some of the sequences, and the one with the lowest loss on the held-out sequences is taken, or with the
+    highest score where there is a judge.
 
     Raises:
         UserError: See `choose_layers` and `compensate`.
     """
     removed, segments = choose_layers(recipe, opened.footprint(), observations)
-    sets = [removed] if recipe.compensate == NONE else finalists(recipe, opened.num_layers, observations, removed)
-    removed, compensated = repair_best(opened, recipe, calibration, sets, progress, processes)
+    single = recipe.compensate == NONE and judge is None
+    sets = [removed] if single else finalists(recipe, opened.num_layers, observations, removed)
+    removed, compensated = repair_best(opened, recipe, calibration, sets, progress, processes, judge)
     return Decision(removed, segments, compensated)
 
 
@@ -204,6 +212,7 @@ def repair_best(
     sets: Sequence[Sequence[int]],
     progress: Progress = silent,
     processes: Processes = ALONE,
+    judge: Judge | None = None,
 ) -> tuple[tuple[int, ...], Compensated]:
     """The set of layers that is best after compensation, and its compensation; see `decide`.
 
@@ -214,22 +223,31 @@ def repair_best(
         sets: The candidate sets, the best before compensation first; at least one.
         progress: Reports progress.
         processes: The processes that share the sequences; all return the same result.
+        judge: Scores the candidates after their compensation; ``None`` = by the loss on the held-out sequences.
 
     Raises:
         UserError: See `compensate`.
     """
     removed = tuple(sets[0])
-    candidates = sets[: recipe.candidates] if recipe.compensate != NONE else []
+    candidates = sets[: recipe.candidates] if recipe.compensate != NONE or judge is not None else []
     judged: list[dict[str, Any]] = []
     if len(candidates) > 1:
         few = calibration.first(_CANDIDATE_SAMPLES)
         judging = replace(recipe, held_out=max(recipe.held_out, _CANDIDATE_HELD_OUT))
-        method = get_method(recipe.compensate).closed_form(opened.load())
+        method = None if recipe.compensate == NONE else get_method(recipe.compensate).closed_form(opened.load())
         for each in candidates:
-            report = _repaired(method, opened, judging, few, each, progress, processes).report
-            loss = report["losses"].get("held_out", {}).get("with")  # none where only the first layers are removed
+            repaired = Compensated({}, {})
+            if method is not None:
+                repaired = _repaired(method, opened, judging, few, each, progress, processes)
+            if judge is not None:
+                judged.append({"removed": list(each), "score": judge(each, repaired.replaced)})
+                continue
+            loss = repaired.report["losses"].get("held_out", {}).get("with")  # none where only the first layers go
             judged.append({"removed": list(each), "held_out_loss": loss})
-        best = min(judged, key=lambda one: (one["held_out_loss"] is None, one["held_out_loss"]))
+        if judge is not None:
+            best = max(judged, key=lambda one: one["score"])
+        else:
+            best = min(judged, key=lambda one: (one["held_out_loss"] is None, one["held_out_loss"]))
         removed = tuple(best["removed"])
     compensated = compensate(opened, recipe, calibration, removed, progress, processes)
     if judged:

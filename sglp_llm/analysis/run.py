@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sglp_llm.analysis.decisions import check_reachable, decide
+from sglp_llm.analysis.decisions import Judge, check_reachable, decide
 from sglp_llm.analysis.observing import observe, trials_in_bfloat16
 from sglp_llm.analysis.opening import Inputs
 from sglp_llm.calibration import CalibrationSet
@@ -27,6 +27,7 @@ def run_analysis(
     recipe: Recipe,
     progress: Progress = silent,
     processes: Processes = ALONE,
+    judge: Judge | None = None,
 ) -> Analysis:
     """Runs the criteria, chooses the layers to remove, and compensates for them.
 
@@ -35,6 +36,7 @@ def run_analysis(
         recipe: The settings.
         progress: Reports progress.
         processes: The processes that share the sequences; all return the same result.
+        judge: See `sglp_llm.analysis.decisions.repair_best`.
 
     Raises:
         UserError: The budget cannot be met, or hidden states or losses are not finite.
@@ -49,7 +51,7 @@ def run_analysis(
     names = (recipe.deciding_criterion, *recipe.also)
     observations = observe(model, calibration, recipe, names, recipe.is_segmented, progress, processes, journal)
     scores = observations.scores()
-    decision = decide(opened, recipe, calibration, observations, progress, processes)
+    decision = decide(opened, recipe, calibration, observations, progress, processes, judge)
     removed, segments, compensated = decision.removed, decision.segments, decision.compensated
     settings = {**plan_settings(recipe, removed), "calibration_hash": calibration.hash}
     for name, criterion in observations.criteria.items():

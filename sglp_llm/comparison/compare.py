@@ -24,6 +24,7 @@ from sglp_llm.comparison.methods import chooser, is_single, method_recipe, train
 from sglp_llm.comparison.pairs import paired_difference, pairs
 from sglp_llm.compensation import NONE, check_compensation
 from sglp_llm.errors import UserError
+from sglp_llm.evaluation.judge import open_judge
 from sglp_llm.method.selection import check_budget
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import PLAN_FILE_NAME, Recipe, load_plan, plan_from_indices, save_plan
@@ -190,8 +191,11 @@ def _decided(run: RunOfComparison, method: str, recipe: Recipe, sets: Sequence[S
         recipe: Its settings at this depth.
         sets: The candidate sets of its criterion, see `sglp_llm.analysis.decisions.finalists`.
     """
-    sets = [list(each) for each in sets[: 1 if recipe.compensate == NONE else recipe.candidates]]
+    judge = open_judge(recipe, run.opened)
+    single = recipe.compensate == NONE and judge is None
+    sets = [list(each) for each in sets[: 1 if single else recipe.candidates]]
     how = "" if recipe.compensate == NONE else f" repaired by {recipe.compensate}, {recipe.held_out} held out"
+    how += "" if judge is None else f", scored on {recipe.judging_task}"
     what = f"the best of {sets}{how}"
     folder = run.folder / _PLANS / f"{hashlib.sha256(what.encode()).hexdigest()[:8]}-{method}"
 
@@ -209,13 +213,13 @@ def _decided(run: RunOfComparison, method: str, recipe: Recipe, sets: Sequence[S
         folder.mkdir(parents=True, exist_ok=True)
         save_plan(plan, folder / PLAN_FILE_NAME)
 
-    if recipe.compensate == NONE:
+    if single:
         save(sets[0], {}, {})
         return DecidedRow(Shortened(tuple(sorted(sets[0]))), folder, 0.0)
 
     def repaired() -> dict[str, Any]:
         start = time.perf_counter()
-        removed, found = repair_best(run.opened, recipe, run.calibration, sets, run.progress)
+        removed, found = repair_best(run.opened, recipe, run.calibration, sets, run.progress, judge=judge)
         # What is measured is what an export would hold.
         replaced = as_stored(run.opened.config, run.opened.source, found.replaced)
         save(removed, replaced, found.report)

@@ -24,6 +24,7 @@ from sglp_llm.records import Segment
 from sglp_llm.trials import Removed, Trials
 from sglp_llm.trials.costs import OBJECTIVES, TrialCosts
 
+_TASK = "task:"
 _LEAST_TRIALS = 16
 _TRIALS_A_LAYER = 2.5
 """The default budget is this many trials on all sequences per removed layer, but at least `_LEAST_TRIALS`. There are more sets to
@@ -68,7 +69,8 @@ class Search(SetCriterion):
     Args:
         num_layers: Number of decoder layers.
         seed: Not used: the search is not random.
-        objective: ``kl``, the divergence from the whole model's next-token distribution, or ``loss``.
+        objective: ``kl``, the divergence from the whole model's next-token distribution, or ``loss``. ``task:NAME`` searches by
+            ``kl``; the finalists are then scored on tasks by whoever called.
         budget: Trial tokens (``16000``, ``"16k"``) or wall time (``"30s"``, ``"5m"``, ``"2h"``) after which no further
             stage of a race begins; ``None`` means the tokens of 16 trials on all trial sequences, or of 2.5 trials per
             removed layer if that is more.
@@ -99,8 +101,11 @@ class Search(SetCriterion):
         held_out: float = 0.25,
     ) -> None:
         super().__init__(num_layers, seed)
+        self._scored_by, objective = objective, "kl" if str(objective).startswith(_TASK) else objective
         if objective not in OBJECTIVES:
-            raise unknown("objective of search", objective, OBJECTIVES)
+            raise unknown("objective of search", objective, (*OBJECTIVES, f"{_TASK}NAME"))
+        if self._scored_by == _TASK:
+            raise UserError(f"objective of search: {_TASK} must be followed by the name of a task or a suite")
         for name, value in (("proposals", proposals), ("runs", runs), ("beam", beam)):
             if type(value) is not int or value < 1:
                 raise UserError(f"{name} of search must be a positive whole number, not {value!r}")
@@ -215,7 +220,7 @@ class Search(SetCriterion):
             return {"removed": sorted(removed), "cost": _rounded(found.mean(removed)), "held_out": held_out}
 
         self._report = {
-            "objective": self._objective,
+            "objective": self._scored_by,
             "sequences": {name: len(part) for name, part in self._parts.items()},
             "tokens": found.tokens + judge.tokens,
             "segments": [[segment.start, segment.stop] for segment in self.segments],

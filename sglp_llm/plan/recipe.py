@@ -21,6 +21,10 @@ SGLP = "sglp"
 """The paper's pipeline: CKA segments, and GradNorm inside them."""
 
 
+TASK = "task:"
+"""What an objective begins with that names a task or a suite."""
+
+
 @dataclass(frozen=True)
 class Protect:
     """How many layers at the front and at the end are never removed (Shortened LLaMA's "+" keeps 4 and 2)."""
@@ -75,7 +79,8 @@ class Recipe:
         context: Tokens in that KV cache; none = the longest context of the model, 4096 at most.
         compensate: How the kept layers compensate for the removed ones: ``none``, or a name from ``compensation/``.
         held_out: Share of the calibration sequences, the last ones, that a compensation is evaluated on and not fitted on.
-        candidates: How many candidate sets of a search are compensated in closed form before the best one is taken.
+        candidates: How many candidate sets of a search are compensated in closed form, or scored on a task, before the best one
+            is taken.
         heal: Training on the original's predictions after the removal: ``true``, or the settings of a healing recipe that differ
             from its defaults. Its text is the calibration text unless ``data`` names another.
         max_shard_size: Largest file of the output, such as ``2GB``; none = shards like the source's.
@@ -123,6 +128,12 @@ class Recipe:
     def deciding_criterion(self) -> str:
         """The criterion that chooses the layers: ``gradnorm`` for ``sglp``, which is GradNorm inside CKA segments."""
         return "gradnorm" if self.criterion == SGLP else self.criterion
+
+    @property
+    def judging_task(self) -> str | None:
+        """The tasks or the suite that candidate sets are scored on: NAME of the option ``objective: task:NAME``."""
+        objective = self.options.get(self.deciding_criterion, {}).get("objective")
+        return objective.removeprefix(TASK) if isinstance(objective, str) and objective.startswith(TASK) else None
 
     @property
     def is_segmented(self) -> bool:
