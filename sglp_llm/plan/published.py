@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PLACE = "path/to/this/folder"
+"""Stands for the model in the commands of a model card, until it is uploaded and has a name."""
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _IN_HUB_CACHE = re.compile(r"/models--([\w.-]+?)(?:--([\w.-]+?))?/snapshots/([0-9a-f]{40})/?$")
 
 # A file after its form, up to the next source of a mixture: the names of folders may hold spaces.

@@ -8,13 +8,10 @@ from typing import Any
 
 from sglp_llm.plan import PLAN_FILE_NAME
 from sglp_llm.plan.plans import TENSORS_SUFFIX
-from sglp_llm.plan.published import last_part, without_paths
+from sglp_llm.plan.published import PLACE, last_part, without_paths
 from sglp_llm.records import PrunePlan
 from sglp_llm.report.card_data import base_model, card_data
 from sglp_llm.report.contents import gains_of, sizes_of
-
-PLACE = "path/to/this/folder"
-"""Stands for the model in the commands of a card, until it is uploaded and has a name."""
 
 
 def write_model_card(path: Path, plan: PrunePlan, source_card: Path, healing: Mapping[str, Any] | None = None) -> None:
@@ -74,9 +71,9 @@ lm_eval --model hf --model_args pretrained={PLACE} --tasks arc_easy,piqa,gsm8k
 ## Limits
 
 - What the model writes suffers before what it classifies does: arithmetic, code and copying fail at depths where multiple choice
-  still looks well, and training brings back less of them ([arXiv 2602.01997](https://arxiv.org/abs/2602.01997)). An example: with
-  3 of 30 layers of SmolLM2-135M-Instruct removed and nothing trained, it gets 3 % of sums right instead of 28 %, and 61 % of simple
-  facts instead of 82 %. Measure what you need, generation above all.
+  still looks well, and training brings back less of them ([arXiv 2602.01997](https://arxiv.org/abs/2602.01997)). An example:
+  SmolLM2-135M-Instruct without 3 of its 30 layers, and nothing trained, gets 3 % of sums right instead of 28 %, and 61 % of
+  simple facts instead of 82 %. Measure what you need, generation above all.
 - Perplexity and tasks that are not named here were not measured. The limits and biases of {link} are this model's too.
 """,
         encoding="utf-8",

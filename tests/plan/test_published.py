@@ -57,6 +57,7 @@ def test_models_are_named_as_on_the_hub_where_that_is_known(tmp_path: Path, monk
     assert published_model("models/smol") == "smol"
     assert published_model("models/smol/..") == "models"
     assert published_model("gone/to/smol") == "smol"
+    assert published_model("../smol") == published_model("./smol") == published_model("~/smol") == "smol"
     assert published_model(cached) == "owner/some-name"
     assert in_hub_cache(cached) == ("owner/some-name", COMMIT)
     assert in_hub_cache(cached.replace("owner--", "")) == ("some-name", COMMIT)

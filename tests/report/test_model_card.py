@@ -11,8 +11,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, metadata_load, metadata_save
 
+from sglp_llm.plan.published import PLACE
 from sglp_llm.records import Footprint, ModelIdentity, PrunePlan
-from sglp_llm.report.model_card import PLACE, write_model_card
+from sglp_llm.report.model_card import write_model_card
 from sglp_llm.sizes import show_count
 
 PLAN = PrunePlan(
