@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sglp_llm.analysis.replanning import replan
     from sglp_llm.calibration import CalibrationSet
     from sglp_llm.checkpoint.export import drop_layers
+    from sglp_llm.checkpoint.push import push
     from sglp_llm.errors import UserError
     from sglp_llm.evaluation.harness import evaluate_tasks
     from sglp_llm.healing.heal import heal
@@ -35,6 +36,7 @@ __all__ = [
     "load_plan",
     "load_recipe",
     "prune",
+    "push",
     "replan",
 ]
 
@@ -54,6 +56,7 @@ _HOMES = {
     "load_plan": "plan",
     "load_recipe": "plan",
     "prune": "pipeline",
+    "push": "checkpoint.push",
     "replan": "analysis.replanning",
 }
 

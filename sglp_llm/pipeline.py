@@ -241,7 +241,7 @@ def _prune(
             save_recipe(
                 replace(recipe, model=opened.identity.name, revision=opened.revision), folder / RECIPE_FILE_NAME
             )
-            write_model_card(folder / "README.md", plan)
+            write_model_card(folder / "README.md", plan, opened.card)
             write_report(folder)
         opened.release()
         verification = None

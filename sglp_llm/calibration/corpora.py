@@ -27,6 +27,17 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n{output}"
 )
 
+HUB_DATA_SETS = {
+    "alpaca": "yahma/alpaca-cleaned",
+    # A Parquet copy: the original, bookcorpus/bookcorpus, is a script, which datasets has not run since version 4.
+    "bookcorpus": "rojagtap/bookcorpus",
+    "c4": "allenai/c4",
+    "fineweb-edu": "HuggingFaceFW/fineweb-edu",
+    "wikitext2": "Salesforce/wikitext",
+    "wikitext103": "Salesforce/wikitext",
+}
+"""The data sets on the Hub that corpora are read from, by the corpus's name."""
+
 _Document = TypeVar("_Document")
 
 _STREAMED = {"wikitext103": {"streaming": True}}
@@ -39,7 +50,7 @@ def alpaca_rows(split: Split) -> Iterator[dict[str, str]]:
     Raises:
         UserError: While iterating: the Hub cannot be read.
     """
-    rows = _hub_rows("alpaca", "yahma/alpaca-cleaned", ["instruction", "input", "output"], split="train")
+    rows = _hub_rows("alpaca", ["instruction", "input", "output"], split="train")
     return _part(rows, 10, split)
 
 
@@ -55,7 +66,7 @@ def _pydoc(split: Split) -> Iterator[str]:
 
 
 def _wikitext(source: str, name: str, split: Split) -> Iterator[str]:
-    rows = _hub_rows(source, "Salesforce/wikitext", ["text"], name=name, split=split, **_STREAMED.get(source, {}))
+    rows = _hub_rows(source, ["text"], name=name, split=split, **_STREAMED.get(source, {}))
     article: list[str] = []
     for row in rows:
         text = row["text"]
@@ -68,20 +79,17 @@ def _wikitext(source: str, name: str, split: Split) -> Iterator[str]:
 
 def _c4(split: Split) -> Iterator[str]:
     shard = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}[split]
-    rows = _hub_rows("c4", "allenai/c4", ["text"], data_files={split: shard}, split=split, streaming=True)
+    rows = _hub_rows("c4", ["text"], data_files={split: shard}, split=split, streaming=True)
     return (row["text"] for row in rows)
 
 
 def _fineweb_edu(split: Split) -> Iterator[str]:
-    rows = _hub_rows(
-        "fineweb-edu", "HuggingFaceFW/fineweb-edu", ["text"], name="sample-10BT", split="train", streaming=True
-    )
+    rows = _hub_rows("fineweb-edu", ["text"], name="sample-10BT", split="train", streaming=True)
     return _part((row["text"] for row in rows), 100, split)
 
 
 def _bookcorpus(split: Split) -> Iterator[str]:
-    # A Parquet copy: the original, bookcorpus/bookcorpus, is a script, which datasets has not run since version 4.
-    rows = _hub_rows("bookcorpus", "rojagtap/bookcorpus", ["text"], split="train", streaming=True)
+    rows = _hub_rows("bookcorpus", ["text"], split="train", streaming=True)
     sentences = (row["text"] for row in rows)
     return _part(iter(lambda: " ".join(islice(sentences, BOOK_SENTENCES)), ""), 10, split)
 
@@ -103,10 +111,11 @@ def _part(documents: Iterable[_Document], period: int, split: Split) -> Iterator
     return (each for number, each in enumerate(documents, 1) if (number % period == 0) == (split == "test"))
 
 
-def _hub_rows(source: str, path: str, columns: list[str], **arguments: Any) -> Iterator[dict[str, str]]:
-    """Rows of a data set on the Hugging Face Hub, or of its local cache, with the given columns only."""
+def _hub_rows(source: str, columns: list[str], **arguments: Any) -> Iterator[dict[str, str]]:
+    """Rows of a corpus's data set on the Hugging Face Hub, or of its local cache, with the given columns only."""
     import datasets
 
+    path = HUB_DATA_SETS[source]
     try:
         with offline_when_unreachable():
             rows = datasets.load_dataset(path, **arguments)

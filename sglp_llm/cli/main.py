@@ -17,6 +17,7 @@ from sglp_llm.cli.verbs.heal import heal
 from sglp_llm.cli.verbs.members import list_members
 from sglp_llm.cli.verbs.plan_memory import plan_memory
 from sglp_llm.cli.verbs.prune import prune
+from sglp_llm.cli.verbs.push import push
 from sglp_llm.cli.verbs.replan import replan
 from sglp_llm.cli.verbs.report import report
 from sglp_llm.errors import UserError
@@ -35,6 +36,7 @@ app.command()(prune)
 app.command()(replan)
 app.command()(heal)
 app.command()(report)
+app.command()(push)
 app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(bench)

@@ -104,6 +104,8 @@ Compensate = Annotated[
         help="Fold what the removed layers did into weights that are kept: none, scale, linear, refit, auto or learned."
     ),
 ]
+PushToHub = Annotated[str | None, typer.Option(metavar="REPO", help="Upload the finished folder to the Hub.")]
+Private = Annotated[bool, typer.Option(help="Create the Hub repository private.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 DECIDING = [

@@ -68,5 +68,5 @@ def write_papers(models: HealingModels, folder: Path, record: HealingRecord, rec
     log = [json.loads(line) for line in (work / LOG_FILE_NAME).read_text(encoding="utf-8").splitlines()]
     plot_losses(log, folder)
     if models.plan is not None and models.plan.source is not None:
-        write_model_card(folder / "README.md", models.plan, record.to_dict())
+        write_model_card(folder / "README.md", models.plan, models.student.card, record.to_dict())
         write_report(folder)

@@ -1,8 +1,7 @@
-"""The Hugging Face Hub: downloads checkpoints, uploads finished folders."""
+"""Reads checkpoints from the Hugging Face Hub, and only the files that are needed."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +9,20 @@ from pathlib import Path
 from sglp_llm.errors import UserError
 
 # At the root of a repository only: subfolders hold the same weights again in other formats.
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*"]
-
-
-class UploadError(RuntimeError):
-    """An upload failed; the local folder is complete. The message says how to retry."""
+_SMALL_FILES = [
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "README.md",
+]
+_SMALL_FILES += ["sglp_plan.tensors"]  # without it the plan of a compensated model is not whole
+# model.fp16.safetensors and the like are the same weights once more.
+_NOT_NEEDED = ["*/*", "model.*.safetensors"]
 
 
 def download(repo: str, revision: str | None, weights: bool = True) -> tuple[Path, str]:
@@ -43,7 +51,9 @@ def download(repo: str, revision: str | None, weights: bool = True) -> tuple[Pat
     try:
         for files in (["model*.safetensors"], ["pytorch_model*.bin"]):
             wanted = _SMALL_FILES + files if weights else ["config.json"]
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+            folder = Path(
+                snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_NEEDED)
+            )
             if not weights or any(folder.glob(files[0])):
                 break
     except HFValidationError:
@@ -86,42 +96,3 @@ def offline_when_unreachable() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def upload(folder: Path, repo: str, private: bool) -> str:
-    """Creates the model repository where it does not exist yet and uploads the folder in one commit.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        UploadError: The upload failed, for whatever reason.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    try:
-        address = api.create_repo(repo, private=private or None, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model pruned with sglp-llm")
-    except Exception as error:  # whatever the cause, the local result is complete and the remedy is the same
-        reason = " ".join(str(error).split())
-        retry = ["hf", "upload", repo, str(folder), ".", *(["--private"] if private else [])]
-        raise UploadError(
-            f"{folder} is complete, but the upload failed ({reason}); retry with: {shlex.join(retry)}"
-        ) from error
-    return str(address)
-
-
-def check_repo_name(repo: str) -> None:
-    """Refuses, before any work is done, a repository name that the Hub would refuse.
-
-    Raises:
-        UserError: It is not of the form NAME or OWNER/NAME.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UserError(f"push_to_hub: {' '.join(str(error).split())}") from None

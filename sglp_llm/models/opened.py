@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ class OpenedModel:
     def revision(self) -> str | None:
         """The Hub commit, where there is one."""
         return self.source.revision if self.source else None
+
+    @property
+    def card(self) -> Path:
+        """The model card beside the checkpoint, where there is one; of a live model and a GGUF file there is none."""
+        return (self.source.path if self.source else Path(os.devnull)) / "README.md"
 
     @property
     def setting(self) -> dict[str, str | None]:

@@ -94,7 +94,7 @@ def plan_to_dict(plan: PrunePlan) -> dict[str, Any]:
 
 
 def save_plan(plan: PrunePlan, path: Path) -> None:
-    """Writes the plan as JSON, one top-level key per line so that a person can read and edit it.
+    """Writes the plan as JSON.
 
     Replaced tensors go into a file of the same name that ends in `TENSORS_SUFFIX`.
     """
@@ -105,8 +105,12 @@ def save_plan(plan: PrunePlan, path: Path) -> None:
         tensors = path.with_suffix(TENSORS_SUFFIX)
         write_tensors(tensors, plan.replaced)
         data["replaced"] = {"file": tensors.name, "sha256": sha256_of(tensors), **data["replaced"]}
-    items = data.items()
-    path.write_text("{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in items) + "\n}\n")
+    path.write_text(plan_text(data))
+
+
+def plan_text(data: Mapping[str, Any]) -> str:
+    """A plan's JSON object as text, one top-level key per line so that a person can read and edit it."""
+    return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in data.items()) + "\n}\n"
 
 
 def load_plan(path: str | Path) -> PrunePlan:

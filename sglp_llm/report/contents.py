@@ -12,9 +12,9 @@ from sglp_llm.method.segmentation import layer_partitions
 from sglp_llm.method.selection import lowest_scores, segment_capacities
 from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME, load_plan
 from sglp_llm.plan.healing_recipe import HEALING_FILE_NAME, LOG_FILE_NAME
+from sglp_llm.plan.published import last_part, without_local_paths
 from sglp_llm.records import PrunePlan, Segment
 from sglp_llm.report.drawing import Chart, Mark, chart, shade
-from sglp_llm.report.model_card import without_paths
 from sglp_llm.sizes import show_bytes, show_count
 
 _HEAT_MAP = 400.0
@@ -111,7 +111,7 @@ def gather(folder: Path) -> Contents:
     segments = tuple(segment_of.get(layer, 0) for layer in range(plan.num_layers))
     healing = _json(folder / HEALING_FILE_NAME)
     return Contents(
-        name=Path(plan.source.name).name if plan.source else folder.name,
+        name=last_part(plan.source.name) if plan.source else folder.name,
         num_layers=plan.num_layers,
         removed=plan.removed,
         segments=segments,
@@ -120,12 +120,12 @@ def gather(folder: Path) -> Contents:
         fisher=_fisher(plan),
         chosen_k=max(1, len(found)),
         races=_races(plan.settings),
-        gains=[*_repairs(plan.compensation), *_trained(healing)],
+        gains=gains_of(plan, healing),
         training=_training(folder / LOG_FILE_NAME),
-        sizes=_sizes(plan),
+        sizes=sizes_of(plan),
         choices=_choices(plan),
         settings=[
-            (key, _short(value))
+            (key, _short(key, value))
             for key, value in plan.settings.items()
             if not isinstance(value, Mapping) or len(str(value)) < 200
         ],
@@ -199,6 +199,11 @@ def _races(settings: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, float
     return shown[:_RACES]
 
 
+def gains_of(plan: PrunePlan, healing: Mapping[str, Any]) -> list[Gain]:
+    """What each repair, and the training whose record is ``healing``, changed on held-out text."""
+    return [*_repairs(plan.compensation), *_trained(healing)]
+
+
 def _repairs(compensation: Mapping[str, Any]) -> list[Gain]:
     gains = []
     refined = compensation.get("refined")
@@ -236,7 +241,8 @@ def _training(file: Path) -> dict[str, Chart]:
     return drawn
 
 
-def _sizes(plan: PrunePlan) -> list[tuple[str, str, str]]:
+def sizes_of(plan: PrunePlan) -> list[tuple[str, str, str]]:
+    """What is told of the model's size before and after: a name and two numbers as text; empty where it is not known."""
     found = plan.footprint
     if found is None:
         return []
@@ -271,6 +277,7 @@ def _json(file: Path) -> Mapping[str, Any]:
     return data if isinstance(data, Mapping) else {}
 
 
-def _short(value: object) -> str:
-    text = without_paths(value) if isinstance(value, str) else json.dumps(value)
+def _short(key: str, value: object) -> str:
+    value = without_local_paths(value, key)
+    text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 120 else text[:117] + "..."

@@ -80,7 +80,7 @@ def test_what_stands_beside_the_weights(original: Path, pruned: Path, healed: tu
     assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))
     assert {"loss.png", "loss.svg"} <= {path.name for path in output.iterdir()}
     card = (output / "README.md").read_text()
-    assert f"Retrained on the original model's predictions: {record['tokens']} tokens of `LICENSE`" in card
+    assert f"Retrained on the original model's predictions: {record['tokens']} tokens of `text:LICENSE`" in card
     assert "the rest retrained" in card
 
 

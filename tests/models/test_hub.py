@@ -1,4 +1,4 @@
-"""The Hub, with its network calls replaced by what they raise and return in real life."""
+"""Checkpoints read from a Hub on this machine; errors that it does not make are raised as they are in real life."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from checkpoints import QUICK, Outcome, copied, run_cli, save_tiny, written
-from huggingface_hub import errors
+from checkpoints import QUICK, copied, logits, logits_of, run_cli, save_tiny, tiny_model, without, written
+from helpers import tiny_tokenizer
+from huggingface_hub import ModelCard, errors
+from local_hub import LocalHub, Repository, Stored
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sglp_llm.plan import save_plan
+from sglp_llm.models.hub import download
+from sglp_llm.plan import load_plan, save_plan
 from sglp_llm.records import PrunePlan
 
 # Whichever HTTP library this release of huggingface_hub uses.
@@ -57,150 +61,152 @@ def test_failed_download(error: Exception, message: str, tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-class Hub:
-    """Stands in for ``snapshot_download``: a cache folder named after the commit, and a record of what was asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.calls: list[dict[str, Any]] = []
-
-    def __call__(self, repo: str, **options: Any) -> str:
-        self.calls.append({"repo": repo, **options})
-        return str(self.folder)
+def served(hub: LocalHub, folder: Path, name: str = "owner/name", private: bool = False, **more: bytes) -> Repository:
+    """Puts a folder, and more files, on the Hub."""
+    repository = hub.repositories[name] = Repository(private)
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()} | more
+    files = {path: Stored(content, b"\0" in content) for path, content in contents.items()}
+    hub.objects |= {each.oid: each.content for each in files.values() if each.lfs}
+    repository.add("main", files, "first")
+    return repository
 
 
-def test_download_by_name_and_revision(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    hub = Hub(copied(tiny, tmp_path / commit))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-    monkeypatch.chdir(tmp_path)
-    outcome = run_cli("prune", "owner/name", "--revision", "v1", "-o", "out", "--drop", 1, *QUICK, "--no-verify")
+def fetched(hub: LocalHub) -> set[str]:
+    """The names of the files whose content, or address of the content, was asked for."""
+    return {request.rpartition("/")[2] for request in hub.asked("^GET .*/resolve/")}
+
+
+def test_download_by_name_and_revision(tiny: Path, tmp_path: Path, hub: LocalHub) -> None:
+    repository = served(hub, tiny)
+    commit = repository.branches["v1"] = repository.branches["main"]
+    repository.add("main", {}, "nothing is left")
+    outcome = run_cli("prune", "owner/name", "--revision", "v1", "-o", tmp_path / "out", "--drop", 1, *QUICK)
     assert outcome.code == 0, outcome
-    assert [(call["repo"], call["revision"]) for call in hub.calls] == [("owner/name", "v1")]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: owner/name\n" in card
     assert "https://huggingface.co/owner/name" in card
     assert f'"revision": "{commit}"' in (tmp_path / "out" / "sglp_plan.json").read_text()
     assert f"revision: {commit}\n" in (tmp_path / "out" / "sglp_recipe.yaml").read_text()
+    hub.requests.clear()
+    again = run_cli("prune", "owner/name", "--revision", commit, "-o", tmp_path / "again", "--drop", 1, *QUICK)
+    assert again.code == 0, again
+    assert hub.asked("(GET|HEAD) .*/(resolve|objects)/") == []
+
+
+def test_only_what_is_needed_is_fetched(tiny: Path, tmp_path: Path, hub: LocalHub) -> None:
+    card = b"---\nlicense: mit\nlanguage: en\n---\n# Its card\n"
+    others = [
+        "model.fp16.safetensors",
+        "model.fp16-00001-of-00002.safetensors",
+        "consolidated.safetensors",
+        "onnx/config.json",
+    ]
+    others += ["pytorch_model.bin", "tf_model.h5", "report.html", "loss.png", "train_log.jsonl", "original/params.json"]
+    served(hub, tiny, **{"README.md": card}, **dict.fromkeys(others, b"\0"))
+    outcome = run_cli("prune", "owner/name", "-o", tmp_path / "out", "--drop", 1, *QUICK)
+    assert outcome.code == 0, outcome
+    assert fetched(hub) <= {path.name for path in tiny.iterdir()} | {"README.md"}
+    assert len(hub.asked("^GET /objects/")) == 1
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.license, data.language) == ("mit", "en")
+
+
+def test_the_configuration_alone_for_a_prediction(tiny: Path, hub: LocalHub) -> None:
+    served(hub, tiny)
+    assert run_cli("plan-memory", "owner/name").code == 0
+    assert fetched(hub) == {"config.json"}
 
 
 def test_weights_in_bin_files_are_fetched_only_where_there_are_no_others(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, hub: LocalHub
 ) -> None:
-    hub = Hub(copied(tiny, tmp_path / "commit", lambda folder: (folder / "model.safetensors").unlink()))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-    outcome = run_cli("analyze", "owner/name", *QUICK)
-    assert outcome.code == 2
-    assert "no weights: expected model.safetensors" in outcome.error
-    first, second = ([pattern for pattern in call["allow_patterns"] if "model" in pattern] for call in hub.calls)
-    assert "model*.safetensors" in first
-    assert "pytorch_model*.bin" not in first
-    assert "pytorch_model*.bin" in second
+    bins = copied(tiny, tmp_path / "bins", without("model.safetensors"))
+    torch.save(tiny_model().state_dict(), bins / "pytorch_model.bin")
+    served(hub, bins)
+    outcome = run_cli("prune", "owner/name", "-o", tmp_path / "out", "--drop", 1, *QUICK)
+    assert outcome.code == 0, outcome
+    removed = load_plan(tmp_path / "out").removed
+    assert logits(tmp_path / "out").equal(logits(tiny, skip=removed))
 
 
-def test_a_folder_here_comes_before_the_hub(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(tiny)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+def test_a_download_that_breaks_off_goes_on_where_it_was(
+    tiny: Path, tmp_path: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    served(hub, tiny)
+    (weights,) = hub.objects
+    hub.cut[weights] = 10_000
+    outcome = run_cli("prune", "owner/name", "-o", tmp_path / "out", "--drop", 1, *QUICK)
+    assert outcome.code == 0, outcome
+    assert hub.ranges == ["bytes=10000-"]
+    assert len(hub.asked(f"^GET /objects/{weights}")) == 2
+    expected = run_cli("prune", tiny, "-o", tmp_path / "expected", "--drop", 1, *QUICK)
+    assert expected.code == 0, expected
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "expected" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_an_interrupted_download_keeps_the_files_that_are_whole(tmp_path: Path, hub: LocalHub) -> None:
+    tiny_model().save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    tiny_tokenizer(bos=True).save_pretrained(tmp_path / "sharded")
+    served(hub, tmp_path / "sharded")
+    last = list(hub.objects)[-1]
+    hub.fail(f"GET /objects/{last}", 403, times=1)
+    command = ("prune", "owner/name", "-o", tmp_path / "out", "--drop", 1, *QUICK)
+    assert "owner/name: no such folder or file here, and it cannot be had from the Hub (403" in run_cli(*command).error
+    hub.requests.clear()
+    outcome = run_cli(*command)
+    assert outcome.code == 0, outcome
+    assert hub.asked("^GET /objects/") == [f"GET /objects/{last}"]
+
+
+def test_a_private_model_needs_the_login(
+    tiny: Path, tmp_path: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served(hub, tiny, private=True)
+    assert run_cli("prune", "owner/name", "-o", tmp_path / "out", "--drop", 1, *QUICK).code == 0
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "another"))
+    error = run_cli("prune", "owner/name", "-o", tmp_path / "new", "--drop", 1, *QUICK).error
+    assert "the Hub has no such model (or it is private: log in with `hf auth login`)" in error
+
+
+def test_a_folder_here_comes_before_the_hub(
+    tiny: Path, tmp_path: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copied(tiny, tmp_path / "owner" / "name")
     monkeypatch.chdir(tmp_path)
     assert run_cli("analyze", "owner/name", *QUICK).code == 0
-    assert hub.calls == []
+    assert hub.requests == []
 
 
-class Uploads:
-    """Stands in for the network calls of ``HfApi``."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
-        self.calls: list[tuple[str, dict[str, Any]]] = []
-
-        def create_repo(_: Any, repo_id: str, **options: Any) -> str:
-            self.calls.append(("create_repo", {"repo_id": repo_id, **options}))
-            return f"https://huggingface.co/{repo_id}"
-
-        def upload_folder(_: Any, **options: Any) -> None:
-            files = sorted(path.name for path in Path(options["folder_path"]).iterdir())
-            self.calls.append(("upload_folder", {**options, "files": files}))
-            if error is not None:
-                raise error
-
-        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-        monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
-
-
-def push(tiny: Path, output: Path, *options: str) -> Outcome:
-    return run_cli(
-        "prune", tiny, "-o", output, "--drop", 1, *QUICK, "--no-verify", "--push-to-hub", "me/short", *options
-    )
-
-
-@pytest.mark.parametrize("private", [False, True])
-def test_upload(private: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uploads = Uploads(monkeypatch)
-    outcome = push(tiny, tmp_path / "out", *(["--private"] if private else []))
-    assert outcome.code == 0, outcome
-    assert outcome.out.endswith("Uploaded          https://huggingface.co/me/short\n")
-    (first, created), (second, uploaded) = uploads.calls
-    assert (first, second) == ("create_repo", "upload_folder")
-    assert created == {"repo_id": "me/short", "private": True if private else None, "exist_ok": True}
-    assert (uploaded["repo_id"], Path(uploaded["folder_path"])) == ("me/short", tmp_path / "out")
-    assert {"README.md", "config.json", "model.safetensors", "sglp_plan.json"} <= set(uploaded["files"])
-
-
-def test_upload_takes_the_plans_tensors_along(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uploads = Uploads(monkeypatch)
+def test_a_compensated_model_comes_with_the_tensors_of_its_plan(tiny: Path, tmp_path: Path, hub: LocalHub) -> None:
     new = {"model.layers.0.input_layernorm.weight": torch.ones(32)}
     save_plan(PrunePlan(6, (0, 1, 2, 3), replaced=new), tmp_path / "mine.json")
     options = ("--plan", tmp_path / "mine.json", "--no-verify", "--push-to-hub", "me/short")
     outcome = run_cli("prune", tiny, "-o", tmp_path / "out", *options)
     assert outcome.code == 0, outcome
-    assert {"sglp_plan.json", "sglp_plan.tensors"} <= set(uploads.calls[1][1]["files"])
+    folder, _ = download("me/short", None)
+    assert load_plan(folder).replaced.keys() == new.keys()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [answered(errors.HfHubHTTPError, 401), httpx.ConnectError("no route\nto host"), ValueError("odd"), OSError("gone")],
-    ids=lambda error: type(error).__name__,
-)
-def test_failed_upload_leaves_the_result_and_says_how_to_go_on(
-    error: Exception, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Uploads(monkeypatch, error)
-    output = tmp_path / "out"
-    outcome = push(tiny, output)
-    assert outcome.code == 1, outcome
-    line = outcome.err.splitlines()[-1]
-    assert line.startswith(f"sglp-llm: error: {output} is complete, but the upload failed ({str(error).split()[0]}")
-    assert line.endswith(f"retry with: hf upload me/short {output} .")
-    assert "Uploaded" not in outcome.out
-    again = run_cli("prune", tiny, "-o", tmp_path / "again", "--plan", output, "--no-verify")
-    assert again.code == 0, again
-    assert (output / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+def test_pushed_pruned_from_there_and_loaded_by_plain_transformers(tmp_path: Path, hub: LocalHub) -> None:
+    tiny_model().save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    tiny_tokenizer(bos=True).save_pretrained(tmp_path / "sharded")
+    options = (*QUICK, "--drop", 1, "--push-to-hub")
+    assert run_cli("prune", tmp_path / "sharded", "-o", tmp_path / "five", *options, "me/five").code == 0
+    outcome = run_cli("prune", "me/five", "-o", tmp_path / "four", *options, "me/four")
+    assert outcome.code == 0, outcome
+    assert len([path for path in hub.repositories["me/four"].files() if path.endswith(".safetensors")]) > 1
+    loaded = AutoModelForCausalLM.from_pretrained("me/four", cache_dir=tmp_path / "third-cache").eval()
+    removed = load_plan(tmp_path / "four").removed
+    assert logits_of(loaded).equal(logits(tmp_path / "five", skip=removed))
+    tokenizer = AutoTokenizer.from_pretrained("me/four", cache_dir=tmp_path / "third-cache")
+    assert tokenizer("the end").input_ids == tiny_tokenizer(bos=True)("the end").input_ids
 
 
-def test_retry_command_is_for_the_shell_and_keeps_the_repository_private(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Uploads(monkeypatch, OSError("gone"))
-    outcome = push(tiny, tmp_path / "my model", "--private")
-    assert outcome.code == 1
-    assert outcome.err.endswith(f"retry with: hf upload me/short '{tmp_path}/my model' . --private\n")
-
-
-def test_upload_of_json_output_keeps_stdout_to_one_object(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Uploads(monkeypatch)
-    outcome = push(tiny, tmp_path / "out", "--json")
-    assert outcome.code == 0
-    assert outcome.out.startswith("{")
-    assert outcome.out.endswith("}\n")
-    assert "Uploaded          https://huggingface.co/me/short" in outcome.err
-
-
-def test_nothing_is_asked_of_the_hub_without_a_reason(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uploads = Uploads(monkeypatch)
+def test_nothing_is_asked_of_the_hub_without_a_reason(tiny: Path, tmp_path: Path, hub: LocalHub) -> None:
     source = copied(tiny, tmp_path / "source", written("config.json", "{"))
-    assert push(source, tmp_path / "out").code == 2
-    assert uploads.calls == []
+    assert run_cli("prune", source, "-o", tmp_path / "out", "--drop", 1, *QUICK, "--push-to-hub", "me/short").code == 2
+    assert hub.requests == []

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sglp_llm.cli.options import Json, Scratch, healing_recipe_of
+from sglp_llm.cli.options import Json, Private, PushToHub, Scratch, healing_recipe_of
+from sglp_llm.cli.pushing import check_push, push_finished
 from sglp_llm.cli.quiet import prepare
 from sglp_llm.errors import UserError
 
@@ -105,6 +106,8 @@ def heal(
     report_to: Annotated[list[str] | None, typer.Option(help="wandb, tensorboard or trackio; repeatable.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
     verify: Annotated[bool, typer.Option(help="Reload the result and compare it with what was trained.")] = True,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Train a shortened model on the original's predictions, and write it."""
@@ -119,6 +122,7 @@ def heal(
 
     processes = current_processes()
     with processes.failing_together():
+        check_push(push_to_hub, private)
         settings: dict[str, Any] = {name: arguments[name] for name in _SETTINGS.split()}
         if batch_size is not None and batch_size.isdecimal():
             settings["batch_size"] = int(batch_size)
@@ -145,3 +149,5 @@ def heal(
     else:
         console.print_healing(report)
         memory.print_peak()
+    if push_to_hub is not None:
+        push_finished(output, push_to_hub, private, as_json)

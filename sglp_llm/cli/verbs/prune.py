@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +28,10 @@ from sglp_llm.cli.options import (
     NumSegments,
     Option,
     Preset,
+    Private,
     ProtectFirst,
     ProtectLast,
+    PushToHub,
     Ratio,
     RecipeName,
     Revision,
@@ -51,6 +52,7 @@ from sglp_llm.cli.options import (
     recipe_of,
     settings_of,
 )
+from sglp_llm.cli.pushing import check_push, push_finished
 from sglp_llm.cli.quiet import prepare
 from sglp_llm.errors import UserError
 
@@ -104,10 +106,8 @@ def prune(
     heal_tokens: Annotated[str | None, typer.Option(help="Training tokens, e.g. 1.6M. Default: 128k.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
     verify: Annotated[bool, typer.Option(help="Reload the result and compare it with the source.")] = True,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the finished folder to the Hub.")
-    ] = None,
-    private: Annotated[bool, typer.Option(help="Create the Hub repository private.")] = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Remove layers and write a smaller checkpoint that plain from_pretrained loads."""
@@ -117,15 +117,12 @@ def prune(
     arguments = locals()
     if plan is not None and (given := [name for name in DECIDING if arguments[name] is not None]):
         raise UserError(f"--plan already says which layers go: leave out --{given[0].replace('_', '-')}")
-    if private and push_to_hub is None:
-        raise UserError("--private is about the Hub repository: give --push-to-hub REPO too")
     if heal is False and (heal_recipe is not None or heal_tokens is not None):
         raise UserError("--heal-recipe and --heal-tokens are about training: leave out --no-heal")
     settings["heal"] = healing_settings(heal, heal_recipe, heal_tokens)
     console = prepare()
     from sglp_llm.checkpoint import check_output
     from sglp_llm.cli.memory_table import MemoryLines, price_line, text_line
-    from sglp_llm.models.hub import check_repo_name, upload
     from sglp_llm.pipeline import prune
     from sglp_llm.plan import load_plan
     from sglp_llm.processes.distributed import current_processes
@@ -133,8 +130,7 @@ def prune(
 
     processes = current_processes()
     with processes.failing_together():
-        if push_to_hub is not None:
-            check_repo_name(push_to_hub)
+        check_push(push_to_hub, private)
         check_output(output, overwrite)
         taken = preset if plan is not None else preset_of(preset, recipe, settings)
         chosen = recipe_of(recipe, settings, model, taken)
@@ -163,5 +159,4 @@ def prune(
         console.print_report(report)
         memory.print_peak()
     if push_to_hub is not None:
-        address = upload(output, push_to_hub, private)
-        print(f"Uploaded          {address}", file=sys.stderr if as_json else sys.stdout)
+        push_finished(output, push_to_hub, private, as_json)
