@@ -13,6 +13,7 @@ from sglp_llm.cli.verbs.analyze import analyze
 from sglp_llm.cli.verbs.bench import bench
 from sglp_llm.cli.verbs.compare import compare
 from sglp_llm.cli.verbs.evaluate import evaluate
+from sglp_llm.cli.verbs.export import export
 from sglp_llm.cli.verbs.heal import heal
 from sglp_llm.cli.verbs.members import list_members
 from sglp_llm.cli.verbs.plan_memory import plan_memory
@@ -36,6 +37,7 @@ app.command()(prune)
 app.command()(replan)
 app.command()(heal)
 app.command()(report)
+app.command()(export)
 app.command()(push)
 app.command(name="eval")(evaluate)
 app.command()(compare)

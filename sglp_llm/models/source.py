@@ -100,6 +100,16 @@ def find_config(name: str | Path, revision: str | None = None) -> tuple[Pretrain
     return _resolved_config(path, str(name)), False
 
 
+def find_depth(name: str | Path, revision: str | None = None) -> int:
+    """The number of decoder layers of a model that can be pruned, from its configuration.
+
+    Raises:
+        UserError: See `find_config`.
+    """
+    config, _ = find_config(name, revision)
+    return int(getattr(config, get_adapter(config.model_type).depth_key))
+
+
 def _locate(name: str | Path, revision: str | None, weights: bool) -> tuple[Path, str | None]:
     """The local folder or file, and the Hub commit where there is one."""
     path = Path(name).expanduser()

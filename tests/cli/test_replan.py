@@ -70,7 +70,7 @@ def test_what_needs_a_new_analysis_is_refused_with_its_command(tiny: Path, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--ratio 0.5 -o {pruned}", "is a folder; the output is a file, such as plan.json"),
+        ("--ratio 0.5 -o {pruned}", "is a folder; the output is a file"),
         ("--ratio 0.5 -o {new}/none/plan.json", "there is no folder"),
         ("--ratio 0.5 -o {pruned}/sglp_plan.json", "is the plan that is read"),
         ("--ratio 0.5 -o {pruned}/sglp_plan.json --overwrite", "is the plan that is read"),

@@ -62,7 +62,13 @@ def prune(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     recipe: RecipeName = None,
     preset: Preset = None,
-    plan: Annotated[Path | None, typer.Option(help="Export this sglp_plan.json instead of analysing.")] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|3,7,11",
+            help="Remove these layers instead of analysing: sglp_plan.json, mergekit's YAML, or 0-based indices.",
+        ),
+    ] = None,
     ratio: Ratio = None,
     drop: Drop = None,
     target_params: TargetParams = None,
@@ -123,8 +129,9 @@ def prune(
     console = prepare()
     from sglp_llm.checkpoint import check_output
     from sglp_llm.cli.memory_table import MemoryLines, price_line, text_line
+    from sglp_llm.models.source import find_depth
     from sglp_llm.pipeline import prune
-    from sglp_llm.plan import load_plan
+    from sglp_llm.plan.given import given_plan
     from sglp_llm.processes.distributed import current_processes
     from sglp_llm.progress import silent
 
@@ -134,15 +141,16 @@ def prune(
         check_output(output, overwrite)
         taken = preset if plan is not None else preset_of(preset, recipe, settings)
         chosen = recipe_of(recipe, settings, model, taken)
-        given_plan = None if plan is None else load_plan(plan)
+        name = model_of(model, chosen)
+        known_plan = None if plan is None else given_plan(plan, lambda: find_depth(name, chosen.revision))
         # For the reload check alone any text serves, and this one needs no network.
         serves = plan is not None and recipe is None and calibration is None and chosen.healing is None
     progress = console.progress_bar if processes.is_main else silent
     memory = MemoryLines(*([] if as_json else [text_line(chosen), price_line(chosen)]))
     report = prune(
-        model_of(model, chosen),
+        name,
         output,
-        plan=given_plan,
+        plan=known_plan,
         recipe=chosen,
         calibration="pydoc" if serves else None,
         overwrite=overwrite,

@@ -56,30 +56,23 @@ def replan(
     settings = {name: value for name, value in settings_of(locals()).items() if value is not None}
     console = prepare()
     from sglp_llm.analysis.replanning import replan
+    from sglp_llm.checkpoint.publish_file import atomic_file, check_file
     from sglp_llm.plan import PLAN_FILE_NAME, save_plan
 
     if output is not None:
-        _check_output(output, plan / PLAN_FILE_NAME if plan.is_dir() else plan, overwrite)
+        read = plan / PLAN_FILE_NAME if plan.is_dir() else plan
+        if output.exists() and read.exists() and output.samefile(read):
+            raise UserError(
+                f"{output}: is the plan that is read, and belongs to what lies beside it; choose another file"
+            )
+        check_file(output, overwrite)
     found = replan(plan, **settings)
     if output is not None:
-        partial = output.with_name(f".{output.name}.partial")
-        save_plan(found, partial)
-        partial.replace(output)
+        with atomic_file(output, overwrite) as partial:
+            save_plan(found, partial)
     if as_json:
         console.print_json(console.plan_to_dict(found))
         return
     console.print_plan(found)
     if output is not None:
         print(f"Written           {output}")
-
-
-def _check_output(output: Path, read: Path, overwrite: bool) -> None:
-    """Refuses an output file that cannot be written or must not be replaced."""
-    if output.is_dir():
-        raise UserError(f"{output}: is a folder; the output is a file, such as plan.json")
-    if not output.parent.is_dir():
-        raise UserError(f"{output}: there is no folder {output.parent}")
-    if output.exists() and output.samefile(read):
-        raise UserError(f"{output}: is the plan that is read, and belongs to what lies beside it; choose another file")
-    if output.exists() and not overwrite:
-        raise UserError(f"{output}: already exists; choose another file, or replace it with --overwrite")
