@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from sglp_llm.adapters import get_adapter
+from sglp_llm.adapters import adapter_of
 from sglp_llm.checkpoint.export import renamed
 from sglp_llm.engine.modes import replaced_weights, skipped
 from sglp_llm.errors import UserError
@@ -145,7 +145,7 @@ def _resident(folder: Path, expected: Expected, dtype: torch.dtype, device: torc
     for complaint in ("missing_keys", "mismatched_keys"):
         if keys := set(report[complaint]):
             raise VerificationError(f"reload check: {complaint.replace('_', ' ')} in {folder}: {sorted(keys)[:3]}")
-    return DecoderModel(model.eval(), get_adapter(model.config.model_type), frozenset(report["unexpected_keys"]))
+    return DecoderModel(model.eval(), adapter_of(model.config), frozenset(report["unexpected_keys"]))
 
 
 def _streamed(folder: Path, dtype: torch.dtype) -> DecoderModel:

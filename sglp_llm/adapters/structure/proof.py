@@ -1,0 +1,142 @@
+"""Compares a shortened model with the original on the meta device: what stays must be built exactly as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sglp_llm.adapters.base import DecoderAdapter
+from sglp_llm.adapters.structure.config_keys import renumbered
+from sglp_llm.adapters.structure.derive import empty_model
+from sglp_llm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def prove(
+    original: PretrainedConfig, shortened: PretrainedConfig, adapter: DecoderAdapter, kept: Sequence[int], name: str
+) -> None:
+    """Builds both models without weights and compares the kept layers, and everything outside the layers.
+
+    Compared are the classes of modules, the names, shapes and dtypes of parameters and buffers, the values of buffers, and the
+    attributes of modules that are plain data. Attributes that hold a layer's index must follow the layers, those that hold a
+    configuration value may follow the configuration.
+
+    Args:
+        original: The resolved configuration of the original.
+        shortened: That of the shortened model.
+        adapter: The derived adapter.
+        kept: Original indices of the kept layers, ascending.
+        name: Of the model, for the message.
+
+    Raises:
+        UserError: The shortened model differs in more than its depth: with these layers removed, transformers would build
+            another model than is left.
+    """
+    before, after = empty_model(original), empty_model(shortened)
+    layers, fewer = before.get_submodule(adapter.layers), after.get_submodule(adapter.layers)
+    if len(fewer) != len(kept):
+        raise UserError(f"{name}: transformers would build {len(fewer)} decoder layers instead of {len(kept)}")
+    for new, old in enumerate(kept):
+
+        def follows(key: str, value: Any, other: Any, old: int = old) -> bool:
+            return isinstance(value, int) and renumbered(key, value, old, kept) == other
+
+        if difference := _difference(layers[old], fewer[new], follows):
+            raise UserError(
+                f"{name}: layer {old} cannot become layer {new}: transformers would build it otherwise ({difference}); "
+                "remove other layers"
+            )
+    changed = _changed_values(original, shortened)
+
+    def is_setting(key: str, value: Any, other: Any) -> bool:
+        return any(_same(value, old) and _same(other, new) for old, new in changed)
+
+    if difference := _difference(before, after, is_setting, except_path=adapter.layers, fused=adapter.exceptions.fused):
+        raise UserError(
+            f"{name}: with these layers removed, transformers would build the rest of the model otherwise ({difference})"
+        )
+
+
+def _difference(
+    before: nn.Module,
+    after: nn.Module,
+    may_differ: Callable[[str, Any, Any], bool],
+    except_path: str | None = None,
+    fused: Mapping[str, Any] | None = None,
+) -> str:
+    """The first difference of two modules, as text; empty where there is none."""
+    ours, theirs = (dict(_modules(module, except_path)) for module in (before, after))
+    if set(ours) != set(theirs):
+        odd = min(set(ours) ^ set(theirs))
+        return f"module {odd!r} is only in {'the original' if odd in ours else 'the shortened model'}"
+    for path, module in ours.items():
+        other, where = theirs[path], path or "the module"
+        if type(module) is not type(other):
+            return f"{where}: {type(module).__name__}, then {type(other).__name__}"
+        for kind in ("_parameters", "_buffers"):
+            tensors, others = getattr(module, kind), getattr(other, kind)
+            if set(tensors) != set(others):
+                return f"{where}: {min(set(tensors) ^ set(others))} is in one of them only"
+            for key, tensor in tensors.items():
+                full = f"{path}.{key}" if path else key
+                if full not in (fused or {}) and not _equal(tensor, others[key]):
+                    return f"{full} differs"
+        ours_plain, theirs_plain = dict(_attributes(module)), dict(_attributes(other))
+        for key in {**ours_plain, **theirs_plain}:
+            value, changed = ours_plain.get(key), theirs_plain.get(key)
+            if not _same(value, changed) and not may_differ(key, value, changed):
+                return f"{where}: {key} is {_show(value)}, then {_show(changed)}"
+    return ""
+
+
+def _modules(module: nn.Module, except_path: str | None) -> Iterator[tuple[str, nn.Module]]:
+    for path, each in module.named_modules(remove_duplicate=False):
+        if except_path is None or not (path == except_path or path.startswith(f"{except_path}.")):
+            yield path, each
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The attributes of a module that are plain data, its class's defaults for hooks and the like left out."""
+    for key, value in vars(module).items():
+        if not key.startswith("_") and key != "training" and _is_plain(value):
+            yield key, value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(_is_plain(each) for each in value)
+    if isinstance(value, dict):
+        return all(_is_plain(key) and _is_plain(each) for key, each in value.items())
+    return isinstance(value, _PLAIN)
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    import torch
+
+    if one is None or other is None:
+        return one is other
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return one.is_meta or other.is_meta or torch.equal(one, other)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return type(one) is type(other) and bool(one == other)
+
+
+def _changed_values(original: PretrainedConfig, shortened: PretrainedConfig) -> list[tuple[Any, Any]]:
+    """The values of configuration keys that differ, computed ones such as ``num_hidden_layers`` of another name included."""
+    before, after = original.to_dict(), shortened.to_dict()
+    pairs = [(before.get(key), after.get(key)) for key in {**before, **after}]
+    return [(one, other) for one, other in pairs if not _same(one, other)]
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

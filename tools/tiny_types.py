@@ -1,0 +1,96 @@
+"""A tiny random model of any causal type of the installed transformers: small sizes by the name of the configuration key."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+DEPTH = 8
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "n_embd": 64,
+    "d_model": 64,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "sliding_window": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "moe_top_k": 2,
+    "moe_intermediate_size": 32,
+    "expert_ffn_hidden_size": 32,
+    "ffn_hidden_size": 96,
+    "ffn_dim": 96,
+    "shared_expert_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "index_topk": 8,
+    "query_pre_attn_scalar": 16,
+    "word_embed_proj_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "mamba_n_heads": 8,
+    "mamba_num_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_head_dim": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+    "n_mamba_heads": 2,
+    "mamba_d_ssm": 128,
+    "mamba_dt_rank": 4,
+    "mamba_headdim": 16,
+    "state_size": 16,
+    "ssm_state_size": 16,
+    "time_step_rank": 4,
+    "chunk_size": 16,
+    "attention_head_dim": 16,
+    "lru_width": 64,
+    "attention_window_size": 8,
+    "conv_L_cache": 3,
+    "attention_chunk_size": 8,
+    "first_k_dense_replace": 2,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 320,
+    "hidden_size_per_layer_input": 16,
+    "laurel_rank": 8,
+    "attention_hidden_size": 64,
+}
+"""What is set where the configuration has the key."""
+
+TYPES: dict[str, dict[str, Any]] = {}
+"""What a type needs beside or instead of that; None leaves a key at its default."""
+
+
+def tiny_config(model_type: str) -> Any:
+    """The configuration of a model of a few hundred thousand parameters, `DEPTH` layers deep."""
+    from transformers import CONFIG_MAPPING
+
+    of_type = CONFIG_MAPPING[model_type]
+    known = {field.name for field in fields(of_type)} if is_dataclass(of_type) else set()
+    names = {of_type.attribute_map.get(name, name): value for name, value in SIZES.items()}
+    settings = {name: value for name, value in names.items() if name in known} | TYPES.get(model_type, {})
+    return of_type(**{name: value for name, value in settings.items() if value is not None})
