@@ -78,10 +78,57 @@ SIZES: dict[str, Any] = {
     "hidden_size_per_layer_input": 16,
     "laurel_rank": 8,
     "attention_hidden_size": 64,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "sliding_window_size": 8,
+    "hc_lowrank": 8,
+    "rotary_dim": 8,
+    "dim_head": 16,
+    "dim_ff": 96,
+    "dff": 96,
+    "zero_expert_num": 2,
 }
 """What is set where the configuration has the key."""
 
-TYPES: dict[str, dict[str, Any]] = {}
+_LATENT = {"num_key_value_heads": 4}
+_LATENT_TYPES = (
+    "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 youtu dots3_note_text"
+)
+
+TYPES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(_LATENT_TYPES.split(), _LATENT),
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 4},
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 4]], "window_size": 8},
+    "lfm2": {"full_attn_idxs": [2, 4, 6]},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 2},
+    "longcat_flash": {"num_layers": DEPTH, "num_key_value_heads": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe", "mamba", "mamba", "attention", "moe"]},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 2,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 1000,
+    },
+    "rwkv": {"rescale_every": 0},
+    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 4},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
+}
 """What a type needs beside or instead of that; None leaves a key at its default."""
 
 

@@ -32,7 +32,7 @@ def shortened_values(config: PretrainedConfig, adapter: DecoderAdapter, kept: Se
     if special.scale_with_root:
         scale = float(getattr(config, special.scale_with_root))
         values[special.scale_with_root] = scale * math.sqrt(len(kept) / depth)
-    return {**values, **special.settings}
+    return values
 
 
 def shortened_json(source: Source, kept: Sequence[int]) -> dict[str, Any]:

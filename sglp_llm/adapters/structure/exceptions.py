@@ -23,7 +23,6 @@ class Exceptions:
         fused: Parameters outside the layers that hold one block a layer: name in the model -> the dimension of the blocks.
         scale_with_root: Configuration key that the model divides by the square root of the depth: it is multiplied by
             ``sqrt(new / old)``.
-        settings: Configuration keys that a shortened model sets, because their effect depends on a layer's index.
         keep_keys: Keys of patterns that the model itself reads, and that are therefore kept.
         no_cached_generation: Why generation with a cache is not compared with generation without.
     """
@@ -36,7 +35,6 @@ class Exceptions:
     shared_from: str = ""
     fused: Mapping[str, int] = field(default_factory=dict)
     scale_with_root: str = ""
-    settings: Mapping[str, object] = field(default_factory=dict)
     keep_keys: tuple[str, ...] = ()
     no_cached_generation: str = ""
 
@@ -74,7 +72,10 @@ EXCEPTIONS: Mapping[str, Exceptions] = MappingProxyType(
         "reformer": Exceptions(refuse="its layers are reversible and compute two residual streams"),
         "rwkv": Exceptions(
             pin_first="it alone normalises the embeddings",
-            settings={"rescale_every": 0},
+            refuse_settings={
+                "rescale_every": "it halves the hidden states at layers counted by index; "
+                "set it to 0, which makes a difference in float16 alone"
+            },
             no_cached_generation="its generation with a state differs from that without in transformers itself",
         ),
         "xlm": Exceptions(refuse=_ANOTHER_LIST),
