@@ -100,13 +100,28 @@ _LATENT_TYPES = (
 
 TYPES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(_LATENT_TYPES.split(), _LATENT),
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 4},
+    "bamba": {"attn_layer_indices": [2, 6]},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention", "mamba"] * 2},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "gemma4_assistant": {
+        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
     "dbrx": {
         "d_model": 64,
         "n_heads": 4,
         "max_seq_len": 128,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "bailing_hybrid": {**_LATENT, "layer_group_size": 3},
+    "kimi_linear": {
+        **_LATENT,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"] * 2,
     },
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -118,7 +133,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe", "mamba", "mamba", "attention", "moe"]},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
-        "indexer_kv_heads": 2,
+        "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,

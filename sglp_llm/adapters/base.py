@@ -38,6 +38,7 @@ class DecoderAdapter:
     Attributes:
         display_name: The family's name for people.
         layers: Path of the decoder layers' ``ModuleList`` in the ``ForCausalLM``.
+        stored_layers: Their path in files, where transformers stores them under another.
         depth_key: Configuration key of the number of decoder layers.
         refuse: Configuration key -> why a model that sets it (to something truthy) cannot be pruned.
         native_remote_classes: Classes that a checkpoint's ``auto_map`` may name because transformers has them built in: old
@@ -58,6 +59,7 @@ class DecoderAdapter:
 
     display_name: str
     layers: str = "model.layers"
+    stored_layers: str = ""
     depth_key: str = "num_hidden_layers"
     refuse: Mapping[str, str] = field(default_factory=dict)
     native_remote_classes: tuple[str, ...] = ()
@@ -91,8 +93,9 @@ class DecoderAdapter:
 
         Checkpoints that were saved from the bare decoder lack the first component of the path (gpt2 and opt on the Hub do).
         """
-        outer, inner = self.layers.split(".", 1)
-        return re.compile(rf"^((?:{re.escape(outer)}\.)?{re.escape(inner)}\.)(\d+)(\..+)$")
+        paths = (path.split(".", 1) for path in (self.layers, self.stored_layers) if path)
+        prefixes = "|".join(rf"(?:{re.escape(outer)}\.)?{re.escape(inner)}" for outer, inner in paths)
+        return re.compile(rf"^((?:{prefixes})\.)(\d+)(\..+)$")
 
 
 TINY_LLAMA: Mapping[str, Any] = {

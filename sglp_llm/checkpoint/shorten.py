@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.adapters.structure.config_keys import PREDICTORS, shortened, superseded
+from sglp_llm.adapters.structure.staying import Staying, staying
+from sglp_llm.errors import UserError
 from sglp_llm.models import Source
 
 if TYPE_CHECKING:
@@ -68,21 +70,29 @@ def check_shortened(model: OpenedModel, kept: Sequence[int]) -> None:
     Raises:
         UserError: It cannot: a layer that must stay is removed, or transformers would build another model; see `prove`.
     """
+    if broken := staying_of(model).broken_by(set(range(model.num_layers)) - set(kept)):
+        raise UserError(f"{model.identity.name}: {broken}")
     if not model.adapter.is_derived:
         return
     from sglp_llm.adapters.structure.proof import prove
 
     source = model.source
     if source is not None and source.raw_config:
-        config = type(source.config).from_dict(shortened_json(source, kept))
+        stored = type(source.config)._decode_special_floats(shortened_json(source, kept))
+        config = type(source.config).from_dict(stored)
     else:
         config = shortened_copy(model.config, model.adapter, kept)
     prove(model.config, config, model.adapter, kept, model.identity.name)
 
 
+def staying_of(model: OpenedModel) -> Staying:
+    """Which layers of an opened model must stay."""
+    return staying(model.config, model.adapter.exceptions, model.num_layers)
+
+
 def shortened_copy(config: PretrainedConfig, adapter: DecoderAdapter, kept: Sequence[int]) -> PretrainedConfig:
     """A copy of a resolved configuration with the values of the shortened model, built anew as it is on loading."""
-    values = {**config.to_dict(), **shortened_values(config, adapter, kept)}
+    values = {**type(config)._decode_special_floats(config.to_dict()), **shortened_values(config, adapter, kept)}
     dropped = set(superseded(values)) - set(adapter.exceptions.keep_keys)
     copied: PretrainedConfig = type(config).from_dict(deepcopy({k: v for k, v in values.items() if k not in dropped}))
     return copied

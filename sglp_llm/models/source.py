@@ -237,22 +237,14 @@ def _refuse_form(raw: Mapping[str, Any], adapter: DecoderAdapter | None, name: s
 
 
 def _refuse_type(model_type: str, name: str) -> None:
-    """Refuses a type that is no decoder-only language model of transformers, before its configuration is read."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    """Refuses a type of which transformers has no causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = get_close_matches(model_type.lower(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1, cutoff=0.5)
         raise UserError(
             f"{name}: unknown model family (model_type) {model_type!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
             "transformers has no causal language model of this type; `sglp-llm ls adapters` lists those that it has"
-        )
-    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        raise UserError(
-            f"{name}: {model_type!r} is an encoder, trained to fill in masked words: the losses here are those of predicting "
-            "the next word"
         )
 
 

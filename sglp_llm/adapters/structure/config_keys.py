@@ -56,6 +56,9 @@ FRONT_INCLUSIVE = frozenset({"moe_layer_end_index"})
 END = frozenset({"num_kv_shared_layers"})
 """The number of layers of the last part: afterwards of those that are kept."""
 
+AS_DEEP = frozenset({"num_blocks"})
+"""A second key of the depth, where it is equal to it."""
+
 BY_INDEX = frozenset({"per_layer_config"})
 """Dictionaries whose keys are indices of decoder layers."""
 
@@ -79,6 +82,9 @@ PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 OWN_INDEX = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx"})
 """Attributes of modules that hold the index of the decoder layer they are in."""
+
+FIRST_INDEX = frozenset({"first_kv_shared_layer_idx"})
+"""Attributes of modules that hold the index of the first layer of the last part."""
 
 OTHER_INDEX = frozenset({"kv_shared_layer_index"})
 """Attributes of modules that hold the index of another decoder layer."""
@@ -116,6 +122,8 @@ def renumbered(name: str, value: int, old: int, kept: Sequence[int]) -> int | No
     Returns:
         The new value; ``None`` for an attribute that holds no index, or that of a removed layer.
     """
+    if name in FIRST_INDEX:
+        return sum(layer < value for layer in kept)
     if name in OTHER_INDEX:
         return kept.index(value) if value in kept else None
     if name not in OWN_INDEX:
@@ -145,6 +153,8 @@ def _shortened(key: str, value: Any, depth: int, kept: Sequence[int]) -> Any:
     elif isinstance(value, int) and not isinstance(value, bool):
         if key in FRONT:
             return sum(layer < value for layer in kept)
+        if key in AS_DEEP and value == depth:
+            return len(kept)
         if key in FRONT_INCLUSIVE:
             return sum(layer <= value for layer in kept) - 1
         if key in END:

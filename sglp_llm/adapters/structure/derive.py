@@ -28,17 +28,40 @@ def derive(config: PretrainedConfig) -> DecoderAdapter:
     """
     model_type = str(config.model_type)
     exceptions = EXCEPTIONS.get(model_type, Exceptions())
-    if exceptions.refuse:
-        raise UserError(f"layers of a model of type {model_type!r} cannot be removed: {exceptions.refuse}")
-    path, depth_key = find_layers(empty_model(config))
+    if reason := exceptions.refuse or _other_kind(config):
+        raise UserError(f"layers of a model of type {model_type!r} cannot be removed: {reason}")
+    model = empty_model(config)
+    path, depth_key = find_layers(model)
+    stored = _stored_path(model, path)
     return DecoderAdapter(
         display_name=model_type,
         layers=path,
+        stored_layers=stored if stored != path else "",
         depth_key=depth_key,
         refuse=exceptions.refuse_settings,
         exceptions=exceptions,
         is_derived=True,
     )
+
+
+def _other_kind(config: PretrainedConfig) -> str:
+    """Why a model is no decoder-only language model; empty where it is one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "it has an encoder beside its decoder"
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "it is an encoder, trained to fill in masked words, and the losses here are those of predicting the next word"
+    return ""
+
+
+def _stored_path(model: PreTrainedModel, path: str) -> str:
+    """The path of the decoder layers in the files that transformers writes."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    first = {name: parameter for name, parameter in model.named_parameters() if name.startswith(f"{path}.0.")}
+    paths = {name.partition(".0.")[0] for name in revert_weight_conversion(model, first) if ".0." in name}
+    return paths.pop() if len(paths) == 1 else path
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -79,8 +102,8 @@ def find_layers(model: PreTrainedModel) -> tuple[str, str]:
     ]
     if not found:
         raise UserError(
-            f"layers of a model of type {config.model_type!r} cannot be removed: it has no list of "
-            f"{' or '.join(str(depth) for depth in dict.fromkeys(depths.values()))} decoder layers"
+            f"layers of a model of type {config.model_type!r} cannot be removed: it has no list of modules that is as long as "
+            f"its configuration says it is deep"
         )
     _, path, key = max(found, key=lambda each: each[0])  # the first of equal ones
     return path, key

@@ -24,7 +24,6 @@ class Exceptions:
         scale_with_root: Configuration key that the model divides by the square root of the depth: it is multiplied by
             ``sqrt(new / old)``.
         keep_keys: Keys of patterns that the model itself reads, and that are therefore kept.
-        no_cached_generation: Why generation with a cache is not compared with generation without.
     """
 
     refuse: str = ""
@@ -36,25 +35,44 @@ class Exceptions:
     fused: Mapping[str, int] = field(default_factory=dict)
     scale_with_root: str = ""
     keep_keys: tuple[str, ...] = ()
-    no_cached_generation: str = ""
 
 
 _PER_LAYER_EMBEDDINGS = {
     "model.embed_tokens_per_layer.weight": 1,
     "model.per_layer_model_projection.weight": 0,
 }
-_GEMMA4 = Exceptions(shared_from="num_kv_shared_layers", fused=_PER_LAYER_EMBEDDINGS)
+_GEMMA4 = Exceptions(
+    pin_last="transformers gives the last layer full attention",
+    shared_from="num_kv_shared_layers",
+    fused=_PER_LAYER_EMBEDDINGS,
+)
+_STACKS = "it runs several stacks of layers"
+_DRAFTER = "it drafts tokens from the states of another model"
+_HALF = "its decoder reads the states of an encoder"
 _ANOTHER_LIST = "its blocks are spread over several lists of modules, and there is no list of decoder layers"
 
 EXCEPTIONS: Mapping[str, Exceptions] = MappingProxyType(
     {
+        "bert-generation": Exceptions(refuse="it is an encoder"),
+        "blt": Exceptions(refuse=_STACKS),
+        "gemma4_assistant": Exceptions(refuse=_DRAFTER),
+        "gemma4_unified_assistant": Exceptions(refuse=_DRAFTER),
+        "moshi": Exceptions(refuse=_STACKS),
+        "musicgen": Exceptions(refuse=_STACKS),
+        "musicgen_melody": Exceptions(refuse=_STACKS),
+        "prophetnet": Exceptions(refuse=_HALF),
+        "trocr": Exceptions(refuse=_HALF),
+        "whisper": Exceptions(refuse=_HALF),
+        "xlnet": Exceptions(
+            refuse="it is trained on permutations of the text, and its states may see what comes later"
+        ),
         "beam": Exceptions(refuse="its attention adds the residual of a layer that it finds by its own index"),
         "diffllama": Exceptions(
             refuse="its attention uses a constant computed from the layer's own index (lambda_init)"
         ),
         "exaone4": Exceptions(keep_keys=("sliding_window_pattern",)),
         "exaone_moe": Exceptions(keep_keys=("sliding_window_pattern",)),
-        "gemma3n_text": _GEMMA4,
+        "gemma3n_text": Exceptions(shared_from="num_kv_shared_layers", fused=_PER_LAYER_EMBEDDINGS),
         "gemma4_text": _GEMMA4,
         "gemma4_unified_text": _GEMMA4,
         "glm_moe_dsa": Exceptions(readers=("indexer_types", "shared", "full")),
@@ -76,7 +94,6 @@ EXCEPTIONS: Mapping[str, Exceptions] = MappingProxyType(
                 "rescale_every": "it halves the hidden states at layers counted by index; "
                 "set it to 0, which makes a difference in float16 alone"
             },
-            no_cached_generation="its generation with a state differs from that without in transformers itself",
         ),
         "xlm": Exceptions(refuse=_ANOTHER_LIST),
         "zaya": Exceptions(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglp_llm.adapters.base import DecoderAdapter
-from sglp_llm.adapters.structure.config_keys import renumbered
+from sglp_llm.adapters.structure.config_keys import FIRST_INDEX, renumbered
 from sglp_llm.adapters.structure.derive import empty_model
 from sglp_llm.errors import UserError
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
+_KINDS = ("layer_types", "layers_block_type")
+_NOT_COMPARED = {"training", "all_tied_weights_keys"}  # the names of tied weights hold indices of layers
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -43,21 +45,31 @@ def prove(
     layers, fewer = before.get_submodule(adapter.layers), after.get_submodule(adapter.layers)
     if len(fewer) != len(kept):
         raise UserError(f"{name}: transformers would build {len(fewer)} decoder layers instead of {len(kept)}")
+    changed = _changed_values(original, shortened)
+
+    def is_setting(key: str, value: Any, other: Any) -> bool:
+        if key in FIRST_INDEX:
+            return bool(renumbered(key, value, 0, kept) == other)
+        if key in _KINDS and isinstance(value, list | tuple) and isinstance(other, list | tuple):
+            return set(other) <= set(value)  # of a module that holds each kind of layer once
+        if isinstance(value, dict) and isinstance(other, dict) and other.items() <= value.items():
+            return True  # an entry for each kind of layer
+        return any(_same(value, old) and _same(other, new) for old, new in changed)
+
     for new, old in enumerate(kept):
 
         def follows(key: str, value: Any, other: Any, old: int = old) -> bool:
-            return isinstance(value, int) and renumbered(key, value, old, kept) == other
+            if isinstance(value, int):
+                return bool(renumbered(key, value, old, kept) == other) or (
+                    getattr(original, key, None) == value and getattr(shortened, key, None) == other
+                )
+            return isinstance(value, list | tuple | dict) and is_setting(key, value, other)
 
         if difference := _difference(layers[old], fewer[new], follows):
             raise UserError(
                 f"{name}: layer {old} cannot become layer {new}: transformers would build it otherwise ({difference}); "
                 "remove other layers"
             )
-    changed = _changed_values(original, shortened)
-
-    def is_setting(key: str, value: Any, other: Any) -> bool:
-        return any(_same(value, old) and _same(other, new) for old, new in changed)
-
     if difference := _difference(before, after, is_setting, except_path=adapter.layers, fused=adapter.exceptions.fused):
         raise UserError(
             f"{name}: with these layers removed, transformers would build the rest of the model otherwise ({difference})"
@@ -69,7 +81,7 @@ def _difference(
     after: nn.Module,
     may_differ: Callable[[str, Any, Any], bool],
     except_path: str | None = None,
-    fused: Mapping[str, Any] | None = None,
+    fused: Collection[str] = (),
 ) -> str:
     """The first difference of two modules, as text; empty where there is none."""
     ours, theirs = (dict(_modules(module, except_path)) for module in (before, after))
@@ -82,15 +94,20 @@ def _difference(
             return f"{where}: {type(module).__name__}, then {type(other).__name__}"
         for kind in ("_parameters", "_buffers"):
             tensors, others = getattr(module, kind), getattr(other, kind)
-            if set(tensors) != set(others):
-                return f"{where}: {min(set(tensors) ^ set(others))} is in one of them only"
-            for key, tensor in tensors.items():
+            # A rotary embedding holds buffers for the kinds of layers that there are.
+            computed = module._non_persistent_buffers_set
+            unlike = sorted({*(set(others) - set(tensors)), *(set(tensors) - set(others) - computed)})
+            if unlike:
+                return f"{where}: {unlike[0]} is in one of them only"
+            for key in others:
                 full = f"{path}.{key}" if path else key
-                if full not in (fused or {}) and not _equal(tensor, others[key]):
+                if full not in fused and not _equal(tensors[key], others[key], key in computed):
                     return f"{full} differs"
         ours_plain, theirs_plain = dict(_attributes(module)), dict(_attributes(other))
         for key in {**ours_plain, **theirs_plain}:
             value, changed = ours_plain.get(key), theirs_plain.get(key)
+            if key not in theirs_plain or f"{path}.weight" in fused:
+                continue
             if not _same(value, changed) and not may_differ(key, value, changed):
                 return f"{where}: {key} is {_show(value)}, then {_show(changed)}"
     return ""
@@ -105,7 +122,7 @@ def _modules(module: nn.Module, except_path: str | None) -> Iterator[tuple[str, 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The attributes of a module that are plain data, its class's defaults for hooks and the like left out."""
     for key, value in vars(module).items():
-        if not key.startswith("_") and key != "training" and _is_plain(value):
+        if not key.startswith("_") and key not in _NOT_COMPARED and _is_plain(value):
             yield key, value
 
 
@@ -117,14 +134,15 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None, computed: bool) -> bool:
+    """Whether two tensors are the same; of stored ones the values do not count, since they are loaded."""
     import torch
 
     if one is None or other is None:
         return one is other
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return one.is_meta or other.is_meta or torch.equal(one, other)
+    return not computed or one.is_meta or other.is_meta or torch.equal(one, other)
 
 
 def _same(one: Any, other: Any) -> bool:
