@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sglp_llm.adapters.structure.exceptions import Exceptions
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -29,17 +31,15 @@ class Branch:
 
 @dataclass(frozen=True)
 class DecoderAdapter:
-    """Paths of the modules of a family's ``...ForCausalLM``, and the configuration keys that depend on its depth.
+    """Paths of the modules of a family's ``...ForCausalLM``, and what is special about it.
+
+    Configuration keys that depend on the layers are in one table for all families, `structure/config_keys.py`.
 
     Attributes:
         display_name: The family's name for people.
         layers: Path of the decoder layers' ``ModuleList`` in the ``ForCausalLM``.
+        stored_layers: Their path in files, where transformers stores them under another.
         depth_key: Configuration key of the number of decoder layers.
-        per_layer_lists: Keys of configuration lists with one entry a decoder layer.
-        layer_boundaries: Keys whose value is an index that splits the layers in two, such as Qwen2's ``max_window_layers``:
-            after pruning it is the number of kept layers below it.
-        obsolete_keys: Keys from which a per-layer list is derived when the list is absent; they describe a regular pattern
-            that pruning breaks.
         refuse: Configuration key -> why a model that sets it (to something truthy) cannot be pruned.
         native_remote_classes: Classes that a checkpoint's ``auto_map`` may name because transformers has them built in: old
             checkpoints still name the code from before the family was merged there.
@@ -52,15 +52,15 @@ class DecoderAdapter:
         norm_offset: What the family's norms add to their weight before they multiply by it.
         sum_norm: A norm of the sum of residual stream and MLP, in models that set ``sum_norm_unless`` to false.
         sum_norm_unless: That configuration key; none = no model of the family has such a norm.
+        exceptions: What neither the configuration keys nor the modules say about the type.
+        is_derived: Whether the family has no file, and this was found by structure.
         tiny_configs: Configurations of a few thousand parameters for the contract tests, one for each variant of the family.
     """
 
     display_name: str
     layers: str = "model.layers"
+    stored_layers: str = ""
     depth_key: str = "num_hidden_layers"
-    per_layer_lists: tuple[str, ...] = ()
-    layer_boundaries: tuple[str, ...] = ()
-    obsolete_keys: tuple[str, ...] = ()
     refuse: Mapping[str, str] = field(default_factory=dict)
     native_remote_classes: tuple[str, ...] = ()
     active_experts_key: str | None = None
@@ -71,6 +71,8 @@ class DecoderAdapter:
     norm_offset: float = 0.0
     sum_norm: str = ""
     sum_norm_unless: str | None = None
+    exceptions: Exceptions = field(default_factory=Exceptions)
+    is_derived: bool = False
     tiny_configs: tuple[Mapping[str, Any], ...] = ()
 
     def mlp_branch(self, config: object) -> Branch:
@@ -91,8 +93,9 @@ class DecoderAdapter:
 
         Checkpoints that were saved from the bare decoder lack the first component of the path (gpt2 and opt on the Hub do).
         """
-        outer, inner = self.layers.split(".", 1)
-        return re.compile(rf"^((?:{re.escape(outer)}\.)?{re.escape(inner)}\.)(\d+)(\..+)$")
+        paths = (path.split(".", 1) for path in (self.layers, self.stored_layers) if path)
+        prefixes = "|".join(rf"(?:{re.escape(outer)}\.)?{re.escape(inner)}" for outer, inner in paths)
+        return re.compile(rf"^((?:{prefixes})\.)(\d+)(\..+)$")
 
 
 TINY_LLAMA: Mapping[str, Any] = {

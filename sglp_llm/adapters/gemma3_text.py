@@ -6,8 +6,6 @@ _TINY = {**TINY_LLAMA, "num_hidden_layers": 8, "head_dim": 16, "query_pre_attn_s
 
 ADAPTER = DecoderAdapter(
     display_name="Gemma 3 (text)",
-    per_layer_lists=("layer_types",),
-    obsolete_keys=("_sliding_window_pattern", "sliding_window_pattern"),
     mlp_norm="post_feedforward_layernorm",
     norm_offset=1.0,
     tiny_configs=(_TINY, {**_TINY, "sliding_window_pattern": 3}),

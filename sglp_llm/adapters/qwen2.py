@@ -6,7 +6,5 @@ _WINDOWED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers
 
 ADAPTER = DecoderAdapter(
     display_name="Qwen2",
-    per_layer_lists=("layer_types",),
-    layer_boundaries=("max_window_layers",),
     tiny_configs=(TINY_LLAMA, {**TINY_LLAMA, **_WINDOWED, "tie_word_embeddings": True}),
 )

@@ -6,8 +6,6 @@ _WINDOWED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers
 
 ADAPTER = DecoderAdapter(
     display_name="Qwen3",
-    per_layer_lists=("layer_types",),
-    layer_boundaries=("max_window_layers",),
     tiny_configs=(
         {**TINY_LLAMA, "head_dim": 16},
         {**TINY_LLAMA, **_WINDOWED, "head_dim": 16, "tie_word_embeddings": True},

@@ -6,8 +6,6 @@ _TINY = {**TINY_LLAMA, "num_hidden_layers": 8}
 
 ADAPTER = DecoderAdapter(
     display_name="SmolLM3",
-    per_layer_lists=("layer_types", "no_rope_layers"),
-    obsolete_keys=("no_rope_layer_interval",),
     tiny_configs=(
         {**_TINY, "no_rope_layer_interval": 2},
         {**_TINY, "use_sliding_window": True, "sliding_window": 8, "tie_word_embeddings": True},

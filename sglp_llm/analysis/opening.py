@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglp_llm.adapters import get_adapter
 from sglp_llm.analysis.decisions import check_selection
 from sglp_llm.analysis.observing import check_criteria, check_journal
 from sglp_llm.analysis.targets import check_context
@@ -21,6 +20,7 @@ from sglp_llm.calibration import CalibrationSet, calibration_set, check_spec
 from sglp_llm.calibration.cache import cache_folder
 from sglp_llm.calibration.self_text import self_text, tokens_to_write
 from sglp_llm.checkpoint.export import check_plan
+from sglp_llm.checkpoint.shorten import check_shortened
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS
 from sglp_llm.compensation import NONE, check_compensation
 from sglp_llm.engine.heap import trim
@@ -140,6 +140,7 @@ def open_for_plan(
     """
     opened = _found(model, recipe, tokenizer, processes)
     check_plan(plan, opened.identity, opened.num_layers, stored=opened.source is not None)
+    check_shortened(opened, plan.kept)
     _check_apart(opened, output)
     sequences = None
     if verify:
@@ -250,7 +251,7 @@ def _checked(
         check_criteria(each)
     check_journal(recipe)
     opened = _found(model, recipe, tokenizer, processes)
-    check_compensation(recipe.compensate, get_adapter(opened.identity.model_type), opened.config, recipe.samples)
+    check_compensation(recipe.compensate, opened.adapter, opened.config, recipe.samples)
     for each in recipes:
         check_selection(each, opened.num_layers)
     check_context(recipe, _positions(opened), opened.identity.name)

@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sglp_llm.adapters import DecoderAdapter
+from sglp_llm.adapters.structure.config_keys import OTHER_INDEX, OWN_INDEX, renumbered
+from sglp_llm.checkpoint.shorten import shortened_copy, shortened_json, shortened_values
 from sglp_llm.errors import UserError
 from sglp_llm.models import Source
 from sglp_llm.plan import plan_from_indices
@@ -21,7 +23,7 @@ from sglp_llm.tensor_files.writer import NamedEntry, NewTensor, group_by_size, w
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 # The other files of a checkpoint: tokenizer, chat template, generation configuration, licence.
 _CARRIED_OVER = (
@@ -74,17 +76,23 @@ def export_from_files(
     with progress("Writing", sum(entry.nbytes for shard in shards for _, entry in shard)) as advance:
         write_shards(folder, shards, source.index.metadata, advance)
     carry_over(source.path, folder)
-    _write_config(source, plan.kept, folder)
+    config = json.dumps(shortened_json(source, plan.kept), indent=2)
+    (folder / "config.json").write_text(f"{config}\n", encoding="utf-8")
 
 
 def _new_tensors(source: Source, plan: PrunePlan) -> dict[str, NewTensor]:
     """The tensors that are written instead of the source's, by the source's names."""
-    if not plan.replaced:
+    special = source.adapter.exceptions.fused if plan.removed else {}
+    if not plan.replaced and not special:
         return {}
-    from sglp_llm.checkpoint.replaced import in_files  # imports transformers, which a plain export does without
+    from sglp_llm.checkpoint.replaced import (
+        in_files,
+        without_blocks,
+    )  # they import torch, which a plain export does without
     from sglp_llm.tensor_files.tensors import new_tensor
 
-    return {name: new_tensor(tensor) for name, tensor in in_files(source, plan.replaced).items()}
+    tensors = in_files(source, plan.replaced) if plan.replaced else {}
+    return {name: new_tensor(tensor) for name, tensor in {**tensors, **without_blocks(source, plan.kept)}.items()}
 
 
 def export_from_model(model: PreTrainedModel, folder: Path, max_shard_size: int | None = None) -> None:
@@ -160,18 +168,6 @@ def renamed(tensor: str, adapter: DecoderAdapter, kept: Sequence[int]) -> str | 
     return f"{prefix}{kept.index(int(layer))}{rest}" if int(layer) in kept else None
 
 
-def shorten_config(config: PretrainedConfig, adapter: DecoderAdapter, kept: Sequence[int]) -> None:
-    """Edits a resolved configuration in place: its depth, and every setting that depends on it.
-
-    Args:
-        config: transformers' configuration object, where lists that the JSON may lack are filled in.
-        adapter: The family's adapter.
-        kept: Original indices of the kept layers.
-    """
-    for key, value in _shortened_values(config, adapter, kept).items():
-        setattr(config, key, value)
-
-
 def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[int]) -> PreTrainedModel:
     """Shortens a live transformers model in place.
 
@@ -195,10 +191,12 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
     from sglp_llm.models.loading import wrap_model
 
     wrapped = wrap_model(model)
-    plan = plan_or_indices
+    adapter, plan = wrapped.adapter, plan_or_indices
     if not isinstance(plan, PrunePlan):
         plan = plan_from_indices(wrapped.num_layers, plan)
     check_depth(plan, wrapped.num_layers, "the model")
+    if adapter.is_derived:
+        _prove_live(model, adapter, plan.kept)
     parameters = checked_parameters(model, plan.replaced)
     if offloaded := [name for name, parameter in parameters.items() if parameter.is_meta]:
         raise UserError(
@@ -206,11 +204,25 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
         )
     for name, parameter in parameters.items():
         parameter.data = plan.replaced[name].to(parameter.device, parameter.dtype, copy=True)
+    values = shortened_values(model.config, adapter, plan.kept)
     layers = nn.ModuleList(wrapped.layers[layer] for layer in plan.kept)
-    _number(layers)
-    model.set_submodule(wrapped.adapter.layers, layers)
-    shorten_config(model.config, wrapped.adapter, plan.kept)
+    _renumber(layers, plan.kept)
+    model.set_submodule(adapter.layers, layers)
+    for key, value in values.items():
+        setattr(model.config, key, value)
     return model
+
+
+def _prove_live(model: PreTrainedModel, adapter: DecoderAdapter, kept: Sequence[int]) -> None:
+    from sglp_llm.adapters.structure.proof import prove
+
+    name = model.config.name_or_path or type(model).__name__
+    if adapter.exceptions.fused:
+        raise UserError(
+            f"{name}: tensors outside the layers hold a part for each layer, and are shortened in files alone: "
+            "save the model and give the folder"
+        )
+    prove(model.config, shortened_copy(model.config, adapter, kept), adapter, kept, name)
 
 
 @contextmanager
@@ -234,7 +246,8 @@ def shortened(
         return
     wrapped = wrap_model(model)
     layers = wrapped.layers
-    changed = _shortened_values(model.config, wrapped.adapter, range(wrapped.num_layers))
+    numbers = [(module, key, getattr(module, key)) for module in layers.modules() for key in _index_keys(module)]
+    changed = shortened_values(model.config, wrapped.adapter, [0])
     before = {key: getattr(model.config, key) for key in changed}
     with replaced_weights(wrapped, replaced or {}):
         drop_layers(model, indices)
@@ -242,37 +255,20 @@ def shortened(
             yield model
         finally:
             model.set_submodule(wrapped.adapter.layers, layers)
-            _number(layers)
+            for module, key, value in numbers:
+                setattr(module, key, value)
             for key, value in before.items():
                 setattr(model.config, key, value)
 
 
-def _number(layers: Iterable[nn.Module]) -> None:
-    for index, layer in enumerate(layers):
+def _renumber(layers: Iterable[nn.Module], kept: Sequence[int]) -> None:
+    """Sets every attribute that holds the index of a layer: the slot of the KV cache, or the layer whose keys are shared."""
+    for old, layer in zip(kept, layers, strict=True):
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # the slot of the KV cache
-                setattr(module, "layer_idx", index)  # noqa: B010 - typed as a parameter otherwise
+            for key in _index_keys(module):
+                setattr(module, key, renumbered(key, getattr(module, key), old, kept))
 
 
-def _shortened_values(config: PretrainedConfig, adapter: DecoderAdapter, kept: Sequence[int]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key in adapter.per_layer_lists:
-        if (entries := getattr(config, key, None)) is not None:
-            values[key] = [entries[layer] for layer in kept]
-    for key in adapter.layer_boundaries:
-        if (boundary := getattr(config, key, None)) is not None:
-            values[key] = sum(layer < boundary for layer in kept)
-    return {**values, adapter.depth_key: len(kept)}
-
-
-def _write_config(source: Source, kept: Sequence[int], folder: Path) -> None:
-    # Changes as little as possible of the source's JSON: older releases and other programs may read its other keys.
-    # Lists come from the resolved configuration, because the JSON may lack them and transformers would derive them anew,
-    # wrongly, from the new depth.
-    obsolete = {*source.adapter.obsolete_keys, "auto_map"}
-    config = {key: value for key, value in source.raw_config.items() if key not in obsolete}
-    values = _shortened_values(source.config, source.adapter, kept)
-    depth = values.pop(source.adapter.depth_key)
-    depth_keys = {source.adapter.depth_key, "num_hidden_layers"} & set(config)
-    config |= values | dict.fromkeys(depth_keys or {source.adapter.depth_key}, depth)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _index_keys(module: nn.Module) -> list[str]:
+    """The attributes of a module that hold the index of a decoder layer."""
+    return [key for key in (*OWN_INDEX, *OTHER_INDEX) if isinstance(vars(module).get(key), int)]

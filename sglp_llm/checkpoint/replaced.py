@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import init_empty_weights
@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from sglp_llm.errors import UserError
 from sglp_llm.models import Source
 from sglp_llm.tensor_files import CheckpointIndex
-from sglp_llm.tensor_files.mapped import DTYPES
+from sglp_llm.tensor_files.mapped import DTYPES, mapped_tensor
 
 
 def checked_parameters(model: nn.Module, replaced: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:
@@ -41,6 +41,32 @@ def in_files(source: Source, replaced: Mapping[str, torch.Tensor]) -> dict[str, 
         UserError: One matches no parameter of the model, or no tensor of the files.
     """
     return {stored: piece for pieces in _pieces(source, replaced).values() for stored, piece in pieces.items()}
+
+
+def without_blocks(source: Source, kept: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Tensors outside the layers that hold one block a layer, with the blocks of the kept layers, by the names in the files.
+
+    Args:
+        source: A safetensors source.
+        kept: Original indices of the kept layers, ascending.
+
+    Raises:
+        UserError: A tensor's dimension is no multiple of the number of layers.
+    """
+    assert source.index is not None
+    cut = {}
+    for name, dimension in source.adapter.exceptions.fused.items():
+        if (stored := _stored_name(name, source)) is None:
+            continue  # a model without them
+        tensor = mapped_tensor(source.index.tensors[stored])
+        if tensor.shape[dimension] % source.num_layers:
+            raise UserError(
+                f"{source.identity.name}: dimension {dimension} of tensor {stored!r} is {tensor.shape[dimension]}, which is no "
+                f"multiple of the {source.num_layers} decoder layers"
+            )
+        blocks = tensor.chunk(source.num_layers, dimension)
+        cut[stored] = torch.cat([blocks[layer] for layer in kept], dimension)
+    return cut
 
 
 def as_stored(

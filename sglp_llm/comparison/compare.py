@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from sglp_llm.adapters import get_adapter
 from sglp_llm.analysis import plan_settings, software_versions
 from sglp_llm.analysis.decisions import repair_best
 from sglp_llm.analysis.observing import check_criteria
@@ -177,9 +176,8 @@ def check_compensations(recipes: Mapping[str, list[Recipe]], opened: OpenedModel
     Raises:
         UserError: A compensation does not fit.
     """
-    adapter = get_adapter(opened.identity.model_type)
     for each in recipes.values():
-        check_compensation(each[0].compensate, adapter, opened.config, samples)
+        check_compensation(each[0].compensate, opened.adapter, opened.config, samples)
 
 
 def _decided(run: RunOfComparison, method: str, recipe: Recipe, sets: Sequence[Sequence[int]]) -> DecidedRow:

@@ -69,9 +69,9 @@ def entering_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def leaving_states(output: Any) -> Any:
     """The hidden states that leave a decoder layer, from its output."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _pass_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     states = entering_states(args, kwargs)
-    return (states, *output[1:]) if isinstance(output, tuple) else states
+    return type(output)([states, *output[1:]]) if isinstance(output, tuple | list) else states

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
 
-from sglp_llm.adapters import get_adapter
+from sglp_llm.adapters import adapter_of
 from sglp_llm.engine.loss import sequence_loss
 
 
@@ -35,7 +35,7 @@ class DryRun:
     """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
-        adapter = get_adapter(config.model_type)
+        adapter = adapter_of(config)
         # On fake tensors torch multiplies stacked expert matrices in bfloat16 only; other dtypes are scaled from it.
         computed = dtype if adapter.active_experts_key is None else torch.bfloat16
         self._scale = max(1.0, dtype.itemsize / computed.itemsize)

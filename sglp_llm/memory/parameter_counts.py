@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from sglp_llm.adapters import get_adapter
+from sglp_llm.adapters import adapter_of
 from sglp_llm.compensation.repair.branch import inputs_of
 from sglp_llm.compensation.repair.refine import refinable_names
 
@@ -47,7 +47,7 @@ def count_parameters(model: PreTrainedModel, layers: nn.ModuleList) -> Parameter
         model: The ``...ForCausalLM``.
         layers: Its decoder layers.
     """
-    adapter, width = get_adapter(model.config.model_type), model.config.hidden_size
+    adapter, width = adapter_of(model.config), model.config.hidden_size
     branch = adapter.mlp_branch(model.config)
     ends_otherwise = branch.is_norm or branch.is_stacked
     total = _numel(model)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sglp_llm.adapters import DecoderAdapter, get_adapter
+from sglp_llm.adapters import DecoderAdapter, adapter_of
 from sglp_llm.errors import UserError
 from sglp_llm.models.layer_weights import LayerWeights
 from sglp_llm.models.source import Source
@@ -69,9 +69,9 @@ def wrap_model(model: PreTrainedModel) -> DecoderModel:
     """Wraps a live transformers model.
 
     Raises:
-        UserError: Its family has no adapter, or a model with one of its settings cannot be pruned.
+        UserError: Layers of such a model cannot be removed, or a model with one of its settings cannot be pruned.
     """
-    adapter = get_adapter(model.config.model_type)
+    adapter = adapter_of(model.config)
     for key, reason in adapter.refuse.items():
         if getattr(model.config, key, None):
             raise UserError(f"{key} is set, and such a model cannot be pruned: {reason}")

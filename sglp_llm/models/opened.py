@@ -38,6 +38,7 @@ class OpenedModel:
     Attributes:
         source: The checkpoint; ``None`` for a live model.
         identity: Name, family and fingerprint.
+        adapter: The family's adapter.
         num_layers: Number of decoder layers.
         config: transformers' configuration.
         streamed: Whether the decoder layers are loaded one at a time.
@@ -62,11 +63,13 @@ class OpenedModel:
         if isinstance(model, PreTrainedModel):
             self._loaded = wrap_model(model)
             self.identity = _live_identity(model)
+            self.adapter = self._loaded.adapter
             self.num_layers = self._loaded.num_layers
             self.config = model.config
         else:
             self.source = find_source(model, revision)
             self.identity = self.source.identity
+            self.adapter = self.source.adapter
             self.num_layers = self.source.num_layers
             self.config = self.source.config
 

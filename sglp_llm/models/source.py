@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sglp_llm.adapters import DecoderAdapter, adapter_names, get_adapter
+from sglp_llm.adapters import DecoderAdapter, adapter_names, adapter_of, get_adapter
+from sglp_llm.adapters.structure.config_keys import PREDICTORS
 from sglp_llm.errors import UserError
 from sglp_llm.models.hub import download
 from sglp_llm.records import ModelIdentity
@@ -38,6 +40,7 @@ class Source:
         config: transformers' resolved configuration.
         adapter: The family's adapter.
         index: Location of every tensor; ``None`` unless the weights are safetensors.
+        predictor_layers: Number of layers for multi-token prediction that are stored behind the decoder layers.
     """
 
     identity: ModelIdentity
@@ -48,6 +51,7 @@ class Source:
     config: PretrainedConfig
     adapter: DecoderAdapter
     index: CheckpointIndex | None
+    predictor_layers: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -96,8 +100,7 @@ def find_config(name: str | Path, revision: str | None = None) -> tuple[Pretrain
     path, _ = _locate(name, revision, weights=False)
     if path.is_file():
         return _gguf_source(path, str(name)).config, True
-    _checked_adapter(_raw_config(path), str(name))
-    return _resolved_config(path, str(name)), False
+    return _checked_config(_raw_config(path), path, str(name))[0], False
 
 
 def find_depth(name: str | Path, revision: str | None = None) -> int:
@@ -141,12 +144,11 @@ def fingerprint(config: PretrainedConfig, tensors: Iterable[tuple[str, str, Iter
 
 def _folder_source(folder: Path, name: str, revision: str | None) -> Source:
     raw = _raw_config(folder)
-    adapter = _checked_adapter(raw, name)
-    config = _resolved_config(folder, name)
-    index = None
+    config, adapter = _checked_config(raw, folder, name)
+    index, predictors = None, 0
     if any((folder / file).exists() for file in ("model.safetensors", "model.safetensors.index.json")):
         index = read_index(folder)
-        _check_layers(index, adapter, int(getattr(config, adapter.depth_key)), name)
+        predictors = _check_layers(index, adapter, config, name)
         headers = [(entry.name, entry.dtype, entry.shape) for entry in index.tensors.values()]
     elif files := sorted(folder.glob("pytorch_model*.bin")):
         # Tensor names and shapes would need unpickling; file names and sizes are known without.
@@ -156,7 +158,9 @@ def _folder_source(folder: Path, name: str, revision: str | None) -> Source:
             f"{folder}: no weights: expected model.safetensors, its shards with an index, or pytorch_model.bin"
         )
     identity = ModelIdentity(name, str(raw["model_type"]), fingerprint(config, headers))
-    return Source(identity, revision, folder, "safetensors" if index else "bin", raw, config, adapter, index)
+    return Source(
+        identity, revision, folder, "safetensors" if index else "bin", raw, config, adapter, index, predictors
+    )
 
 
 def _gguf_source(path: Path, name: str) -> Source:
@@ -169,7 +173,7 @@ def _gguf_source(path: Path, name: str) -> Source:
     except Exception as error:  # the reader trusts its input: damage surfaces as any kind of exception
         raise UserError(f"{path}: not a whole GGUF file ({' '.join(str(error).split())})") from None
     config = _resolved_config(path.parent, name, gguf_file=path.name)
-    adapter = get_adapter(config.model_type)
+    adapter = _adapter_of(config, name)
     _refuse_settings(config.to_dict(), adapter, name)
     identity = ModelIdentity(name, config.model_type, fingerprint(config, tensors))
     return Source(identity, None, path, "gguf", {}, config, adapter, None)
@@ -192,9 +196,32 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _checked_adapter(raw: Mapping[str, Any], name: str) -> DecoderAdapter:
+def _checked_config(raw: Mapping[str, Any], folder: Path, name: str) -> tuple[PretrainedConfig, DecoderAdapter]:
+    """The resolved configuration and the adapter of a checkpoint whose layers can be removed."""
     model_type = str(raw["model_type"])
-    adapter = get_adapter(model_type) if model_type in adapter_names() else None
+    written = get_adapter(model_type) if model_type in adapter_names() else None
+    _refuse_form(raw, written, name)
+    if written is None:
+        _refuse_type(model_type, name)
+    _refuse_architecture(raw, name)
+    if written is not None:
+        _refuse_settings(raw, written, name)
+    config = _resolved_config(folder, name)
+    adapter = written or _adapter_of(config, name)
+    _refuse_settings(raw, adapter, name)
+    return config, adapter
+
+
+def _adapter_of(config: PretrainedConfig, name: str) -> DecoderAdapter:
+    try:
+        return adapter_of(config)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def _refuse_form(raw: Mapping[str, Any], adapter: DecoderAdapter | None, name: str) -> None:
+    """Refuses quantised weights, remote code and multimodal wrappers."""
+    model_type = str(raw["model_type"])
     if key := next((key for key in _QUANTISED_KEYS if raw.get(key)), None):
         method = raw[key].get("quant_method") if isinstance(raw[key], dict) else raw[key]
         raise UserError(
@@ -217,15 +244,18 @@ def _checked_adapter(raw: Mapping[str, Any], name: str) -> DecoderAdapter:
             f"{name}: {model_type!r} is a multimodal wrapper (it has {', '.join(wrapped)}); "
             f"save its text model ({inner}) as a checkpoint of its own and point at that"
         )
-    if adapter is None:
-        try:
-            get_adapter(model_type)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-    assert adapter is not None
-    _refuse_architecture(raw, name)
-    _refuse_settings(raw, adapter, name)
-    return adapter
+
+
+def _refuse_type(model_type: str, name: str) -> None:
+    """Refuses a type of which transformers has no causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = get_close_matches(model_type.lower(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1, cutoff=0.5)
+        raise UserError(
+            f"{name}: unknown model family (model_type) {model_type!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
+            "transformers has no causal language model of this type; `sglp-llm ls adapters` lists those that it has"
+        )
 
 
 def _refuse_architecture(raw: Mapping[str, Any], name: str) -> None:
@@ -258,13 +288,17 @@ def _resolved_config(folder: Path, name: str, **options: str) -> PretrainedConfi
         ) from None
 
 
-def _check_layers(index: CheckpointIndex, adapter: DecoderAdapter, num_layers: int, name: str) -> None:
+def _check_layers(index: CheckpointIndex, adapter: DecoderAdapter, config: PretrainedConfig, name: str) -> int:
+    """Checks that every decoder layer is there; returns how many layers for multi-token prediction follow them."""
+    num_layers = int(getattr(config, adapter.depth_key))
+    allowed = max((int(getattr(config, key, None) or 0) for key in PREDICTORS), default=0)
     matches = (adapter.layer_key_pattern.match(tensor) for tensor in index.tensors)
     stored = {int(match[2]) for match in matches if match}
     missing, extra = sorted(set(range(num_layers)) - stored), sorted(stored - set(range(num_layers)))
-    if missing or extra:
+    if missing or (extra and extra[-1] >= num_layers + allowed):
         what = f"layer {missing[0]} has no tensors" if missing else f"there are tensors of layer {extra[0]}"
         raise UserError(f"{name}: config.json says {num_layers} decoder layers, but {what}")
+    return len(extra)
 
 
 def _as_list(value: Any) -> list[Any]:

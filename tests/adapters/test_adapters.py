@@ -34,6 +34,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from sglp_llm import analyze, load_plan, prune
+from sglp_llm.adapters.structure import config_keys
 
 
 @dataclass
@@ -119,7 +120,7 @@ def test_the_adapter_says_where_things_are(family: Family) -> None:
 
 
 def test_no_list_with_an_entry_a_layer_is_undeclared(family: Family) -> None:
-    assert set(layer_lists(family.model.config, family.tiny.depth)) <= set(family.tiny.adapter.per_layer_lists)
+    assert set(layer_lists(family.model.config, family.tiny.depth)) <= config_keys.PER_LAYER
     outer = {key for key, value in vars(family.model.config).items() if isinstance(value, PreTrainedConfig)}
     assert not outer, "a nested configuration: its depth and its lists would have to follow too"
 
@@ -190,12 +191,12 @@ def test_exported_configuration_follows_the_layers(family: Family, tmp_path: Pat
     before, export = AutoConfig.from_pretrained(family.source), family.prune(family.source, "single-out")
     exported = AutoConfig.from_pretrained(export)
     exported.save_pretrained(tmp_path)
-    unlike = {*adapter.obsolete_keys, "_name_or_path"}
+    unlike = {*config_keys.PATTERN_OF, "_name_or_path"}
     for config in (exported, AutoConfig.from_pretrained(tmp_path)):
         changed = {adapter.depth_key: len(kept)}
         for key, entries in layer_lists(before, family.tiny.depth).items():
             changed[key] = [entries[layer] for layer in kept]
-        for key in adapter.layer_boundaries:
+        for key in config_keys.FRONT & set(before.to_dict()):
             changed[key] = len([layer for layer in kept if layer < getattr(before, key)])
         same = {key: value for key, value in before.to_dict().items() if key not in unlike}
         ours = {key: value for key, value in config.to_dict().items() if key not in unlike}

@@ -1,0 +1,98 @@
+"""The configuration of a shortened model, and the check that transformers builds from it exactly what is left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from sglp_llm.adapters import DecoderAdapter
+from sglp_llm.adapters.structure.config_keys import PREDICTORS, shortened, superseded
+from sglp_llm.adapters.structure.staying import Staying, staying
+from sglp_llm.errors import UserError
+from sglp_llm.models import Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from sglp_llm.models.opened import OpenedModel
+
+
+def shortened_values(config: PretrainedConfig, adapter: DecoderAdapter, kept: Sequence[int]) -> dict[str, Any]:
+    """The configuration values that depend on the layers, the depth under ``adapter.depth_key`` included.
+
+    Args:
+        config: transformers' resolved configuration, where lists that the JSON may lack are filled in.
+        adapter: The family's adapter.
+        kept: Original indices of the kept layers, ascending.
+    """
+    values = shortened(config, adapter.depth_key, kept)
+    special, depth = adapter.exceptions, int(getattr(config, adapter.depth_key))
+    if len(kept) == depth:
+        return values
+    if special.scale_with_root:
+        scale = float(getattr(config, special.scale_with_root))
+        values[special.scale_with_root] = scale * math.sqrt(len(kept) / depth)
+    return values
+
+
+def shortened_json(source: Source, kept: Sequence[int]) -> dict[str, Any]:
+    """What ``config.json`` of the shortened checkpoint holds.
+
+    It changes as little as possible of the source's: older releases and other programs may read its other keys. Lists come from
+    the resolved configuration, because the JSON may lack them and transformers would derive them anew, wrongly, from the new
+    depth.
+
+    Args:
+        source: A source with a ``config.json``.
+        kept: Original indices of the kept layers, ascending.
+    """
+    adapter = source.adapter
+    values = shortened_values(source.config, adapter, kept)
+    dropped = {*superseded(values), "auto_map"} - set(adapter.exceptions.keep_keys)
+    config = {key: value for key, value in source.raw_config.items() if key not in dropped}
+    depth = values.pop(adapter.depth_key)
+    depth_keys = {adapter.depth_key, "num_hidden_layers"} & set(config)
+    config |= values | dict.fromkeys(depth_keys or {adapter.depth_key}, depth)
+    if source.predictor_layers:
+        config |= {key: 0 for key in PREDICTORS if config.get(key)}
+    return config
+
+
+def check_shortened(model: OpenedModel, kept: Sequence[int]) -> None:
+    """Proves, before weights are loaded, that a model with a derived adapter can be left with these layers.
+
+    Args:
+        model: The opened model.
+        kept: Original indices of the kept layers, ascending.
+
+    Raises:
+        UserError: It cannot: a layer that must stay is removed, or transformers would build another model; see `prove`.
+    """
+    if broken := staying_of(model).broken_by(set(range(model.num_layers)) - set(kept)):
+        raise UserError(f"{model.identity.name}: {broken}")
+    if not model.adapter.is_derived:
+        return
+    from sglp_llm.adapters.structure.proof import prove
+
+    source = model.source
+    if source is not None and source.raw_config:
+        stored = type(source.config)._decode_special_floats(shortened_json(source, kept))
+        config = type(source.config).from_dict(stored)
+    else:
+        config = shortened_copy(model.config, model.adapter, kept)
+    prove(model.config, config, model.adapter, kept, model.identity.name)
+
+
+def staying_of(model: OpenedModel) -> Staying:
+    """Which layers of an opened model must stay."""
+    return staying(model.config, model.adapter.exceptions, model.num_layers)
+
+
+def shortened_copy(config: PretrainedConfig, adapter: DecoderAdapter, kept: Sequence[int]) -> PretrainedConfig:
+    """A copy of a resolved configuration with the values of the shortened model, built anew as it is on loading."""
+    values = {**type(config)._decode_special_floats(config.to_dict()), **shortened_values(config, adapter, kept)}
+    dropped = set(superseded(values)) - set(adapter.exceptions.keep_keys)
+    copied: PretrainedConfig = type(config).from_dict(deepcopy({k: v for k, v in values.items() if k not in dropped}))
+    return copied
