@@ -110,7 +110,7 @@ def find_depth(name: str | Path, revision: str | None = None) -> int:
         UserError: See `find_config`.
     """
     config, _ = find_config(name, revision)
-    return int(getattr(config, get_adapter(config.model_type).depth_key))
+    return int(getattr(config, adapter_of(config).depth_key))
 
 
 def _locate(name: str | Path, revision: str | None, weights: bool) -> tuple[Path, str | None]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
-from sglp_llm.adapters import get_adapter
+from sglp_llm.adapters.structure.config_keys import PER_LAYER
 from sglp_llm.checkpoint.publish_file import atomic_file
 from sglp_llm.errors import UserError
 from sglp_llm.onwards.exported import Exported
@@ -45,7 +46,9 @@ def export_mergekit(folder: Path, output: Path | None = None, overwrite: bool = 
     with atomic_file(path, overwrite) as partial:
         partial.write_text(mergekit_yaml(plan, name), encoding="utf-8")
     notes = []
-    if lists := get_adapter(plan.source.model_type).per_layer_lists:
+    file = folder / "config.json"  # there is none after analyze
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if lists := [key for key in config if key in PER_LAYER and isinstance(config[key], list)]:
         notes.append(
             f"mergekit 0.1.5 does not shorten {lists[0]} in the configuration, so that transformers 5 refuses its result; "
             "the folder itself is not affected"
