@@ -67,7 +67,7 @@ def upload(
         revision: A branch; none = the main one.
         private: Make a new repository private; one that exists must be.
         message: Of the commit.
-        replaced: Patterns of files that the commit removes where ``files`` has none of that path.
+        replaced: Patterns of files at the root that the commit removes where ``files`` has none of that name.
         notify: Is told in one line why and when it will be tried again.
 
     Raises:
@@ -99,7 +99,8 @@ def _upload(
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(name, branch=revision, exist_ok=True)
     there = api.list_repo_files(name, revision=revision)
-    obsolete = [path for path in there if path not in files and any(fnmatch(path, pattern) for pattern in replaced)]
+    old = [path for path in there if path not in files and "/" not in path]
+    obsolete = [path for path in old if any(fnmatch(path, pattern) for pattern in replaced)]
     # New operations each time: they ask the Hub what it has, so that a commit whose answer was lost is not made twice.
     # create_commit, because upload_folder may divide a large folder between several commits.
     removed = [CommitOperationDelete(path, is_folder=False) for path in obsolete]
@@ -131,9 +132,8 @@ def _is_worth_another(error: BaseException) -> bool:
             return False
         if isinstance(cause, HfHubHTTPError):
             return cause.response.status_code in (408, 429) or cause.response.status_code >= 500
-        if isinstance(
-            cause, ConnectionError | TimeoutError | json.JSONDecodeError
-        ):  # the last: an error page, not an answer
+        # An answer that is no JSON is the error page of something before the Hub.
+        if isinstance(cause, ConnectionError | TimeoutError | json.JSONDecodeError):
             return True
         # By name, because releases of huggingface_hub differ in the HTTP library that they use.
         names = {each.__name__ for each in type(cause).__mro__}

@@ -132,6 +132,16 @@ def test_the_hub_says_how_long_to_wait(pruned: Path, hub: LocalHub) -> None:
     assert hub.waits == [37.0, 300.0, 55.0]
 
 
+def test_who_waits_is_told_why(pruned: Path, hub: LocalHub) -> None:
+    hub.fail("commit/", 503)
+    lines: list[str] = []
+    sglp_llm.push(pruned, "me/short", notify=lines.append)
+    (line,) = lines
+    assert line.startswith("Server error '503 Service Unavailable'") or line.startswith("503 Server Error")
+    assert line.endswith("; trying again in 2 s")
+    assert "\n" not in line
+
+
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(pruned: Path, hub: LocalHub) -> None:
     hub.fail("commit/", 0, after=True)
     assert pushed(pruned, "me/short").code == 0
