@@ -37,7 +37,7 @@ from sglp_llm import prune  # noqa: E402
 from sglp_llm.adapters import adapter_names, adapter_of  # noqa: E402
 from sglp_llm.calibration.sequences import CalibrationSet, hash_of  # noqa: E402
 from sglp_llm.errors import UserError  # noqa: E402
-from sglp_llm.models import find_source  # noqa: E402
+from sglp_llm.models import find_config, find_source  # noqa: E402
 from sglp_llm.plan import plan_from_indices  # noqa: E402
 
 REMOVALS = ((1, 3), (0,), (DEPTH - 1,), (2, 4, 5))
@@ -133,8 +133,6 @@ def probe(model_type: str, folder: Path) -> dict[str, Any]:
     raw = {**config.to_dict(), "model_type": model_type}
     (folder / "config.json").write_text(json.dumps(raw, default=str), encoding="utf-8")
     try:
-        from sglp_llm.models import find_config
-
         find_config(folder)
     except UserError as error:
         return {"adapter": "refused", "why": _short(error), "removals": []}
@@ -188,6 +186,40 @@ def verdict(found: dict[str, Any]) -> str:
     return "exact" if exact == len(removals) else f"{exact} of {len(removals)} exact"
 
 
+def reasons_of(found: dict[str, Any]) -> str:
+    """Why not every removal is exact, each reason once."""
+    return "; ".join(dict.fromkeys(each for each in (found["why"], *found["removals"]) if each and each != "exact"))
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """The text of docs/families.md."""
+    counts = Counter(verdict(found) for found in results.values())
+    rows = "\n".join(
+        f"| {name} | {found['adapter']} | {verdict(found)} | {reasons_of(found).replace('|', ' ')} |"
+        for name, found in results.items()
+    )
+    return f"""# Which models can be pruned
+
+Layers can be removed from any decoder-only language model of transformers, except where the table says why not. A family with
+a file in `sglp_llm/adapters/` is *written*. Every other one is *derived*: its layers are found in the model built without weights,
+its configuration follows one table of keys, and before anything is written the shortened model is built without weights too and
+compared with the original, module by module. The logits of the result are compared with the original's in both cases.
+
+`python tools/probe_families.py` makes this page; run it after an update of transformers. It prunes a tiny random model of
+{DEPTH} layers by four plans: {", ".join(str(list(removed)) for removed in REMOVALS)} removed. *exact* means that all four results
+load in plain transformers, give the original's logits with the layers skipped (float32, within 1e-6 of the largest), and
+generate with the cache as without. A removal that is refused is refused before anything is written. Patterns that are off by default
+in a type's configuration are not exercised, nor are real checkpoints.
+
+transformers {transformers.__version__}, torch {torch.__version__.partition("+")[0]}: {len(results)} causal types,
+{", ".join(f"{count} {kind}" for kind, count in counts.most_common())}.
+
+| model_type | adapter | removals | why not |
+|---|---|---|---|
+{rows}
+"""
+
+
 def main() -> None:
     """Probes the types that are named, or all, and then writes the page."""
     warnings.simplefilter("ignore")
@@ -198,10 +230,11 @@ def main() -> None:
     results = {}
     for model_type in named or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         found = results[model_type] = in_a_process(model_type)
-        reasons = dict.fromkeys(each for each in (found["why"], *found["removals"]) if each and each != "exact")
-        print(f"{model_type:28} {found['adapter']:8} {verdict(found):16} {'; '.join(reasons)}", flush=True)
+        print(f"{model_type:28} {found['adapter']:8} {verdict(found):16} {reasons_of(found)}", flush=True)
     counts = Counter(verdict(found) for found in results.values())
     print(f"{len(results)} types: {', '.join(f'{count} {kind}' for kind, count in counts.most_common())}")
+    if not named:
+        PAGE.write_text(page(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ EXCEPTIONS: Mapping[str, Exceptions] = MappingProxyType(
         "hrm_text": Exceptions(refuse="it runs two stacks of layers in a loop"),
         "hy_v4": Exceptions(readers=("indexer_types", "shared", "full")),
         "inkling2_text": Exceptions(refuse="its residual stream is cut into blocks of layers counted by index"),
+        "minimax": Exceptions(pin_first="with linear attention in the first layer, generation with a cache goes wrong"),
         "minicpm3": Exceptions(scale_with_root="scale_depth"),
         "modernbert-decoder": Exceptions(pin_first="it alone has no norm before its attention"),
         "reformer": Exceptions(refuse="its layers are reversible and compute two residual streams"),
