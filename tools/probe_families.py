@@ -200,16 +200,16 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     )
     return f"""# Which models can be pruned
 
-Layers can be removed from any decoder-only language model of transformers, except where the table says why not. A family with
-a file in `sglp_llm/adapters/` is *written*. Every other one is *derived*: its layers are found in the model built without weights,
+Layers can be removed from any decoder-only language model of transformers, except where the table says why not. A family with a
+file in `sglp_llm/adapters/` is *written*. Every other one is *derived*: its layers are found in the model built without weights,
 its configuration follows one table of keys, and before anything is written the shortened model is built without weights too and
 compared with the original, module by module. The logits of the result are compared with the original's in both cases.
 
 `python tools/probe_families.py` makes this page; run it after an update of transformers. It prunes a tiny random model of
 {DEPTH} layers by four plans: {", ".join(str(list(removed)) for removed in REMOVALS)} removed. *exact* means that all four results
 load in plain transformers, give the original's logits with the layers skipped (float32, within 1e-6 of the largest), and
-generate with the cache as without. A removal that is refused is refused before anything is written. Patterns that are off by default
-in a type's configuration are not exercised, nor are real checkpoints.
+generate with the cache as without. A removal that is refused is refused before anything is written. Patterns that are off by
+default in a type's configuration are not exercised, nor are real checkpoints.
 
 transformers {transformers.__version__}, torch {torch.__version__.partition("+")[0]}: {len(results)} causal types,
 {", ".join(f"{count} {kind}" for kind, count in counts.most_common())}.

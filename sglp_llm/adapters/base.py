@@ -45,7 +45,8 @@ class DecoderAdapter:
             checkpoints still name the code from before the family was merged there.
         active_experts_key: In a mixture of experts, whose matrices transformers stacks as ``[experts, ...]``: the configuration
             key of the number of active experts per token.
-        mlp: Module of a decoder layer whose output is added to the residual stream, after `mlp_norm` where there is one.
+        mlp: Module of a decoder layer whose output is added to the residual stream, after `mlp_norm` where there is one; empty
+            where it was not found by structure, as are the next two.
         mlp_out: The last linear layer of the MLP, or in a mixture of experts the parameter that stacks them.
         attention_out: The last linear layer of the attention.
         mlp_norm: A norm between the MLP and the residual stream.

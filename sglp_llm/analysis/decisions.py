@@ -242,7 +242,9 @@ def repair_best(
             if judge is not None:
                 judged.append({"removed": list(each), "score": judge(each, repaired.replaced)})
                 continue
-            loss = repaired.report["losses"].get("held_out", {}).get("with")  # none where only the first layers go
+            loss = (
+                repaired.report.get("losses", {}).get("held_out", {}).get("with")
+            )  # none where only the first layers go
             judged.append({"removed": list(each), "held_out_loss": loss})
         if judge is not None:
             best = max(judged, key=lambda one: one["score"])

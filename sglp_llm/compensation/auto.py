@@ -1,4 +1,7 @@
-"""`refit`; `linear` for a mixture of experts, and `scale` for a model with a norm behind its MLP, which takes no matrix."""
+"""`refit`; `linear` for a mixture of experts, and `scale` for a model with a norm behind its MLP, which takes no matrix.
+
+Nothing is compensated where the end of the MLP was not found in a family without a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,31 @@ from typing import ClassVar
 from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.compensation import linear, refit, scale
-from sglp_llm.compensation.base import Compensated, LeastSquares, Method
+from sglp_llm.compensation.base import Compensated, Method
 from sglp_llm.compensation.repair.settings import DEFAULTS, FitSettings
 from sglp_llm.models.loading import DecoderModel
+
+
+@dataclass(frozen=True)
+class _Nothing(Method):
+    @property
+    def matrices(self) -> int:
+        return 0
+
+    def check(self, adapter: DecoderAdapter, config: object) -> None:
+        """Accepts every family."""
+
+    def closed_form(self, model: DecoderModel) -> Method:
+        return self
+
+    def run(
+        self,
+        model: DecoderModel,
+        calibration: CalibrationSet,
+        removed: Sequence[int],
+        settings: FitSettings = DEFAULTS,
+    ) -> Compensated:
+        return Compensated({}, {})
 
 
 @dataclass(frozen=True)
@@ -27,8 +52,10 @@ class ClosedForm(Method):
     def check(self, adapter: DecoderAdapter, config: object) -> None:
         """Accepts every family."""
 
-    def closed_form(self, model: DecoderModel) -> LeastSquares:
+    def closed_form(self, model: DecoderModel) -> Method:
         branch = model.adapter.mlp_branch(model.model.config)
+        if not branch.last:
+            return _Nothing()
         if branch.is_norm:
             return scale.METHOD
         return linear.METHOD if branch.is_stacked else refit.METHOD

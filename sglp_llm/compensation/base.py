@@ -114,6 +114,11 @@ class LeastSquares(Method):
 
     def check(self, adapter: DecoderAdapter, config: object) -> None:
         branch = adapter.mlp_branch(config)
+        if not branch.last:
+            raise UserError(
+                f"compensate {self.name} does not work for this {adapter.display_name} model: the linear layer at the end of its "
+                "MLP was not found; --compensate none works there"
+            )
         if branch.is_norm and not self.is_channelwise:
             raise UserError(
                 f"compensate {self.name} does not work for this {adapter.display_name} model: a norm ({branch.last}) follows its "

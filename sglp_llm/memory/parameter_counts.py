@@ -49,7 +49,7 @@ def count_parameters(model: PreTrainedModel, layers: nn.ModuleList) -> Parameter
     """
     adapter, width = adapter_of(model.config), model.config.hidden_size
     branch = adapter.mlp_branch(model.config)
-    ends_otherwise = branch.is_norm or branch.is_stacked
+    ends_otherwise = branch.is_norm or branch.is_stacked or not branch.last
     total = _numel(model)
     matrices = [sum(weight.numel() for weight in layer.parameters() if weight.ndim > 1) for layer in layers]
     head, lookup = model.get_output_embeddings(), model.get_input_embeddings()

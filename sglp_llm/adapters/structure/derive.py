@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from sglp_llm.adapters.base import DecoderAdapter
+from sglp_llm.adapters.structure.branches import find_branches
 from sglp_llm.adapters.structure.exceptions import EXCEPTIONS, Exceptions
 from sglp_llm.errors import UserError
 
@@ -33,11 +34,15 @@ def derive(config: PretrainedConfig) -> DecoderAdapter:
     model = empty_model(config)
     path, depth_key = find_layers(model)
     stored = _stored_path(model, path)
+    mlp, mlp_out, attention_out = find_branches(model.get_submodule(path), int(getattr(config, "hidden_size", 0)))
     return DecoderAdapter(
         display_name=model_type,
         layers=path,
         stored_layers=stored if stored != path else "",
         depth_key=depth_key,
+        mlp=mlp,
+        mlp_out=mlp_out,
+        attention_out=attention_out,
         refuse=exceptions.refuse_settings,
         exceptions=exceptions,
         is_derived=True,
