@@ -12,6 +12,7 @@ from sglp_llm.analysis.decisions import Judge, check_reachable, decide
 from sglp_llm.analysis.observing import observe, trials_in_bfloat16
 from sglp_llm.analysis.opening import Inputs
 from sglp_llm.calibration import CalibrationSet
+from sglp_llm.checkpoint.shorten import check_shortened
 from sglp_llm.compensation import NONE
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe
@@ -39,7 +40,7 @@ def run_analysis(
         judge: See `sglp_llm.analysis.decisions.repair_best`.
 
     Raises:
-        UserError: The budget cannot be met, or hidden states or losses are not finite.
+        UserError: The budget cannot be met, hidden states or losses are not finite, or the layers cannot be removed together.
     """
     opened, calibration = inputs.model, inputs.calibration
     assert calibration is not None
@@ -53,6 +54,8 @@ def run_analysis(
     scores = observations.scores()
     decision = decide(opened, recipe, calibration, observations, progress, processes, judge)
     removed, segments, compensated = decision.removed, decision.segments, decision.compensated
+    kept = tuple(layer for layer in range(model.num_layers) if layer not in removed)
+    check_shortened(opened, kept)
     settings = {**plan_settings(recipe, removed), "calibration_hash": calibration.hash}
     for name, criterion in observations.criteria.items():
         if report := criterion.report():
@@ -60,7 +63,7 @@ def run_analysis(
             settings[name] = dict(report)
     plan = PrunePlan(
         num_layers=model.num_layers,
-        kept=tuple(layer for layer in range(model.num_layers) if layer not in removed),
+        kept=kept,
         source=opened.identity,
         revision=opened.revision,
         segments=segments,

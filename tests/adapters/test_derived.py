@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from calibration_sets import plain_set
 from helpers import ROOT
 
 from sglp_llm import prune
@@ -28,7 +29,7 @@ def test_every_removal_is_exact(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", ["granite", "starcoder2"])
 def test_layers_are_chosen_and_cuts_repaired(model_type: str, compensate: str, tmp_path: Path) -> None:
     random_model(tiny_config(model_type)).save_pretrained(tmp_path / "source")
-    ids = _calibration()
+    ids = plain_set(8, 32)
     report = prune(
         tmp_path / "source", tmp_path / "out", criterion="sglp", compensate=compensate, drop=2, calibration=ids
     )
@@ -38,7 +39,7 @@ def test_layers_are_chosen_and_cuts_repaired(model_type: str, compensate: str, t
 
 def test_where_the_end_of_the_mlp_is_not_found_nothing_is_folded(tmp_path: Path) -> None:
     random_model(tiny_config("deepseek_v3")).save_pretrained(tmp_path / "source")
-    ids = _calibration()
+    ids = plain_set(8, 32)
     settings = {"criterion": "bi", "drop": 2, "calibration": ids}
     report = prune(tmp_path / "source", tmp_path / "out", compensate="auto", **settings)
     assert (report.plan.replaced, report.plan.compensation) == ({}, {})
@@ -47,11 +48,13 @@ def test_where_the_end_of_the_mlp_is_not_found_nothing_is_folded(tmp_path: Path)
     assert not (tmp_path / "other").exists()
 
 
-def _calibration() -> object:
-    import torch
-
-    from sglp_llm.calibration.sequences import CalibrationSet, hash_of
-
-    ids = torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    return CalibrationSet(ids, mask, "random", 0, hash_of(ids, mask), False)
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_choice_that_takes_a_layer_that_must_stay_is_refused_before_anything_is_written(
+    verify: bool, tmp_path: Path
+) -> None:
+    random_model(tiny_config("gpt_neox_japanese")).save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match="layer 7 must stay: it alone has a bias behind its attention"):
+        prune(
+            tmp_path / "source", tmp_path / "out", criterion="reverse", drop=2, calibration=plain_set(8), verify=verify
+        )
+    assert not (tmp_path / "out").exists()
