@@ -99,14 +99,18 @@ def _rows(
     """The cells of a section's table by the model's name: what was measured, and the page's rows of other models."""
     heading = section.partition("\n")[0]
     lines = page.partition(heading)[2].partition("\n## ")[0].splitlines()
-    rows = {
-        line.split("`")[1]: [cell.strip() for cell in line.split("|")[2:-1]] for line in lines if line.startswith("| `")
-    }
+    rows = known_rows(lines)
     for name in {file.name.removesuffix(f".{kind}.wikitext2.json") for file in folder.glob(f"*.{kind}.wikitext2.json")}:
         cells = [_gap(folder, name, kind, text) for text in texts]
         cells += [_score(folder, name, kind, suite) for suite in suites]
         rows[name] = cells + (_healing(folder / name) if healing else [])
     return rows
+
+
+def known_rows(lines: Sequence[str]) -> dict[str, list[str]]:
+    """The cells of a table in Markdown, by the name in backticks at the beginning of a row."""
+    rows = [line for line in lines if line.startswith("| `")]
+    return {row.split("`")[1]: [cell.strip() for cell in row.split("|")[2:-1]] for row in rows}
 
 
 def _table(rows: dict[str, list[str]], texts: Sequence[str], suites: Sequence[str], healing: bool) -> str:

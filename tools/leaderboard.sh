@@ -5,7 +5,7 @@
 #
 # DATA holds wikitext2_train.txt.gz, wikitext2_test.txt.gz, wikitext2_valid.txt.gz, c4_sample.jsonl.gz, alpaca_5k.jsonl.gz and the files
 # that the suite offline reads. It takes many hours; OUTPUT (default: leaderboard-output) keeps what is finished, so that it can be
-# interrupted and started again. DEPTHS and METHODS choose rows; the page has the rows of all depths that OUTPUT holds. WINDOWS and LIMIT
+# interrupted and started again. DEPTHS and METHODS choose rows; the page keeps its other ones. WINDOWS and LIMIT
 # are the windows of a text and the examples of a task.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from healing_page import known_rows
 from machine import describe
 
 HEAD = """# Leaderboard
@@ -43,17 +44,15 @@ def main() -> None:
     for depth in sorted(depths):
         title = f"## Without {depth} layers"
         section = before.partition(title)[2].partition("\n## ")[0]
-        rows, notes = _known(section), [line for line in section.splitlines() if line.startswith("Measured")]
+        rows, notes = (
+            known_rows(section.splitlines()),
+            [line for line in section.splitlines() if line.startswith("Measured")],
+        )
         if depth in found:
             rows |= _measured(found[depth], folder / str(depth))
             notes.append(_note(found[depth]))
         parts.append(f"{title}\n\n{_table(rows)}\n" + "\n".join(dict.fromkeys(notes)) + "\n")
     page.write_text("\n".join(parts), encoding="utf-8")
-
-
-def _known(section: str) -> dict[str, list[str]]:
-    lines = [line for line in section.splitlines() if line.startswith("| `")]
-    return {line.split("`")[1]: [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
 
 
 def _measured(comparison: dict[str, Any], folder: Path) -> dict[str, list[str]]:
@@ -109,29 +108,9 @@ def _note(comparison: dict[str, Any]) -> str:
 
 @cache
 def _memory(model: str, criterion: str, compensate: str) -> float:
-    command = [
-        sys.executable,
-        "-m",
-        "sglp_llm",
-        "plan-memory",
-        model,
-        "--criterion",
-        criterion,
-        "--compensate",
-        compensate,
-    ]
-    command += [
-        "--samples",
-        "64",
-        "--seq-len",
-        "256",
-        "--trial-samples",
-        "4",
-        "--dtype",
-        "float32",
-        "--json",
-    ]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    options = f"--criterion {criterion} --compensate {compensate} --samples 64 --seq-len 256 --trial-samples 4"
+    command = f"-m sglp_llm plan-memory {options} --dtype float32 --json"
+    told = subprocess.run([sys.executable, *command.split(), model], capture_output=True, text=True, check=True).stdout
     peak: int = json.loads(told)["engines"]["resident"]["host_peak"]
     return peak / 1e9
 

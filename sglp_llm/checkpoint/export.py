@@ -85,10 +85,8 @@ def _new_tensors(source: Source, plan: PrunePlan) -> dict[str, NewTensor]:
     special = source.adapter.exceptions.fused if plan.removed else {}
     if not plan.replaced and not special:
         return {}
-    from sglp_llm.checkpoint.replaced import (
-        in_files,
-        without_blocks,
-    )  # they import torch, which a plain export does without
+    # They import torch, which a plain export does without.
+    from sglp_llm.checkpoint.replaced import in_files, without_blocks
     from sglp_llm.tensor_files.tensors import new_tensor
 
     tensors = in_files(source, plan.replaced) if plan.replaced else {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sglp_llm.analysis import plan_settings, software_versions
-from sglp_llm.analysis.decisions import repair_best
+from sglp_llm.analysis.decisions import Judge, repair_best
 from sglp_llm.analysis.observing import check_criteria
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.checkpoint.replaced import as_stored
@@ -86,14 +86,16 @@ def compare(
     # Another version may store results in another form.
     model = {**opened.setting, "sglp-llm": __version__}
     dtype = measuring.dtype or recipe.dtype
-    numbers = Journal(measuring.kept or folder / MEASURED, {"dtype": dtype, **model})
+    numbers = Journal(measuring.kept, {"dtype": dtype, **model})
     run = RunOfComparison(opened, calibration, Journal(folder / "journal", {**settings, **model}), folder, progress)
 
+    judged = {each[0].judging_task: each[0] for each in recipes.values()}
+    judges = {task: open_judge(each, opened) for task, each in judged.items()}
     choosers = {name: chooser(recipe, name, budgets[0]) for name in methods}
     own = {choosers[name]: [replace(each, compensate=NONE, heal=False) for each in recipes[name]] for name in methods}
     chosen, seconds = choices(opened, calibration, recipe, own, run.journal, progress)
     plans = [
-        (name, _decided(run, name, each, sets))
+        (name, _decided(run, name, each, sets, judges[each.judging_task]))
         for name in methods
         for each, sets in zip(recipes[name], chosen[choosers[name]], strict=True)
     ]
@@ -105,14 +107,16 @@ def compare(
             for name, plan in plans
         ]
     dense = Shortened(())
-    same = opened
+    measured_model = opened
     if dtype != recipe.dtype:
         if opened.source is None:
             raise UserError("a live model is measured in its own dtype: save it, and compare the folder")
         settings["measure_dtype"] = dtype
         opened.release()
-        same = opened.alike(opened.source.path, dtype)
-    found = measured(same, [dense, *(plan.model for _, plan in plans)], measuring.measurements, numbers, progress)
+        measured_model = opened.alike(opened.source.path, dtype)
+    found = measured(
+        measured_model, [dense, *(plan.model for _, plan in plans)], measuring.measurements, numbers, progress
+    )
     dense_losses = {name: each.losses for name, each in found[dense].items()}
 
     def results(model: Shortened) -> dict[str, dict[str, float]]:
@@ -180,7 +184,9 @@ def check_compensations(recipes: Mapping[str, list[Recipe]], opened: OpenedModel
         check_compensation(each[0].compensate, opened.adapter, opened.config, samples)
 
 
-def _decided(run: RunOfComparison, method: str, recipe: Recipe, sets: Sequence[Sequence[int]]) -> DecidedRow:
+def _decided(
+    run: RunOfComparison, method: str, recipe: Recipe, sets: Sequence[Sequence[int]], judge: Judge | None
+) -> DecidedRow:
     """Takes a method's best set of layers at one depth, with its compensation if it has one, and saves the plan.
 
     Args:
@@ -188,8 +194,8 @@ def _decided(run: RunOfComparison, method: str, recipe: Recipe, sets: Sequence[S
         method: Name of the method.
         recipe: Its settings at this depth.
         sets: The candidate sets of its criterion, see `sglp_llm.analysis.decisions.finalists`.
+        judge: Scores them, where the criterion's objective is a task.
     """
-    judge = open_judge(recipe, run.opened)
     single = recipe.compensate == NONE and judge is None
     sets = [list(each) for each in sets[: 1 if single else recipe.candidates]]
     how = "" if recipe.compensate == NONE else f" repaired by {recipe.compensate}, {recipe.held_out} held out"

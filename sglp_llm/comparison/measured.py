@@ -83,13 +83,12 @@ class Measuring:
 
     Attributes:
         measurements: What is measured.
-        kept: Folder of the journal of the numbers, which all comparisons of a model can share, whatever their calibration;
-            ``None`` = in the comparison's folder.
+        kept: Folder of the journal of the numbers, which all comparisons of a model can share, whatever their calibration.
         dtype: What is computed in; ``None`` = what the criteria are computed in.
     """
 
     measurements: Sequence[Measurement]
-    kept: Path | None = None
+    kept: Path
     dtype: str | None = None
 
 

@@ -18,28 +18,6 @@ from sglp_llm.models.loading import DecoderModel
 
 
 @dataclass(frozen=True)
-class _Nothing(Method):
-    @property
-    def matrices(self) -> int:
-        return 0
-
-    def check(self, adapter: DecoderAdapter, config: object) -> None:
-        """Accepts every family."""
-
-    def closed_form(self, model: DecoderModel) -> Method:
-        return self
-
-    def run(
-        self,
-        model: DecoderModel,
-        calibration: CalibrationSet,
-        removed: Sequence[int],
-        settings: FitSettings = DEFAULTS,
-    ) -> Compensated:
-        return Compensated({}, {})
-
-
-@dataclass(frozen=True)
 class ClosedForm(Method):
     """Chooses between the closed forms when the model is known."""
 
@@ -55,7 +33,7 @@ class ClosedForm(Method):
     def closed_form(self, model: DecoderModel) -> Method:
         branch = model.adapter.mlp_branch(model.model.config)
         if not branch.last:
-            return _Nothing()
+            return self
         if branch.is_norm:
             return scale.METHOD
         return linear.METHOD if branch.is_stacked else refit.METHOD
@@ -67,7 +45,8 @@ class ClosedForm(Method):
         removed: Sequence[int],
         settings: FitSettings = DEFAULTS,
     ) -> Compensated:
-        return self.closed_form(model).run(model, calibration, removed, settings)
+        method = self.closed_form(model)
+        return Compensated({}, {}) if method is self else method.run(model, calibration, removed, settings)
 
 
 METHOD = ClosedForm()

@@ -105,7 +105,7 @@ class Learned(Method):
             "taken": not reason,
             **({"reason": reason} if reason else {}),
         }
-        report = {**start.report, "method": "learned", "start": start.report["method"], "refined": refined}
+        report = {**start.report, "method": "learned", "start": start.report.get("method"), "refined": refined}
         return Compensated({**start.replaced, **values}, report)
 
 

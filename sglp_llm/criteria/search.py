@@ -20,11 +20,11 @@ from sglp_llm.engine.representations import CKAObserver
 from sglp_llm.errors import UserError, unknown
 from sglp_llm.method.proposals import distance_of, neighbours, propose, runs_of
 from sglp_llm.method.segmentation import segment_layers
+from sglp_llm.plan.recipe import TASK
 from sglp_llm.records import Segment
 from sglp_llm.trials import Removed, Trials
 from sglp_llm.trials.costs import OBJECTIVES, TrialCosts
 
-_TASK = "task:"
 _LEAST_TRIALS = 16
 _TRIALS_A_LAYER = 2.5
 """The default budget is this many trials on all sequences per removed layer, but at least `_LEAST_TRIALS`. There are more sets to
@@ -101,11 +101,11 @@ class Search(SetCriterion):
         held_out: float = 0.25,
     ) -> None:
         super().__init__(num_layers, seed)
-        self._scored_by, objective = objective, "kl" if str(objective).startswith(_TASK) else objective
+        self._scored_by, objective = objective, "kl" if str(objective).startswith(TASK) else objective
         if objective not in OBJECTIVES:
-            raise unknown("objective of search", objective, (*OBJECTIVES, f"{_TASK}NAME"))
-        if self._scored_by == _TASK:
-            raise UserError(f"objective of search: {_TASK} must be followed by the name of a task or a suite")
+            raise unknown("objective of search", objective, (*OBJECTIVES, f"{TASK}NAME"))
+        if self._scored_by == TASK:
+            raise UserError(f"objective of search: {TASK} must be followed by the name of a task or a suite")
         for name, value in (("proposals", proposals), ("runs", runs), ("beam", beam)):
             if type(value) is not int or value < 1:
                 raise UserError(f"{name} of search must be a positive whole number, not {value!r}")

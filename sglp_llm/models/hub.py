@@ -19,8 +19,8 @@ _SMALL_FILES = [
     "NOTICE*",
     "USE_POLICY*",
     "README.md",
+    "sglp_plan.tensors",  # without it the plan of a compensated model is not whole
 ]
-_SMALL_FILES += ["sglp_plan.tensors"]  # without it the plan of a compensated model is not whole
 # model.fp16.safetensors and the like are the same weights once more.
 _NOT_NEEDED = ["*/*", "model.*.safetensors"]
 

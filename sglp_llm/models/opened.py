@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +86,9 @@ class OpenedModel:
         return self.source.revision if self.source else None
 
     @property
-    def card(self) -> Path:
-        """The model card beside the checkpoint, where there is one; of a live model and a GGUF file there is none."""
-        return (self.source.path if self.source else Path(os.devnull)) / "README.md"
+    def card(self) -> Path | None:
+        """Where the checkpoint's model card would be; ``None`` for a live model."""
+        return self.source.path / "README.md" if self.source else None
 
     @property
     def setting(self) -> dict[str, str | None]:

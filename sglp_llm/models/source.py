@@ -206,8 +206,9 @@ def _checked_config(raw: Mapping[str, Any], folder: Path, name: str) -> tuple[Pr
     _refuse_architecture(raw, name)
     if written is not None:
         _refuse_settings(raw, written, name)
+        return _resolved_config(folder, name), written
     config = _resolved_config(folder, name)
-    adapter = written or _adapter_of(config, name)
+    adapter = _adapter_of(config, name)
     _refuse_settings(raw, adapter, name)
     return config, adapter
 

@@ -25,14 +25,14 @@ def base_model(plan: PrunePlan) -> str | None:
     return plan.source.name if plan.revision is not None and HUB_ID.fullmatch(plan.source.name) else None
 
 
-def card_data(plan: PrunePlan, healing: Mapping[str, Any] | None, name: str, source_card: Path) -> str:
+def card_data(plan: PrunePlan, healing: Mapping[str, Any] | None, name: str, source_card: Path | None) -> str:
     """The metadata as YAML, without the lines around it.
 
     Args:
         plan: What was done.
         healing: The record of the training after it, as plain data.
         name: Of the shortened model, in its results.
-        source_card: The model card of the source, which license and language come from; it need not exist.
+        source_card: The model card of the source, which license and language come from, where there is one.
     """
     from huggingface_hub import ModelCardData
 
@@ -57,12 +57,12 @@ def _hub_data_sets(text: str) -> list[str]:
     return sorted({HUB_DATA_SETS[word] for word in words if word in HUB_DATA_SETS})
 
 
-def _inherited(card: Path) -> dict[str, Any]:
+def _inherited(card: Path | None) -> dict[str, Any]:
     """License and language of another card; what is damaged or of another type is left out."""
     from huggingface_hub import metadata_load
 
     try:
-        data = (metadata_load(card) if card.is_file() else None) or {}
+        data = (metadata_load(card) if card is not None and card.is_file() else None) or {}
     except Exception:  # whatever is wrong with another's card, it is no reason to fail
         return {}
     return {

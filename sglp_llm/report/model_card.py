@@ -14,13 +14,15 @@ from sglp_llm.report.card_data import base_model, card_data
 from sglp_llm.report.contents import gains_of, sizes_of
 
 
-def write_model_card(path: Path, plan: PrunePlan, source_card: Path, healing: Mapping[str, Any] | None = None) -> None:
+def write_model_card(
+    path: Path, plan: PrunePlan, source_card: Path | None, healing: Mapping[str, Any] | None = None
+) -> None:
     """Writes a model card with the Hub's metadata. It holds no path: a card is made to be published.
 
     Args:
         path: The file to write.
         plan: What was done; its ``source`` names the base model.
-        source_card: The model card of the source, which license and language come from; it need not exist.
+        source_card: The model card of the source, which license and language come from, where there is one.
         healing: The record of the training after it, as plain data.
     """
     assert plan.source is not None

@@ -23,6 +23,9 @@ PER_LAYER = frozenset(
 )
 """Lists with one entry a decoder layer. Where the value is no list of that length, the key is left alone."""
 
+LAYER_KINDS = ("layer_types", "layers_block_type")
+"""Those of them that say what kind of layer each one is."""
+
 CYCLES = frozenset({"block_types"})
 """Lists that are repeated until every decoder layer has an entry; written out for the kept layers."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglp_llm.adapters.base import DecoderAdapter
-from sglp_llm.adapters.structure.config_keys import FIRST_INDEX, renumbered
+from sglp_llm.adapters.structure.config_keys import FIRST_INDEX, LAYER_KINDS, renumbered
 from sglp_llm.adapters.structure.derive import empty_model
 from sglp_llm.errors import UserError
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
-_KINDS = ("layer_types", "layers_block_type")
 _NOT_COMPARED = {"training", "all_tied_weights_keys"}  # the names of tied weights hold indices of layers
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -50,7 +49,7 @@ def prove(
     def is_setting(key: str, value: Any, other: Any) -> bool:
         if key in FIRST_INDEX:
             return bool(renumbered(key, value, 0, kept) == other)
-        if key in _KINDS and isinstance(value, list | tuple) and isinstance(other, list | tuple):
+        if key in LAYER_KINDS and isinstance(value, list | tuple) and isinstance(other, list | tuple):
             return set(other) <= set(value)  # of a module that holds each kind of layer once
         if isinstance(value, dict) and isinstance(other, dict) and other.items() <= value.items():
             return True  # an entry for each kind of layer

@@ -6,12 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sglp_llm.adapters.structure.config_keys import LAYER_KINDS
 from sglp_llm.adapters.structure.exceptions import Exceptions
 
 _NO_ATTENTION = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp"})
 """Entries of ``layer_types`` whose layers put no keys into the cache."""
-
-_KINDS = ("layer_types", "layers_block_type")
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,6 @@ class Staying:
     needed: Mapping[int, tuple[frozenset[int], str]] = field(default_factory=dict)
     one_of: Sequence[tuple[frozenset[int], str]] = ()
 
-    @property
-    def pinned(self) -> frozenset[int]:
-        """The layers that a selection never removes."""
-        return frozenset(self.always) | frozenset(self.needed)
-
     def broken_by(self, removed: Collection[int]) -> str:
         """Why these layers cannot be removed together; empty when they can."""
         gone = set(removed)
@@ -46,14 +40,6 @@ class Staying:
             if layers <= gone:
                 return f"one of the layers {', '.join(map(str, sorted(layers)))} must stay: {reason}"
         return ""
-
-    def describe(self) -> list[str]:
-        """One line for each limit, for people."""
-        lines = [f"layer {layer} stays: {reason}" for layer, reason in sorted(self.always.items())]
-        lines += [f"layer {layer} stays: {reason}" for layer, (_, reason) in sorted(self.needed.items())]
-        return lines + [
-            f"one of the layers {', '.join(map(str, sorted(layers)))} stays: {reason}" for layers, reason in self.one_of
-        ]
 
 
 def staying(config: Any, exceptions: Exceptions, depth: int) -> Staying:
@@ -93,7 +79,7 @@ def _needed(config: Any, exceptions: Exceptions, depth: int) -> dict[int, tuple[
 
 def _attention(config: Any, depth: int) -> list[tuple[frozenset[int], str]]:
     """In a hybrid one layer with attention must stay: from its keys the cache knows how many tokens it holds."""
-    for key in _KINDS:
+    for key in LAYER_KINDS:
         kinds = getattr(config, key, None)
         if isinstance(kinds, list | tuple) and len(kinds) == depth:
             attending = frozenset(layer for layer, kind in enumerate(kinds) if kind not in _NO_ATTENTION)
