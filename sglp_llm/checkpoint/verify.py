@@ -155,7 +155,7 @@ def verify_checkpoint(
 def _resident(folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str) -> DecoderModel:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device, output_loading_info=True
+            folder, dtype=dtype, device_map=device, output_loading_info=True, trust_remote_code=False
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise

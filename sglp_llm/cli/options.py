@@ -55,6 +55,12 @@ Calibration = Annotated[
         "Default: wikitext2 and c4, or self where the Hub cannot be read."
     ),
 ]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer", help="Folder or Hub id of another tokenizer to read text with. Default: the model's own."
+    ),
+]
 Samples = Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens in each. Default: 512.")]
 Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn. Default: 0.")]

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sglp_llm.adapters import DecoderAdapter, adapter_of
 from sglp_llm.errors import UserError
+from sglp_llm.models.hub import download
 from sglp_llm.models.layer_weights import LayerWeights
 from sglp_llm.models.source import Source
+from sglp_llm.small_files import check_regular_files
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -100,7 +102,7 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     try:
         # Otherwise the exception only says that sizes do not match, and refers to a report that is logged elsewhere.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # torch, pickle, safetensors and transformers each have their own for a damaged file
         if source.format == "bin" and isinstance(error, pickle.UnpicklingError | RuntimeError | EOFError):
             # torch's own message advises to load with weights_only=False, which would run what is in the file.
@@ -113,6 +115,7 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
         raise UserError(
             f"{name}: tensor {tensor!r} has the shape {list(stored)}, and {list(expected)} by the configuration"
         )
+    vars(model.config).pop("auto_map", None)  # it would be saved with the model, and name code that is not
     if source.format == "gguf":
         model = _dequantised(model)
     if device_map is None and torch.cuda.is_available():
@@ -198,12 +201,34 @@ def load_tokenizer(source: Source) -> Any:
         raise UserError(f"{source.identity.name}: there is no tokenizer in the folder (tokenizer.json and others)")
     if source.format == "gguf":
         folder, options = source.path.parent, {"gguf_file": source.path.name}
+    return _tokenizer(folder, source.identity.name, **options)
+
+
+def find_tokenizer(name: str | Path) -> Any:
+    """Loads the tokenizer of a folder, or of a model on the Hub; weights are not downloaded.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    path = Path(name).expanduser()
+    return _tokenizer(path if path.is_dir() else download(str(name), None, tokenizer=True)[0], str(name))
+
+
+def _tokenizer(folder: Path, name: str, **options: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
+        check_regular_files(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        tokenizer("a")  # some damage is seen on the first use
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(
-            f"{source.identity.name}: transformers cannot load the tokenizer ({_one_line(error)})"
-        ) from None
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{name}: the tokenizer needs remote code (auto_map), which is not run: name another one with --tokenizer, "
+                "or give token ids as the calibration, in Python"
+            ) from None
+        raise UserError(f"{name}: transformers cannot load the tokenizer ({_one_line(error)})") from None
+    return tokenizer
 
 
 def _dequantised(model: PreTrainedModel) -> PreTrainedModel:

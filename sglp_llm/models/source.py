@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from sglp_llm.adapters.structure.config_keys import PREDICTORS
 from sglp_llm.errors import UserError
 from sglp_llm.models.hub import download
 from sglp_llm.records import ModelIdentity
+from sglp_llm.small_files import check_regular_files, read_json
 from sglp_llm.tensor_files import CheckpointIndex, read_index
 
 if TYPE_CHECKING:
@@ -121,7 +123,9 @@ def _locate(name: str | Path, revision: str | None, weights: bool) -> tuple[Path
         raise UserError(f"{name}: there is no such folder or file")
     if local and revision is not None:
         raise UserError(f"{name}: a revision is for models on the Hub, and this is a local path")
-    return (path, revision) if local else download(str(name), revision, weights)
+    path, revision = (path, revision) if local else download(str(name), revision, weights)
+    check_regular_files(*((path,) if path.is_dir() else (path.parent, "*.json")))
+    return path, revision
 
 
 def fingerprint(config: PretrainedConfig, tensors: Iterable[tuple[str, str, Iterable[int]]]) -> str:
@@ -181,16 +185,13 @@ def _gguf_source(path: Path, name: str) -> Source:
 
 def _raw_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    if not file.exists():
+    if not os.path.lexists(file):
         if (folder / "adapter_config.json").exists():
             raise UserError(
                 f"{folder}: a PEFT adapter, not a model; merge it into its base model first (`merge_and_unload`)"
             )
         raise UserError(f"{folder}: no config.json; expected the folder of a transformers checkpoint")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a JSON file ({error})") from None
+    raw = read_json(file, "configuration")
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UserError(f"{file}: no model_type; expected the configuration of a transformers model")
     return raw
@@ -282,7 +283,7 @@ def _resolved_config(folder: Path, name: str, **options: str) -> PretrainedConfi
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, **options)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # transformers validates with exceptions of many libraries; all mean that it is invalid
         raise UserError(
             f"{name}: transformers cannot read the configuration ({' '.join(str(error).split())[:300]})"
