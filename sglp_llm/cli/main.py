@@ -21,7 +21,7 @@ from sglp_llm.cli.verbs.prune import prune
 from sglp_llm.cli.verbs.push import push
 from sglp_llm.cli.verbs.replan import replan
 from sglp_llm.cli.verbs.report import report
-from sglp_llm.errors import UserError
+from sglp_llm.errors import UserError, one_line
 from sglp_llm.processes import process_count, process_index
 from sglp_llm.version import __version__
 
@@ -48,6 +48,7 @@ app.command(name="ls")(list_members)
 IN_MANY_PROCESSES = ("analyze", "prune", "heal")
 """Verbs that share their work between the processes that a launcher started."""
 
+_WITHOUT_WORDS: dict[type, str] = {MemoryError: "out of memory"}
 _INTERRUPTED = 130
 """The exit code that Typer returns on Ctrl-C, without a message."""
 
@@ -100,7 +101,7 @@ def _run() -> int:
     except Exception as error:
         if os.environ.get("SGLP_LLM_TRACEBACK") or not _is_expected(error):
             raise
-        return _fail(str(error), 1)
+        return _fail(str(error) or _WITHOUT_WORDS.get(type(error), type(error).__name__), 1)
 
 
 def _is_expected(error: Exception) -> bool:
@@ -110,7 +111,7 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"sglp-llm: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"sglp-llm: error: {one_line(message)}", file=sys.stderr)
     return code
 
 

@@ -161,7 +161,7 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         **settings,
         "target_params": target,
-        "num_segments": int(number) if number is not None and re.fullmatch("-?[0-9]+", number) else number,
+        "num_segments": int(number) if number is not None and re.fullmatch("-?[0-9]{1,18}", number) else number,
         "options": options or None,
         "protect": {end: number for end, number in protect.items() if number is not None} or None,
     }
@@ -180,9 +180,9 @@ def _options(given: list[str]) -> dict[str, dict[str, Any]]:
 
 def _number(text: str) -> int | float | str:
     """The text as a number where it is one."""
-    if re.fullmatch("-?[0-9]+", text):
+    if re.fullmatch("-?[0-9]{1,18}", text):
         return int(text)
-    return float(text) if re.fullmatch(r"-?[0-9]+\.[0-9]+", text) else text
+    return float(text) if re.fullmatch(r"-?[0-9]{1,18}\.[0-9]{1,18}", text) else text
 
 
 def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = None, preset: str | None = None) -> Any:

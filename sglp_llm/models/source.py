@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from sglp_llm.adapters import DecoderAdapter, adapter_names, adapter_of, get_adapter
 from sglp_llm.adapters.structure.config_keys import PREDICTORS
 from sglp_llm.errors import UserError
+from sglp_llm.models.gguf_header import check_gguf
 from sglp_llm.models.hub import download
+from sglp_llm.plan.plan_fields import MOST_LAYERS
 from sglp_llm.records import ModelIdentity
 from sglp_llm.small_files import check_regular_files, read_json
 from sglp_llm.tensor_files import CheckpointIndex, read_index
@@ -22,6 +25,8 @@ from sglp_llm.tensor_files import CheckpointIndex, read_index
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# Keys of the number of layers, of experts, and of what else is built one by one.
+_COUNTS_PARTS = re.compile(r"layers?$|experts?$|blocks?$|^depth$|codebooks?$|_group$|^n_shared|predict", re.IGNORECASE)
 # Configuration keys that describe the software or the run, not the model.
 _VOLATILE_KEYS = {"transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "auto_map"}
 _VOLATILE_KEYS |= {"quantization_config"}
@@ -105,6 +110,18 @@ def find_config(name: str | Path, revision: str | None = None) -> tuple[Pretrain
     return _checked_config(_raw_config(path), path, str(name))[0], False
 
 
+def depth_of(config: PretrainedConfig, adapter: DecoderAdapter, name: str) -> int:
+    """The number of decoder layers that a configuration says.
+
+    Raises:
+        UserError: It is no such number.
+    """
+    depth = getattr(config, adapter.depth_key, None)
+    if type(depth) is not int or not 1 <= depth <= MOST_LAYERS:
+        raise UserError(f"{name}: {adapter.depth_key} must be a whole number in 1..{MOST_LAYERS}, not {depth!r}")
+    return depth
+
+
 def find_depth(name: str | Path, revision: str | None = None) -> int:
     """The number of decoder layers of a model that can be pruned, from its configuration.
 
@@ -112,7 +129,7 @@ def find_depth(name: str | Path, revision: str | None = None) -> int:
         UserError: See `find_config`.
     """
     config, _ = find_config(name, revision)
-    return int(getattr(config, adapter_of(config).depth_key))
+    return depth_of(config, _adapter_of(config, str(name)), str(name))
 
 
 def _locate(name: str | Path, revision: str | None, weights: bool) -> tuple[Path, str | None]:
@@ -172,6 +189,7 @@ def _gguf_source(path: Path, name: str) -> Source:
 
     if path.suffix != ".gguf":
         raise UserError(f"{path}: expected a folder or a .gguf file")
+    check_gguf(path)
     try:
         tensors = [(t.name, t.tensor_type.name, [int(n) for n in t.shape]) for t in GGUFReader(path).tensors]
     except Exception as error:  # the reader trusts its input: damage surfaces as any kind of exception
@@ -179,6 +197,7 @@ def _gguf_source(path: Path, name: str) -> Source:
     config = _resolved_config(path.parent, name, gguf_file=path.name)
     adapter = _adapter_of(config, name)
     _refuse_settings(config.to_dict(), adapter, name)
+    depth_of(config, adapter, name)
     identity = ModelIdentity(name, config.model_type, fingerprint(config, tensors))
     return Source(identity, None, path, "gguf", {}, config, adapter, None)
 
@@ -194,7 +213,17 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     raw = read_json(file, "configuration")
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UserError(f"{file}: no model_type; expected the configuration of a transformers model")
+    _refuse_counts(raw, file)
     return raw
+
+
+def _refuse_counts(raw: Mapping[str, Any], file: Path) -> None:
+    """Refuses numbers of parts that no model has, before transformers makes a list of so many."""
+    for key, value in raw.items():
+        if type(value) is int and abs(value) > MOST_LAYERS and _COUNTS_PARTS.search(key):
+            raise UserError(f"{file}: {key} is {value}, and no model has more than {MOST_LAYERS}")
+        if type(value) is int and abs(value) >= 2**63 and not key.endswith("length"):
+            raise UserError(f"{file}: {key} is a number of {len(str(abs(value)))} digits, which no model has")
 
 
 def _checked_config(raw: Mapping[str, Any], folder: Path, name: str) -> tuple[PretrainedConfig, DecoderAdapter]:
@@ -292,7 +321,7 @@ def _resolved_config(folder: Path, name: str, **options: str) -> PretrainedConfi
 
 def _check_layers(index: CheckpointIndex, adapter: DecoderAdapter, config: PretrainedConfig, name: str) -> int:
     """Checks that every decoder layer is there; returns how many layers for multi-token prediction follow them."""
-    num_layers = int(getattr(config, adapter.depth_key))
+    num_layers = depth_of(config, adapter, name)
     allowed = max((int(getattr(config, key, None) or 0) for key in PREDICTORS), default=0)
     matches = (adapter.layer_key_pattern.match(tensor) for tensor in index.tensors)
     stored = {int(match[2]) for match in matches if match}

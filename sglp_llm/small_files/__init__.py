@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from sglp_llm.small_files.carrying import Carried, carried_files, check_own, copy_file
 from sglp_llm.small_files.plain_data import checked_data, decoded_json
-from sglp_llm.small_files.reading import check_regular_files, open_regular, read_bytes, read_json, read_text
+from sglp_llm.small_files.reading import (
+    check_regular_files,
+    open_regular,
+    read_bytes,
+    read_json,
+    read_json_lines,
+    read_text,
+)
 
 __all__ = [
     "Carried",
@@ -20,5 +27,6 @@ __all__ = [
     "open_regular",
     "read_bytes",
     "read_json",
+    "read_json_lines",
     "read_text",
 ]

@@ -106,6 +106,24 @@ def read_json(file: Path, what: str = "file", most: int = MOST_BYTES) -> Any:
         raise UserError(f"{file}: not a JSON file ({error})") from None
 
 
+def read_json_lines(file: Path, what: str = "file", most: int = MOST_BYTES) -> list[dict[str, Any]]:
+    """The objects of a small file with one of JSON a line.
+
+    Raises:
+        UserError: See `read_text`; or a line is no JSON object.
+    """
+    rows = []
+    for number, line in enumerate(read_text(file, what, most).splitlines(), start=1):
+        try:
+            row = decoded_json(line)
+        except ValueError as error:
+            raise UserError(f"{file}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{file}, line {number}: expected a JSON object, not {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
 def check_regular_files(folder: Path, pattern: str = "*") -> None:
     """Refuses a folder with pipes, devices or sockets in it, before a library opens one and waits for ever, or reads for ever.
 
