@@ -23,6 +23,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
+_SLACK = 10**6  # parameters: what some types initialise, and do not store
+
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -99,6 +101,7 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
         folder = source.path.parent
         options |= {"gguf_file": source.path.name, "dtype": DTYPES.get(dtype, torch.float32)}
     name = source.identity.name
+    check_size(source)
     try:
         # Otherwise the exception only says that sizes do not match, and refers to a report that is logged elsewhere.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -121,6 +124,25 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
     return DecoderModel(model.eval(), source.adapter, frozenset(report["unexpected_keys"]))
+
+
+def check_size(source: Source) -> None:
+    """Checks that the files can hold the model of the configuration, before memory is taken for it.
+
+    Raises:
+        UserError: They are too small, or transformers cannot make such a model.
+    """
+    name = source.identity.name
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(source.config)
+    except Exception as error:  # each type's own code
+        raise UserError(f"{name}: transformers cannot make a model of the configuration ({_one_line(error)})") from None
+    needed, stored = sum(parameter.numel() for parameter in model.parameters()), source.most_parameters
+    if needed > 2 * stored + _SLACK:
+        raise UserError(
+            f"{name}: the configuration is that of a model of {needed} parameters, and the files hold at most {stored}"
+        )
 
 
 def check_streamable(source: Source) -> None:
@@ -152,6 +174,7 @@ def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = No
     from accelerate import init_empty_weights
 
     check_streamable(source)
+    check_size(source)
     # Buffers are real: rotary frequencies and embedding scales are in no file.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(source.config, dtype=DTYPES.get(dtype) or checkpoint_dtype(source))

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # Keys of the number of layers, of experts, and of what else is built one by one.
 _COUNTS_PARTS = re.compile(r"layers?$|experts?$|blocks?$|^depth$|codebooks?$|_group$|^n_shared|predict", re.IGNORECASE)
+# Keys of the width of a matrix.
+_WIDTHS = re.compile(r"hidden|vocab|inter|head|embd|inner|d_model|ffn|feed|dim$|rank", re.IGNORECASE)
+MOST_WIDTH = 2**24
 # Configuration keys that describe the software or the run, not the model.
 _VOLATILE_KEYS = {"transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "auto_map"}
 _VOLATILE_KEYS |= {"quantization_config"}
@@ -64,6 +67,14 @@ class Source:
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return int(getattr(self.config, self.adapter.depth_key))
+
+    @property
+    def most_parameters(self) -> int:
+        """The largest number of parameters that the files can hold: GGUF has types of less than two bits."""
+        if self.index is not None:
+            return sum(entry.num_elements for entry in self.index.tensors.values())
+        files = [self.path] if self.path.is_file() else self.path.glob("pytorch_model*.bin")
+        return (8 if self.format == "gguf" else 1) * sum(file.stat().st_size for file in files)
 
     def check_apart(self, output: Path) -> None:
         """Checks that writing to ``output`` cannot change the source.
@@ -222,6 +233,8 @@ def _refuse_counts(raw: Mapping[str, Any], file: Path) -> None:
     for key, value in raw.items():
         if type(value) is int and abs(value) > MOST_LAYERS and _COUNTS_PARTS.search(key):
             raise UserError(f"{file}: {key} is {value}, and no model has more than {MOST_LAYERS}")
+        if type(value) is int and abs(value) > MOST_WIDTH and _WIDTHS.search(key):
+            raise UserError(f"{file}: {key} is {value}, and no model is wider than {MOST_WIDTH}")
         if type(value) is int and abs(value) >= 2**63 and not key.endswith("length"):
             raise UserError(f"{file}: {key} is a number of {len(str(abs(value)))} digits, which no model has")
 

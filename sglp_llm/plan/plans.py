@@ -149,8 +149,10 @@ def plan_from_dict(data: object, where: str = "plan", folder: Path | None = None
     if type(version) is not int or version != PLAN_SCHEMA_VERSION:
         raise UserError(f"{where}: schema_version {version!r} is not {PLAN_SCHEMA_VERSION}, the one this release reads")
     num_layers = fields.get("num_layers")
-    if type(num_layers) is not int or not 1 <= num_layers <= MOST_LAYERS:
-        raise UserError(f"{where}: num_layers must be a whole number in 1..{MOST_LAYERS}, not {num_layers!r}")
+    if type(num_layers) is not int or num_layers < 1:
+        raise UserError(f"{where}: num_layers must be a positive whole number, not {num_layers!r}")
+    if num_layers > MOST_LAYERS:
+        raise UserError(f"{where}: num_layers is {num_layers}, and no model has more than {MOST_LAYERS}")
     optional = {key: value for key, value in fields.items() if value is not None}
     plan = PrunePlan(
         num_layers=num_layers,
