@@ -8,27 +8,20 @@ from pathlib import Path
 
 import pytest
 from checkpoints import SMALL, copied
-from hostile import attempt, share
+from hostile import FUZZ, attempt, share
 from hostile_data import ODD_FILES, as_json, changed, damaged, file_like
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-FUZZ = {
-    "deadline": None,
-    "derandomize": True,
-    "database": None,
-    "suppress_health_check": list(HealthCheck),
-    "print_blob": False,
-}
-
-PLANNED = ("--plan", "2,4")
+RESIDENT = ("--engine", "resident")  # no prediction of memory, which takes most of the time
+PLANNED = ("--plan", "2,4", *SMALL[:2])
 HEADER = 8
 
 WAYS = {
-    "copy": ("prune", *PLANNED, "--no-verify"),
-    "check": ("prune", *PLANNED, *SMALL[:2]),
-    "stream": ("prune", *PLANNED, *SMALL[:2], "--engine", "streamed"),
-    "analyse": ("prune", "--drop", "2", "--criterion", "bi", *SMALL),
+    "copy": ("prune", *PLANNED, *RESIDENT, "--no-verify"),
+    "check": ("prune", *PLANNED, *RESIDENT),
+    "stream": ("prune", *PLANNED, "--engine", "streamed"),
+    "analyse": ("prune", "--drop", "2", "--criterion", "bi", *SMALL, *RESIDENT),
     "predict": ("plan-memory",),
 }
 
