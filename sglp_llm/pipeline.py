@@ -236,13 +236,14 @@ def _prune(
         del decoder
     with atomic_folder(output, overwrite) as folder:
         with timed(seconds, "export"):
-            _export(opened, plan, folder, max_shard_size, progress)
+            # Before the weights: what is wrong with a plan from elsewhere is seen here at the latest.
             save_plan(plan, folder / PLAN_FILE_NAME)
             save_recipe(
                 replace(recipe, model=opened.identity.name, revision=opened.revision), folder / RECIPE_FILE_NAME
             )
             write_model_card(folder / "README.md", plan, opened.card)
             write_report(folder)
+            _export(opened, plan, folder, max_shard_size, progress)
         opened.release()
         verification = None
         if expected is not None:

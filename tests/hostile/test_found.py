@@ -19,6 +19,9 @@ from sglp_llm.errors import UserError, one_line
 from sglp_llm.plan import load_recipe
 from sglp_llm.trials import Journal
 
+BUDGETS = ["drop", "ratio", "target-params", "target-memory", "target-latency", "plan"]
+OTHER_NUMBERS = ["context", "samples", "seq-len", "seed", "num-segments", "protect-first", "min-drop", "batch-size"]
+OTHER_NUMBERS += ["search-budget", "option"]
 RESIDENT = ("--engine", "resident")
 PLAN = {"num_layers": 6, "removed": [2, 4]}
 
@@ -40,7 +43,7 @@ PIPES: dict[str, tuple[str, Callable[[Path, Path, Path], str]]] = {
     "generation settings": ("generation_config.json", lambda pipe, source, out: said("plan-memory", pipe.parent)),
     "tokenizer": ("tokenizer.json", lambda pipe, source, out: said("eval", pipe.parent, "--data", SMALL[1])),
     "plan": ("mine.json", lambda pipe, source, out: prune_by(pipe, source, out)),
-    "folder's plan": ("sglp_plan.json", lambda pipe, source, out: said("report", pipe.parent)),
+    "folder's plan": ("sglp_plan.json", lambda pipe, source, out: said("export", pipe.parent, "--to", "mergekit")),
     "plan of mergekit": ("mine.yaml", lambda pipe, source, out: prune_by(pipe, source, out)),
     "recipe": ("mine.yaml", lambda pipe, source, out: said("plan-memory", source, "--recipe", pipe)),
     "suite": ("mine.yaml", lambda pipe, source, out: said("eval", source, "--suite", pipe)),
@@ -208,15 +211,12 @@ def test_recipes(source: Path, tmp_path: Path, text: str, expected: str) -> None
 @pytest.mark.parametrize("digits", [400, 5000])
 @pytest.mark.parametrize(
     "option",
-    (
-        "drop ratio target-params target-memory target-latency context samples seq-len seed num-segments protect-first min-drop "
-        "batch-size search-budget option plan"
-    ).split(),
+    BUDGETS + OTHER_NUMBERS,
 )
 def test_numbers_of_many_digits(source: Path, tmp_path: Path, option: str, digits: int) -> None:
     number = "9" * digits
     value = {"option": f"gradnorm.norm={number}", "target-latency": f"{number}x"}.get(option, number)
-    budget = () if option in ("drop", "ratio", "plan") or option.startswith("target") else ("--drop", "1")
+    budget = () if option in BUDGETS else ("--drop", "1")
     said(
         "prune",
         source,
