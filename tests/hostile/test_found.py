@@ -14,6 +14,7 @@ from checkpoints import SMALL, copied, edited, run_cli
 from hostile import attempt
 from hostile_data import as_json
 
+from sglp_llm.calibration import files, sequences
 from sglp_llm.criteria import make_criterion
 from sglp_llm.errors import UserError, one_line
 from sglp_llm.plan import load_recipe
@@ -253,7 +254,10 @@ def test_gguf_headers(tmp_path: Path, content: bytes, expected: str) -> None:
 
 @pytest.mark.parametrize("form", ["text:{}", "jsonl:{}:text", "chat:{}"])
 @pytest.mark.parametrize("filling", [b"\0", b"\n", b"9"])
-def test_bombs(source: Path, tmp_path: Path, form: str, filling: bytes) -> None:
+def test_bombs(source: Path, tmp_path: Path, form: str, filling: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller bounds than ours: what is read to the bound is tokenised."""
+    monkeypatch.setattr(files, "MOST_LINE_BYTES", 2**18)
+    monkeypatch.setattr(sequences, "ENOUGH_TEXT_BYTES", 2**18)
     block = gzip.compress(filling * 2**24, 1)
     (tmp_path / "mine.gz").write_bytes(block * 64)  # a gigabyte in a few hundred kilobytes
     options = ("--calibration", form.format(tmp_path / "mine.gz"), "--samples", "2", "--seq-len", "8", *RESIDENT)

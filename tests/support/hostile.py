@@ -6,14 +6,17 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from checkpoints import Outcome, run_cli
+from huggingface_hub import constants
 from hypothesis import HealthCheck, Phase
 
 SECONDS = 60
@@ -71,6 +74,18 @@ def guarded(seconds: int = SECONDS) -> Iterator[None]:
         for number, handler in before:
             signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@contextmanager
+def working_folder() -> Iterator[Path]:
+    """Inside the block an empty folder is the current one, and no library asks the Hub."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as place, patch.object(constants, "HF_HUB_OFFLINE", True):
+        os.chdir(place)
+        try:
+            yield Path(place)
+        finally:
+            os.chdir(before)
 
 
 def state(folder: Path) -> dict[str, tuple[int, int, int]]:
