@@ -8,6 +8,7 @@ import typer
 
 from sglp_llm.cli.options import DeviceMap, Json, RequiredModel, Revision, recipe_of
 from sglp_llm.cli.quiet import prepare
+from sglp_llm.cli.recording import Record, folder_to_record
 
 
 def bench(
@@ -25,6 +26,7 @@ def bench(
     baseline_revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit of the baseline.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device_map: DeviceMap = None,
+    record: Record = False,
     as_json: Json = False,
 ) -> None:
     """Size, speed and memory of a model: counts, time to first token, tokens a second, peak memory."""
@@ -38,9 +40,16 @@ def bench(
     if baseline is None and baseline_revision is not None:
         raise UserError("--baseline-revision is about the baseline: give --baseline OTHER too")
     chosen = recipe_of(None, {"dtype": dtype, "revision": revision, "device_map": device_map})
+    folder = folder_to_record(model) if record else None
+    if baseline is None and folder is not None:
+        baseline, baseline_revision = folder.original
     named = [(model, revision)] if baseline is None else [(baseline, baseline_revision), (model, revision)]
     opened_models = [OpenedModel(name, at, chosen.dtype, chosen.device_map) for name, at in named]
+    if folder is not None:
+        folder.check_original(opened_models[0])
     measured = benchmark(opened_models, settings, console.progress_bar)
+    if folder is not None:
+        folder.keep_speeds(measured[0], measured[1], settings)
     if as_json:
         console.print_json(bench_table.to_dict(measured, settings))
     else:

@@ -111,6 +111,7 @@ def compare(
     from sglp_llm.comparison.measurements import perplexity_measurement, suite_measurements
     from sglp_llm.compensation import NONE
     from sglp_llm.report.comparison_tables import to_markdown, write_tables
+    from sglp_llm.report.html import write_report
     from sglp_llm.report.plots import check_plotting, plot_perplexity
     from sglp_llm.report.seed_tables import seeds_to_markdown, spreads, write_seed_tables
 
@@ -149,6 +150,7 @@ def compare(
         )
         write_tables(results[-1], folder)
         plot_perplexity(results[-1], folder)
+        write_report(folder)
     if drawn is None:
         (result,) = results
         if as_json:
