@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from sglp_llm.errors import UserError, unknown
+from sglp_llm.method.exact import exact
 from sglp_llm.processes import Processes
 from sglp_llm.records import SimilarityMatrix
 
@@ -42,7 +43,7 @@ def gram_matrix(rows: torch.Tensor, kernel: str) -> torch.Tensor:
     Returns:
         ``[n, n]`` float64.
     """
-    rows = rows.to(torch.float64)
+    rows = exact(rows)
     if kernel == "cosine":
         rows = torch.nn.functional.normalize(rows, dim=1)
     gram = rows @ rows.T

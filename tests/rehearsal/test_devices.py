@@ -23,7 +23,10 @@ from sglp_llm.models.loading import DecoderModel, load_streamed, wrap_model
 from sglp_llm.plan import Recipe
 
 LAYERS = 5
-STEPS = [*(("criterion", name) for name in criterion_names()), *(("compensation", name) for name in compensation_names())]
+STEPS = [
+    *(("criterion", name) for name in criterion_names()),
+    *(("compensation", name) for name in compensation_names()),
+]
 """Whatever the registries hold."""
 
 

@@ -30,12 +30,13 @@ DEVICE_OF = torch.Tensor.device.__get__
 HALF = (torch.float16, torch.bfloat16)
 FACTORIES = {
     getattr(torch, name)
-    for name in (
-        "zeros ones full empty arange tensor eye randn rand randint randperm linspace as_tensor asarray scalar_tensor "
-        "empty_strided tril_indices triu_indices zeros_like ones_like empty_like full_like rand_like randn_like"
-    ).split()
+    for names in (
+        "zeros ones full empty arange tensor eye randn rand randint randperm linspace as_tensor asarray scalar_tensor",
+        "empty_strided tril_indices triu_indices zeros_like ones_like empty_like full_like rand_like randn_like",
+    )
+    for name in names.split(" ")
 }
-FACTORIES |= {getattr(torch.Tensor, name) for name in "new_zeros new_ones new_full new_empty new_tensor".split()}
+FACTORIES |= {getattr(torch.Tensor, f"new_{name}") for name in ("zeros", "ones", "full", "empty", "tensor")}
 FROM_PYTHON = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
@@ -131,7 +132,10 @@ class PretendedDevices:
 
         def inside(*args: Any, **kwargs: Any) -> Any:
             entered = torch._C._len_torch_function_stack() > 0
-            with nullcontext() if entered else _Functions(self), nullcontext() if self._is_seen() else _Operations(self):
+            with (
+                nullcontext() if entered else _Functions(self),
+                nullcontext() if self._is_seen() else _Operations(self),
+            ):
                 return function(*args, **kwargs)
 
         return inside
@@ -197,7 +201,9 @@ class _Move(torch.autograd.Function):
     """A copy to another device; its gradient goes back."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, devices: PretendedDevices, to: torch.device | None, dtype: torch.dtype) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, devices: PretendedDevices, to: torch.device | None, dtype: torch.dtype
+    ) -> Any:
         ctx.devices, ctx.source, ctx.dtype = devices, devices.of(x), x.dtype
         return _copied(devices, x, to, dtype)
 
@@ -308,9 +314,8 @@ class _Operations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if common is not None:
             for made in tree_leaves(result):
-                if isinstance(made, torch.Tensor) and not made.is_meta and self._devices.of(made) is None:
-                    if all(made is not each for each in given):
-                        self._devices.put(made, common)
+                if isinstance(made, torch.Tensor) and not made.is_meta and all(made is not each for each in given):
+                    self._devices.put(made, self._devices.of(made) or common)
         return result
 
     def _common(self, name: str, given: list[torch.Tensor], tags: list[torch.device | None]) -> torch.device | None:
