@@ -12,8 +12,15 @@ import torch
 from sglp_llm.engine.loss import num_predictions, token_nll
 from sglp_llm.engine.replay import Replay
 from sglp_llm.method.exact import exact
+from sglp_llm.models.devices import free_on
 
-_CHUNK_BYTES = 64 * 2**20  # of float32 logits; the loss and its gradient hold about three times as much
+CHUNK_BYTES = 64 * 2**20
+"""Bytes of float32 logits at once; the loss and its gradient hold about three times as much."""
+
+DEVICE_CHUNK_BYTES = 512 * 2**20
+"""The same on a GPU with room for it: every chunk reads the whole head, 1 GB with a vocabulary of 128k, and launches all over."""
+
+_FREE_SHARE = 1 / 16  # of a device's free memory that a chunk may have
 # On the CPU the allocator returns blocks of 32 MiB and more to the system when they are freed, and page faults on new memory cost
 # more than smaller matrix products; with too few tokens the products become slow.
 _CPU_CHUNK_BYTES = 24 * 2**20
@@ -50,8 +57,8 @@ def loss_and_gradient(replay: Replay, states: torch.Tensor) -> tuple[torch.Tenso
         with torch.enable_grad():
             summed = _chunk_nll(replay, part, first, end).sum(dim=1)
             losses = summed / num_predictions(replay.mask, states.shape[1] - 1, summed.device)
+            (part_gradient,) = torch.autograd.grad(losses.sum(), part)
         parts.append(exact(losses.detach()))
-        (part_gradient,) = torch.autograd.grad(losses.sum(), part)
         gradient[:, first:end] += part_gradient
     return torch.stack(parts).sum(dim=0), gradient
 
@@ -115,7 +122,9 @@ def _chunks(replay: Replay, states: torch.Tensor) -> Iterator[tuple[int, int]]:
 
 def _length(replay: Replay, states: torch.Tensor) -> int:
     """Number of positions per chunk; 0 if even one position exceeds the size limit."""
-    size = _CHUNK_BYTES
+    size = CHUNK_BYTES
+    if (free := free_on(states.device)) is not None:
+        size = max(size, min(DEVICE_CHUNK_BYTES, int(_FREE_SHARE * free)))
     if states.device.type == "cpu":
         size = min(size, max(_CPU_CHUNK_BYTES, 4 * _CPU_CHUNK_TOKENS * replay.vocabulary))
     return size // (4 * len(states) * replay.vocabulary)

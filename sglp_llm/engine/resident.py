@@ -127,11 +127,20 @@ def batches(
 
 
 def show_weights(index: int, layer: nn.Module, observers: Sequence[Observer]) -> None:
-    """Passes a decoder layer's parameters to the observers that need weights."""
-    for weight in layer.parameters():
-        for observer in observers:
-            if Need.WEIGHTS in observer.needs:
-                observer.on_weight(index, weight.detach())
+    """Passes a decoder layer's parameters to the observers that need weights.
+
+    Raises:
+        UserError: accelerate keeps the layer out of memory.
+    """
+    watching = [observer for observer in observers if Need.WEIGHTS in observer.needs]
+    for weight in layer.parameters() if watching else ():
+        if weight.is_meta:
+            raise UserError(
+                f"decoder layer {index} was offloaded, and its weights are to be looked at: use --engine streamed, "
+                "or a larger machine"
+            )
+        for observer in watching:
+            observer.on_weight(index, weight.detach())
 
 
 @contextmanager

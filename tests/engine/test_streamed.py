@@ -113,7 +113,7 @@ def test_losses_and_gradient_over_chunks_are_those_of_all_logits(
     expected = each.detach()
     one = Replay(DecoderModel(model, Tiny("llama", 0).adapter), calibration.input_ids[2:3], calibration.mask[2:3])
     for tokens in (2, 7, 24, 1000):
-        monkeypatch.setattr("sglp_llm.engine.head._CHUNK_BYTES", tokens * 4 * 320)
+        monkeypatch.setattr("sglp_llm.engine.head.CHUNK_BYTES", tokens * 4 * 320)
         assert losses(replay, states.detach()).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
         loss, found = loss_and_gradient(one, states[2:3].detach())
         assert loss == pytest.approx(float(expected[2]), rel=1e-5)

@@ -130,11 +130,19 @@ def second_rank(folder: Path) -> Placed:
         return Placed(devices, load_streamed(find_source(folder)))
 
 
+def apple(folder: Path) -> Placed:
+    """A live model on a device without float64."""
+    devices = PretendedDevices(kind="mps")
+    with devices.pretended():
+        return Placed(devices, wrap_model(llama().to("mps")))
+
+
 PLACES: dict[str, Callable[[Path], Placed]] = {
     "one GPU": one_gpu,
     "two GPUs": two_gpus,
     "one GPU, streamed": streamed,
     "rank 1 of 2, streamed": second_rank,
+    "MPS": apple,
 }
 
 

@@ -54,15 +54,16 @@ class PretendedDevices:
     Args:
         count: How many.
         current: The current device of this thread.
+        kind: ``cuda``, or ``mps``: a single one without float64.
 
     Attributes:
         waits: How often the host waited for a device, by source line and reason.
         free: Bytes that are free on each.
     """
 
-    def __init__(self, count: int = 1, current: int = 0) -> None:
+    def __init__(self, count: int = 1, current: int = 0, kind: str = "cuda") -> None:
         self.waits: Counter[tuple[str, str]] = Counter()
-        self.free = 70 * GIB
+        self.free, self.kind = 70 * GIB, kind
         self._count = count
         self._tags: dict[weakref.ref, torch.device] = {}
         self._pinned: set[weakref.ref] = set()
@@ -76,8 +77,9 @@ class PretendedDevices:
 
     def named(self, device: Any) -> torch.device:
         """The device with its index."""
-        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        return torch.device("cuda", self.current) if device.type == "cuda" and device.index is None else device
+        device = torch.device(self.kind, device) if isinstance(device, int) else torch.device(device)
+        is_open = device.type == self.kind and device.index is None
+        return torch.device(self.kind, self.current) if is_open else device
 
     def of(self, tensor: torch.Tensor) -> torch.device | None:
         """The pretended device; ``None`` for a tensor that is really on the CPU."""
@@ -85,7 +87,7 @@ class PretendedDevices:
 
     def put(self, tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
         key = _storage(tensor, self._forget)
-        if device is None or device.type != "cuda":
+        if device is None or device.type != self.kind:
             self._forget(key)
         else:
             self._tags[key] = device
@@ -154,7 +156,7 @@ class PretendedDevices:
         event = SimpleNamespace(record=_nothing, wait=_nothing, synchronize=_nothing)
         card = SimpleNamespace(name="pretended", total_memory=80 * GIB, major=9, minor=0, multi_processor_count=132)
         return {
-            "is_available": lambda: True,
+            "is_available": lambda: self.kind == "cuda",
             "is_initialized": lambda: True,
             "device_count": lambda: self._count,
             "current_device": lambda: self.current,
@@ -252,12 +254,14 @@ class _Functions(TorchFunctionMode):
         if tag is not None:
             answers: dict[Any, Any] = {
                 DEVICE_OF: tag,
-                torch.Tensor.is_cuda.__get__: True,
+                torch.Tensor.is_cuda.__get__: devices.kind == "cuda",
                 torch.Tensor.is_cpu.__get__: False,
                 torch.Tensor.get_device: tag.index,
             }
             if func in answers:
                 return answers[func]
+            if func is torch.Tensor.record_stream:
+                return None
             if func is torch.Tensor.numpy:
                 raise TypeError("can't convert a cuda tensor to numpy")
         return func(*args, **kwargs)
@@ -279,7 +283,7 @@ class _Functions(TorchFunctionMode):
         dtype = dtype or x.dtype
         if x.is_meta or (where is not None and where.type == "meta"):
             return x.to(device=device, dtype=dtype)
-        to = where if where is not None and where.type == "cuda" else None
+        to = where if where is not None and where.type == self._devices.kind else None
         if source == to:
             return x.to(dtype, copy=copy)
         self._devices.across(x, None, to, behind)
@@ -293,7 +297,7 @@ class _Functions(TorchFunctionMode):
             return func(*args, device=where, **kwargs)
         if func in (torch.as_tensor, torch.asarray) and isinstance(args[0], torch.Tensor):
             return self._to(args[0], where, dtype=kwargs.get("dtype"))
-        if func in FROM_PYTHON and where.type == "cuda":
+        if func in FROM_PYTHON and where.type == self._devices.kind:
             self._devices.wait("numbers from Python")
         with torch._C._DisableTorchDispatch():
             return self._devices.put(func(*args, **kwargs, device="cpu"), where)
@@ -310,7 +314,10 @@ class _Operations(TorchDispatchMode):
         name = func.__name__.partition(".")[0]
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and not each.is_meta]
         tags = [self._devices.of(each) for each in given]
-        common = self._common(name, given, tags) if any(tags) else None
+        behind = len(args) > 2 and args[2] is True  # copy_(target, source, non_blocking)
+        common = self._common(name, given, tags, behind) if any(tags) else None
+        if self._devices.kind == "mps" and common is not None and any(each.dtype == torch.float64 for each in given):
+            raise TypeError(f"{name}: MPS has no float64")
         result = func(*args, **(kwargs or {}))
         if common is not None:
             for made in tree_leaves(result):
@@ -318,14 +325,16 @@ class _Operations(TorchDispatchMode):
                     self._devices.put(made, self._devices.of(made) or common)
         return result
 
-    def _common(self, name: str, given: list[torch.Tensor], tags: list[torch.device | None]) -> torch.device | None:
+    def _common(
+        self, name: str, given: list[torch.Tensor], tags: list[torch.device | None], behind: bool
+    ) -> torch.device | None:
         """The device of the result."""
         first = tags[0]
         if name.startswith("_foreach") or name in ALONE:
             return first
         if name == "copy_":
             if len(tags) > 1 and first != tags[1]:
-                self._devices.across(given[1], given[0], first, False)
+                self._devices.across(given[1], given[0], first, behind)
             return first
         if name in INDEXING:
             for each, tag in zip(given[1:], tags[1:], strict=True):
