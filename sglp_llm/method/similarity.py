@@ -93,8 +93,8 @@ class CKAAccumulator:
             raise UserError(
                 f"CKA needs at least 4 tokens a minibatch, not {representations[0].shape[0]}: use longer sequences"
             )
-        device = representations[0].device
-        grams = torch.stack([gram_matrix(rows, self.kernel).to(device) for rows in representations])
+        each = [gram_matrix(rows, self.kernel) for rows in representations]
+        grams = torch.stack([gram.to(each[0].device) for gram in each])
         hsic, scale = hsic_matrix(grams).cpu(), grams.square().mean(dim=(1, 2)).cpu()
         for layer in range(len(representations)):
             if not torch.isfinite(hsic[layer, layer]):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from sglp_llm import prune
 from sglp_llm.calibration import CalibrationSet, EvaluationWindows
 from sglp_llm.criteria import GreedyCriterion, ScoreCriterion, SetCriterion, make_criterion
-from sglp_llm.engine import Batch, Need, Observer, run_pass
+from sglp_llm.engine import Batch, Need, Observer, PassSettings, run_pass
 from sglp_llm.engine.head import loss_and_gradient, losses
 from sglp_llm.engine.loss import sequence_loss
 from sglp_llm.engine.replay import Replay
@@ -196,7 +196,8 @@ def test_with_scratch_memory_does_not_grow_with_the_calibration_set(tmp_path: Pa
         for sequences in (8, 16):
             live = LiveStates()
             model = load_streamed(find_source(folder), "float32", place)
-            run_pass(model, plain_set(sequences), [make_criterion("gradnorm", 6), CKAObserver(6), live])
+            observers = [make_criterion("gradnorm", 6), CKAObserver(6), live]
+            run_pass(model, plain_set(sequences), observers, PassSettings(batch_size=1))
             counts.append(live.count)
     assert alive[tmp_path][0] == alive[tmp_path][1] < 8
     assert alive[None][1] > alive[None][0] > 8

@@ -56,9 +56,9 @@ def values(model: DecoderModel, kind: str, name: str, sequences: int = 4) -> lis
     """All numbers that a criterion or a compensation returns."""
     given = calibration(sequences)
     if kind == "compensation":
-        found = get_method(name).run(model, given, (2, 3), FitSettings(batch_size=2))
+        found = get_method(name).run(model, given, (2,), FitSettings(batch_size=2))
         return [*flat(found.report), *(value.float() for value in found.replaced.values())]
-    recipe = Recipe(criterion=name, batch_size=2, minibatch_sequences=2, minibatch_positions=8)
+    recipe = Recipe(criterion=name, batch_size=2, trial_samples=2, minibatch_sequences=2, minibatch_positions=8)
     seen = observe(model, given, recipe, [name], similarity=True)
     assert seen.similarity is not None
     criterion = seen.criteria[name]
@@ -96,6 +96,7 @@ class Placed:
 
     devices: PretendedDevices
     model: DecoderModel
+    indices: tuple[int, ...] = (0,)
 
 
 def one_gpu(folder: Path) -> Placed:
@@ -107,13 +108,13 @@ def one_gpu(folder: Path) -> Placed:
 def two_gpus(folder: Path) -> Placed:
     devices = PretendedDevices(2)
     with devices.pretended():
-        return Placed(devices, wrap_model(spread(llama())))
+        return Placed(devices, wrap_model(spread(llama())), (0, 1))
 
 
 def spread(model: PreTrainedModel) -> PreTrainedModel:
-    """The first three layers on one device, and the others, the norm and the head on another, by accelerate."""
+    """The first two layers on one device, and the others, the norm and the head on another, by accelerate."""
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
-    places |= {f"model.layers.{index}": int(index >= 3) for index in range(model.config.num_hidden_layers)}
+    places |= {f"model.layers.{index}": int(index >= 2) for index in range(model.config.num_hidden_layers)}
     return dispatch_model(model, places)
 
 
@@ -127,7 +128,7 @@ def second_rank(folder: Path) -> Placed:
     """What torchrun's second process does: its current device is 1, and threads still begin on device 0."""
     devices = PretendedDevices(2, current=1)
     with devices.pretended():
-        return Placed(devices, load_streamed(find_source(folder)))
+        return Placed(devices, load_streamed(find_source(folder)), (1,))
 
 
 def apple(folder: Path) -> Placed:
@@ -176,3 +177,4 @@ def test_values_are_those_of_the_cpu(
     wanted = expected(kind, name)
     with placed.devices.pretended():
         assert_same(values(placed.model, kind, name), wanted)
+    assert placed.devices.used == {placed.devices.named(index) for index in placed.indices}

@@ -58,11 +58,13 @@ class PretendedDevices:
 
     Attributes:
         waits: How often the host waited for a device, by source line and reason.
+        used: The devices that tensors have been on.
         free: Bytes that are free on each.
     """
 
     def __init__(self, count: int = 1, current: int = 0, kind: str = "cuda") -> None:
         self.waits: Counter[tuple[str, str]] = Counter()
+        self.used: set[torch.device] = set()
         self.free, self.kind = 70 * GIB, kind
         self._count = count
         self._tags: dict[weakref.ref, torch.device] = {}
@@ -91,6 +93,7 @@ class PretendedDevices:
             self._forget(key)
         else:
             self._tags[key] = device
+            self.used.add(device)
         return tensor
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -124,6 +127,7 @@ class PretendedDevices:
         with ExitStack() as stack:
             for name, fake in self._cuda().items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, fake))
+            stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", _nothing))
             stack.enter_context(mock.patch.object(ThreadPoolExecutor, "submit", submitted))
             stack.enter_context(mock.patch.object(torch.autograd.graph.saved_tensors_hooks, "__init__", kept))
             stack.enter_context(self._modes())
@@ -260,8 +264,6 @@ class _Functions(TorchFunctionMode):
             }
             if func in answers:
                 return answers[func]
-            if func is torch.Tensor.record_stream:
-                return None
             if func is torch.Tensor.numpy:
                 raise TypeError("can't convert a cuda tensor to numpy")
         return func(*args, **kwargs)
