@@ -243,7 +243,8 @@ def _prune(
         dtype, device = decoder.model.dtype, recipe.device_map or decoder.input_device
         expected = expected_logits(decoder, plan.removed, found.calibration.input_ids, plan.replaced)
         del decoder
-    verification, notes = None, ()
+    verification = None
+    notes: tuple[str, ...] = ()
     if is_gguf(output):
         assert opened.source is not None
         with atomic_file(output, overwrite) as file:
@@ -251,7 +252,7 @@ def _prune(
                 notes = export_gguf(opened.source, plan, file, progress)
             opened.release()
             if expected is not None:
-                config = gguf_config(opened.source, plan)
+                config = gguf_config(opened.source, plan) if notes else None
                 with timed(seconds, "reload check"):
                     verification = asdict(verify_checkpoint(file, expected, dtype, device, config=config))
             written = file.stat().st_size

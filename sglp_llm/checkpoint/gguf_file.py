@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 PLAN_KEY = "sglp_llm.plan"
 """Metadata key of the plan, as JSON."""
 
-_STALE = frozenset({"general.size_label", "general.parameter_count"})
-"""What is said of the size of the whole model."""
+_NOT_COPIED = frozenset({"general.architecture", "general.size_label", "general.parameter_count", PLAN_KEY})
+"""What the writer sets itself, and what is said of the whole model."""
 
 
 def is_gguf(output: Path) -> bool:
@@ -91,12 +91,12 @@ def export_gguf(source: Source, plan: PrunePlan, file: Path, progress: Progress 
     _check(reader, arch, source, plan)
     writer = GGUFWriter(file, arch)
     for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in _STALE | {"general.architecture"} and len(field.types) > 0:
+        if not name.startswith("GGUF.") and name not in _NOT_COPIED:
             _copy_field(writer, name, field, arch, plan)
-    irregular = _irregular_windows(reader, arch, source.config, plan.kept)
-    if irregular:
-        writer.kv_data[0].pop(f"{arch}.{WINDOWS}", None)
-        writer.add_key_value(f"{arch}.{WINDOWS}", irregular, GGUFValueType.ARRAY, GGUFValueType.BOOL)
+    key = f"{arch}.{WINDOWS}"
+    if irregular := _irregular_windows(reader, arch, source.config, plan.kept):
+        writer.kv_data[0].pop(key, None)
+        writer.add_key_value(key, irregular, GGUFValueType.ARRAY, GGUFValueType.BOOL)
     writer.add_string(PLAN_KEY, json.dumps(without_local_paths(plan_to_dict(plan))))
     kept = [(name, tensor) for tensor in reader.tensors if (name := _renamed(tensor.name, plan.kept))]
     for name, tensor in kept:
@@ -112,13 +112,18 @@ def export_gguf(source: Source, plan: PrunePlan, file: Path, progress: Progress 
                 advance(tensor.data.nbytes)
     finally:
         writer.close()
-    _check_read_back(source, plan.kept, file, bool(irregular))
-    if not irregular:
-        return ()
-    return (
-        f"which layers have a sliding window is in {arch}.{WINDOWS}, one truth value a layer: llama.cpp before 2026 and "
-        "transformers derive it from the depth instead, and compute something else",
-    )
+    wrong = _derived_wrongly(source, plan.kept, file)
+    if wrong == ["layer_types"] and _is_array(GGUFReader(file), key):
+        return (
+            f"which layers have a sliding window is in {key}, one truth value a layer; transformers and old releases of "
+            "llama.cpp derive it from the depth instead, and compute something else",
+        )
+    if wrong:
+        raise UserError(
+            f"{source.identity.name}: GGUF has no place for {wrong[0]} of what is left, which would be derived wrongly from the "
+            "depth: write a folder"
+        )
+    return ()
 
 
 def gguf_config(source: Source, plan: PrunePlan) -> PretrainedConfig:
@@ -181,19 +186,13 @@ def _irregular_windows(
     return left if left != windows(given, len(kept)) else None
 
 
-def _check_read_back(source: Source, kept: Sequence[int], file: Path, windows_are_written: bool) -> None:
-    """Checks that what transformers reads of the file's metadata is the shortened model."""
+def _derived_wrongly(source: Source, kept: Sequence[int], file: Path) -> list[str]:
+    """The configuration keys with an entry a layer that transformers reads otherwise from the file than they should be."""
     from transformers import AutoConfig
 
     wanted = shortened_copy(source.config, source.adapter, kept).to_dict()
     found = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
-    ignored = {"layer_types"} if windows_are_written else set()
-    for key in {source.adapter.depth_key, *PER_LAYER} & set(wanted) - ignored:
-        if found.get(key) != wanted[key]:
-            raise UserError(
-                f"{source.identity.name}: GGUF has no place for {key} of what is left, which would be derived wrongly from the "
-                "depth: write a folder"
-            )
+    return sorted(key for key in PER_LAYER & set(wanted) if found.get(key) != wanted[key])
 
 
 def _renamed(tensor: str, kept: Sequence[int]) -> str | None:
@@ -203,6 +202,11 @@ def _renamed(tensor: str, kept: Sequence[int]) -> str | None:
         return tensor
     prefix, layer, rest = match.groups()
     return f"{prefix}{kept.index(int(layer))}{rest}" if int(layer) in kept else None
+
+
+def _is_array(reader: GGUFReader, key: str) -> bool:
+    field = reader.fields.get(key)
+    return field is not None and isinstance(_value(field), list)
 
 
 def _number(reader: GGUFReader, key: str) -> int:
