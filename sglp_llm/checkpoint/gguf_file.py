@@ -68,8 +68,7 @@ def check_gguf_source(source: Source | None, output: Path) -> None:
 def export_gguf(source: Source, plan: PrunePlan, file: Path, progress: Progress = silent) -> tuple[str, ...]:
     """Copies a GGUF file without the removed layers. Memory does not grow with its size.
 
-    ``block_count`` and every array with one entry a layer are cut, which llama.cpp's own ``--prune-layers`` leaves as they
-    are; what the file says of its size is left out; the plan is added, without paths.
+    The plan is added, without paths.
 
     Args:
         source: A GGUF source.
@@ -84,35 +83,65 @@ def export_gguf(source: Source, plan: PrunePlan, file: Path, progress: Progress 
         UserError: llama.cpp would derive from the new depth or indices another model than what is left; or the plan replaces
             tensors, or the file is one of several, or of the other byte order.
     """
+    if plan.replaced:
+        raise UserError(
+            f"{source.identity.name}: a GGUF file keeps its tensors bit for bit, and the plan's compensation replaces some: "
+            "plan without one (--compensate none), or write a folder"
+        )
+    return copy_gguf(source, plan.kept, file, json.dumps(without_local_paths(plan_to_dict(plan))), progress)
+
+
+def copy_gguf(
+    source: Source, kept: Sequence[int], file: Path, plan: str, progress: Progress = silent
+) -> tuple[str, ...]:
+    """Copies some layers of a GGUF file, and everything outside the layers.
+
+    ``block_count`` and every array with one entry a layer are cut, which llama.cpp's own ``--prune-layers`` leaves as they
+    are; what the file says of its size is left out. Which layers have a sliding window is written where it does not follow
+    from the depth.
+
+    Args:
+        source: A GGUF source; ``source.config`` says what its layers are.
+        kept: Original indices of the layers to copy, ascending.
+        file: The file to write.
+        plan: Text to put in under `PLAN_KEY`.
+        progress: Reports written bytes.
+
+    Returns:
+        What a user of the file must know, one line each.
+
+    Raises:
+        UserError: See `export_gguf`.
+    """
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
     reader = GGUFReader(source.path)
     arch = _value(reader.fields["general.architecture"])
-    _check(reader, arch, source, plan)
+    _check(reader, arch, source, kept)
     writer = GGUFWriter(file, arch)
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in _NOT_COPIED:
-            _copy_field(writer, name, field, arch, plan)
+            _copy_field(writer, name, field, arch, source.num_layers, kept)
     key = f"{arch}.{WINDOWS}"
-    if irregular := _irregular_windows(reader, arch, source.config, plan.kept):
+    if irregular := _irregular_windows(reader, arch, source.config, kept):
         writer.kv_data[0].pop(key, None)
         writer.add_key_value(key, irregular, GGUFValueType.ARRAY, GGUFValueType.BOOL)
-    writer.add_string(PLAN_KEY, json.dumps(without_local_paths(plan_to_dict(plan))))
-    kept = [(name, tensor) for tensor in reader.tensors if (name := _renamed(tensor.name, plan.kept))]
-    for name, tensor in kept:
+    writer.add_string(PLAN_KEY, plan)
+    tensors = [(name, tensor) for tensor in reader.tensors if (name := _renamed(tensor.name, kept))]
+    for name, tensor in tensors:
         data = tensor.data
         writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with progress("Writing", sum(tensor.data.nbytes for _, tensor in kept)) as advance:
-            for _, tensor in kept:
+        with progress("Writing", sum(tensor.data.nbytes for _, tensor in tensors)) as advance:
+            for _, tensor in tensors:
                 writer.write_tensor_data(tensor.data)
                 advance(tensor.data.nbytes)
     finally:
         writer.close()
-    wrong = _derived_wrongly(source, plan.kept, file)
+    wrong = derived_wrongly(shortened_copy(source.config, source.adapter, kept), file)
     if wrong == ["layer_types"] and _is_array(GGUFReader(file), key):
         return (
             f"which layers have a sliding window is in {key}, one truth value a layer; transformers and old releases of "
@@ -131,22 +160,19 @@ def gguf_config(source: Source, plan: PrunePlan) -> PretrainedConfig:
     return shortened_copy(source.config, source.adapter, plan.kept)
 
 
-def _check(reader: GGUFReader, arch: str, source: Source, plan: PrunePlan) -> None:
-    name = source.identity.name
-    if plan.replaced:
-        raise UserError(
-            f"{name}: a GGUF file keeps its tensors bit for bit, and the plan's compensation replaces some: "
-            "plan without one (--compensate none), or write a folder"
-        )
+def _check(reader: GGUFReader, arch: str, source: Source, kept: Sequence[int]) -> None:
+    name, depth = source.identity.name, source.num_layers
     if reader.byte_order == "S":
         raise UserError(f"{name}: the file is of the other byte order (big endian), which is not written")
     if _number(reader, "split.count") > 1:
         raise UserError(
             f"{name}: one file of several; merge them first (`llama-gguf-split --merge FIRST.gguf ALL.gguf`)"
         )
-    if OTHER_MODEL_AT.get(arch) == plan.num_layers:
+    if len(kept) == depth:
+        return
+    if OTHER_MODEL_AT.get(arch) == depth:
         raise UserError(
-            f"{name}: llama.cpp knows this model's scale of attention by its {plan.num_layers} layers, and would take another "
+            f"{name}: llama.cpp knows this model's scale of attention by its {depth} layers, and would take another "
             "for fewer: write a folder"
         )
     for key, alike in REGULAR.items():
@@ -157,7 +183,7 @@ def _check(reader: GGUFReader, arch: str, source: Source, plan: PrunePlan) -> No
             )
 
 
-def _copy_field(writer: GGUFWriter, name: str, field: ReaderField, arch: str, plan: PrunePlan) -> None:
+def _copy_field(writer: GGUFWriter, name: str, field: ReaderField, arch: str, depth: int, kept: Sequence[int]) -> None:
     from gguf import GGUFValueType
 
     value = _value(field)
@@ -168,7 +194,7 @@ def _copy_field(writer: GGUFWriter, name: str, field: ReaderField, arch: str, pl
         return
     prefix = f"{arch}."
     if name.startswith(prefix):
-        value = cut(name.removeprefix(prefix), value, plan.num_layers, plan.kept)
+        value = cut(name.removeprefix(prefix), value, depth, kept)
     kind = field.types[0]
     writer.add_key_value(name, value, kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
 
@@ -186,11 +212,11 @@ def _irregular_windows(
     return left if left != windows(given, len(kept)) else None
 
 
-def _derived_wrongly(source: Source, kept: Sequence[int], file: Path) -> list[str]:
-    """The configuration keys with an entry a layer that transformers reads otherwise from the file than they should be."""
+def derived_wrongly(config: PretrainedConfig, file: Path) -> list[str]:
+    """The configuration keys with an entry a layer that transformers reads otherwise from a GGUF file than they should be."""
     from transformers import AutoConfig
 
-    wanted = shortened_copy(source.config, source.adapter, kept).to_dict()
+    wanted = config.to_dict()
     found = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
     return sorted(key for key in PER_LAYER & set(wanted) if found.get(key) != wanted[key])
 
