@@ -16,8 +16,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="gguf: through llama.cpp's converter; ollama: a Modelfile beside it; vllm-draft: vLLM's configuration with DIR as "
-            "draft model of its original; mergekit: the YAML with which mergekit removes the same layers."
+            help="gguf: through llama.cpp's converter; ollama: a Modelfile beside it; vllm-draft: vLLM's configuration with DIR "
+            "as draft model of its original; mergekit: the YAML with which mergekit removes the same layers."
         ),
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to. Default: a file in DIR.")] = None,
