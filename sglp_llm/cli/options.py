@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -203,11 +204,15 @@ def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = No
     return recipe.with_changes(**preset_settings(preset)).with_changes(**settings)
 
 
-def preset_of(preset: str | None, recipe: str | None, settings: dict[str, Any]) -> str | None:
-    """The given preset, or the default one where nothing else says how layers are chosen."""
+def preset_of(
+    preset: str | None, recipe: str | None, settings: dict[str, Any], output: Path | None = None
+) -> str | None:
+    """The given preset, or the default one for the output where nothing else says how layers are chosen."""
     from sglp_llm.plan import preset_or_default
+    from sglp_llm.plan.shipped import DEFAULT_PRESET, UNCHANGED_PRESET
 
-    return preset if recipe is not None else preset_or_default(preset, settings)
+    default = UNCHANGED_PRESET if output is not None and output.suffix == ".gguf" else DEFAULT_PRESET
+    return preset if recipe is not None else preset_or_default(preset, settings, default)
 
 
 def model_of(model: str | None, recipe: Any) -> str:

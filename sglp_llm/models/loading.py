@@ -105,7 +105,7 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     folder = source.path
     if source.format == "gguf":
         folder = source.path.parent
-        options |= {"gguf_file": source.path.name, "dtype": DTYPES.get(dtype, torch.float32)}
+        options |= {"gguf_file": source.path.name, "dtype": DTYPES.get(dtype, torch.float32), "config": source.config}
     name = source.identity.name
     try:
         # Otherwise the exception only says that sizes do not match, and refers to a report that is logged elsewhere.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sglp_llm.adapters import DecoderAdapter, adapter_names, adapter_of, get_adapter
 from sglp_llm.adapters.structure.config_keys import PREDICTORS
+from sglp_llm.adapters.structure.gguf_keys import WINDOWS
 from sglp_llm.errors import UserError
 from sglp_llm.models.hub import download
 from sglp_llm.records import ModelIdentity
@@ -169,10 +170,15 @@ def _gguf_source(path: Path, name: str) -> Source:
     if path.suffix != ".gguf":
         raise UserError(f"{path}: expected a folder or a .gguf file")
     try:
-        tensors = [(t.name, t.tensor_type.name, [int(n) for n in t.shape]) for t in GGUFReader(path).tensors]
+        reader = GGUFReader(path)
+        tensors = [(t.name, t.tensor_type.name, [int(n) for n in t.shape]) for t in reader.tensors]
+        with_window = next((f.contents() for key, f in reader.fields.items() if key.endswith(f".{WINDOWS}")), None)
     except Exception as error:  # the reader trusts its input: damage surfaces as any kind of exception
         raise UserError(f"{path}: not a whole GGUF file ({' '.join(str(error).split())})") from None
     config = _resolved_config(path.parent, name, gguf_file=path.name)
+    if isinstance(with_window, list) and len(with_window) == len(getattr(config, "layer_types", None) or ()):
+        # transformers derives them from the depth, which is wrong once layers were removed.
+        config.layer_types = ["sliding_attention" if flag else "full_attention" for flag in with_window]
     adapter = _adapter_of(config, name)
     _refuse_settings(config.to_dict(), adapter, name)
     identity = ModelIdentity(name, config.model_type, fingerprint(config, tensors))

@@ -13,7 +13,13 @@ from sglp_llm.cli.quiet import prepare
 
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that prune or heal has written.")],
-    to: Annotated[str, typer.Option(help="mergekit: the YAML with which mergekit removes the same layers.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="gguf: through llama.cpp's converter; ollama: a Modelfile beside it; vllm-draft: vLLM's configuration with DIR "
+            "as draft model of its original; mergekit: the YAML with which mergekit removes the same layers."
+        ),
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to. Default: a file in DIR.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output if it exists.")] = False,
     as_json: Json = False,

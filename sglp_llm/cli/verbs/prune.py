@@ -59,7 +59,9 @@ from sglp_llm.errors import UserError
 
 def prune(
     model: Model = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write, or a .gguf file where MODEL is one.")
+    ] = None,
     recipe: RecipeName = None,
     preset: Preset = None,
     plan: Annotated[
@@ -125,9 +127,11 @@ def prune(
         raise UserError(f"--plan already says which layers go: leave out --{given[0].replace('_', '-')}")
     if heal is False and (heal_recipe is not None or heal_tokens is not None):
         raise UserError("--heal-recipe and --heal-tokens are about training: leave out --no-heal")
+    if push_to_hub is not None and output.suffix == ".gguf":
+        raise UserError("--push-to-hub uploads a folder, and the output is a GGUF file: upload it with `hf upload`")
     settings["heal"] = healing_settings(heal, heal_recipe, heal_tokens)
     console = prepare()
-    from sglp_llm.checkpoint import check_output
+    from sglp_llm.checkpoint.gguf_file import check_shortened_output
     from sglp_llm.cli.memory_table import MemoryLines, price_line, text_line
     from sglp_llm.models.source import find_depth
     from sglp_llm.pipeline import prune
@@ -138,8 +142,8 @@ def prune(
     processes = current_processes()
     with processes.failing_together():
         check_push(push_to_hub, private)
-        check_output(output, overwrite)
-        taken = preset if plan is not None else preset_of(preset, recipe, settings)
+        check_shortened_output(output, overwrite)
+        taken = preset if plan is not None else preset_of(preset, recipe, settings, output)
         chosen = recipe_of(recipe, settings, model, taken)
         name = model_of(model, chosen)
         known_plan = None if plan is None else given_plan(plan, lambda: find_depth(name, chosen.revision))
