@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from sglp_llm.adapters import adapter_of
 from sglp_llm.checkpoint.export import renamed
@@ -167,7 +166,7 @@ def _resident(
         where = folder.parent
         options |= {"gguf_file": folder.name, "config": config}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(where, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub each have their own for what is wrong
@@ -234,11 +233,13 @@ def _compare_generation(model: PreTrainedModel, prompts: torch.Tensor, tie: floa
 
 
 def _greedy(model: PreTrainedModel, prompt: torch.Tensor, use_cache: bool) -> torch.Tensor:
-    options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "use_cache": use_cache}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn of the sampling settings that greedy search does not use
+    """Without the checkpoint's own generation settings, which may be any: some need a tokenizer, or code from the Hub."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=_NEW_TOKENS, do_sample=False, use_cache=use_cache, pad_token_id=0
+    )
     try:
-        tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0]
+        tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt))[0]
     finally:
-        logging.set_verbosity(verbosity)
+        model.generation_config = own
     return tokens

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +23,7 @@ from sglp_llm.cli.verbs.prune import prune
 from sglp_llm.cli.verbs.push import push
 from sglp_llm.cli.verbs.replan import replan
 from sglp_llm.cli.verbs.report import report
-from sglp_llm.errors import UserError
+from sglp_llm.errors import UserError, one_line
 from sglp_llm.processes import process_count, process_index
 from sglp_llm.version import __version__
 
@@ -48,6 +50,11 @@ app.command(name="ls")(list_members)
 IN_MANY_PROCESSES = ("analyze", "prune", "heal")
 """Verbs that share their work between the processes that a launcher started."""
 
+_LIBRARIES = ("transformers", "tokenizers", "lm_eval", "datasets", "gguf", "jinja2", "peft")
+"""Those that are given what others have written, apart from text and numbers that we have checked."""
+
+_ALLOCATION = "DefaultCPUAllocator"
+_WITHOUT_WORDS: dict[type, str] = {MemoryError: "out of memory"}
 _INTERRUPTED = 130
 """The exit code that Typer returns on Ctrl-C, without a message."""
 
@@ -98,19 +105,37 @@ def _run() -> int:
             return 1
         return _fail("interrupted", 1)
     except Exception as error:
-        if os.environ.get("SGLP_LLM_TRACEBACK") or not _is_expected(error):
+        if os.environ.get("SGLP_LLM_TRACEBACK"):
             raise
-        return _fail(str(error), 1)
+        if not _is_expected(error):
+            if (library := _foreign(error)) is None:
+                raise
+            return _fail(f"{library} cannot use what it was given ({type(error).__name__}: {error})", 2)
+        return _fail(str(error) or _WITHOUT_WORDS.get(type(error), type(error).__name__), 1)
 
 
 def _is_expected(error: Exception) -> bool:
     """Whether one line of message suffices: for failures of disk, network and memory, and of our own checks."""
     known = {"UploadError", "VerificationError", "OutOfMemoryError"}
-    return isinstance(error, OSError | MemoryError) or type(error).__name__ in known
+    return isinstance(error, OSError | MemoryError) or type(error).__name__ in known or _ALLOCATION in str(error)
+
+
+def _foreign(error: Exception) -> str | None:
+    """The library that raised an error of its own about a checkpoint, a text or a task; ``None`` where it was our code.
+
+    What a file may say to them is theirs to know: a configuration that loads can still name an activation that is a number.
+    """
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        parts = Path(frame.filename).parts
+        if "sglp_llm" in parts:
+            return None
+        if found := next((name for name in _LIBRARIES if name in parts), None):
+            return found
+    return None
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"sglp-llm: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"sglp-llm: error: {one_line(message)}", file=sys.stderr)
     return code
 
 

@@ -56,6 +56,12 @@ Calibration = Annotated[
         "Default: wikitext2 and c4, or self where the Hub cannot be read."
     ),
 ]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer", help="Folder or Hub id of another tokenizer to read text with. Default: the model's own."
+    ),
+]
 Samples = Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens in each. Default: 512.")]
 Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn. Default: 0.")]
@@ -156,7 +162,7 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         **settings,
         "target_params": target,
-        "num_segments": int(number) if number is not None and re.fullmatch("-?[0-9]+", number) else number,
+        "num_segments": int(number) if number is not None and re.fullmatch("-?[0-9]{1,18}", number) else number,
         "options": options or None,
         "protect": {end: number for end, number in protect.items() if number is not None} or None,
     }
@@ -175,9 +181,9 @@ def _options(given: list[str]) -> dict[str, dict[str, Any]]:
 
 def _number(text: str) -> int | float | str:
     """The text as a number where it is one."""
-    if re.fullmatch("-?[0-9]+", text):
+    if re.fullmatch("-?[0-9]{1,18}", text):
         return int(text)
-    return float(text) if re.fullmatch(r"-?[0-9]+\.[0-9]+", text) else text
+    return float(text) if re.fullmatch(r"-?[0-9]{1,18}\.[0-9]{1,18}", text) else text
 
 
 def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = None, preset: str | None = None) -> Any:

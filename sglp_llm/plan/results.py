@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sglp_llm.errors import UserError
+from sglp_llm.small_files import read_json
 
 RESULTS_FILE_NAME = "sglp_results.json"
 _FORMAT = 1
@@ -54,10 +55,10 @@ def read_results(folder: Path) -> list[Result]:
     file = folder / RESULTS_FILE_NAME
     if not file.is_file():
         return []
+    data = read_json(file, "results")
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
         return [_result(entry) for entry in data["results"]]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged, or not written by sglp-llm: measure again without it") from error
 
 

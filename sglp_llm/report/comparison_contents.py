@@ -13,6 +13,7 @@ from sglp_llm.errors import UserError
 from sglp_llm.plan.published import last_part, without_local_paths, without_paths
 from sglp_llm.report.drawing import Tick, axis
 from sglp_llm.report.numbers import shown
+from sglp_llm.small_files import read_json
 
 COMPARISON_FILE_NAME = "compare.json"
 _WIDTH = 320.0
@@ -119,9 +120,10 @@ def gather_comparison(folder: Path) -> ComparisonContents:
         UserError: Its ``compare.json`` is damaged.
     """
     file = folder / COMPARISON_FILE_NAME
+    data = read_json(file, "comparison")
     try:
-        return _contents(json.loads(file.read_text(encoding="utf-8")))
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        return _contents(data)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged, or not written by sglp-llm: run compare again") from error
 
 

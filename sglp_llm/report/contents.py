@@ -17,6 +17,7 @@ from sglp_llm.plan.results import Result, read_results
 from sglp_llm.records import PrunePlan, Segment
 from sglp_llm.report.drawing import Chart, Mark, chart, shade
 from sglp_llm.sizes import show_bytes, show_count
+from sglp_llm.small_files import read_json, read_json_lines
 
 _HEAT_MAP = 400.0
 _RACES = 3
@@ -235,7 +236,7 @@ def _trained(record: Mapping[str, Any]) -> list[Gain]:
 def _training(file: Path) -> dict[str, Chart]:
     if not file.is_file():
         return {}
-    log = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    log = read_json_lines(file, "log of a training")
     drawn = {}
     for name, key in (("training loss", "loss"), ("held-out loss", "eval_loss")):
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
@@ -277,7 +278,7 @@ def _choices(plan: PrunePlan) -> list[tuple[list[int], str]]:
 
 
 def _json(file: Path) -> Mapping[str, Any]:
-    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    data = read_json(file, "record of a training") if file.is_file() else {}
     return data if isinstance(data, Mapping) else {}
 
 

@@ -42,6 +42,7 @@ from sglp_llm.cli.options import (
     TargetLatency,
     TargetMemory,
     TargetParams,
+    TokenizerName,
     TrialSamples,
     model_of,
     preset_of,
@@ -64,6 +65,7 @@ def analyze(
     criterion: CriterionName = None,
     also: Also = None,
     calibration: Calibration = None,
+    tokenizer: TokenizerName = None,
     samples: Samples = None,
     seq_len: SeqLen = None,
     seed: Seed = None,
@@ -99,6 +101,7 @@ def analyze(
     from sglp_llm.checkpoint import atomic_folder, check_output
     from sglp_llm.cli.memory_table import MemoryLines, price_line, text_line
     from sglp_llm.models import find_source
+    from sglp_llm.models.loading import find_tokenizer
     from sglp_llm.pipeline import analyze
     from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME, save_plan, save_recipe
     from sglp_llm.processes.distributed import current_processes
@@ -108,6 +111,7 @@ def analyze(
     processes = current_processes()
     with processes.failing_together():
         chosen = recipe_of(recipe, settings, model, preset_of(preset, recipe, settings))
+        reader = None if tokenizer is None else find_tokenizer(tokenizer)
         if output is not None:
             check_output(output, overwrite)
             find_source(model_of(model, chosen), chosen.revision).check_apart(output)
@@ -115,6 +119,7 @@ def analyze(
     analysis = analyze(
         model_of(model, chosen),
         recipe=chosen,
+        tokenizer=reader,
         progress=console.progress_bar if processes.is_main else silent,
         on_forecast=memory.print_forecast if processes.is_main else None,
         processes=processes,

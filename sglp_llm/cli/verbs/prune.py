@@ -45,6 +45,7 @@ from sglp_llm.cli.options import (
     TargetLatency,
     TargetMemory,
     TargetParams,
+    TokenizerName,
     TrialSamples,
     healing_settings,
     model_of,
@@ -80,6 +81,7 @@ def prune(
     criterion: CriterionName = None,
     also: Also = None,
     calibration: Calibration = None,
+    tokenizer: TokenizerName = None,
     samples: Samples = None,
     seq_len: SeqLen = None,
     seed: Seed = None,
@@ -133,6 +135,7 @@ def prune(
     console = prepare()
     from sglp_llm.checkpoint.gguf_file import check_shortened_output
     from sglp_llm.cli.memory_table import MemoryLines, price_line, text_line
+    from sglp_llm.models.loading import find_tokenizer
     from sglp_llm.models.source import find_depth
     from sglp_llm.pipeline import prune
     from sglp_llm.plan.given import given_plan
@@ -146,6 +149,7 @@ def prune(
         taken = preset if plan is not None else preset_of(preset, recipe, settings, output)
         chosen = recipe_of(recipe, settings, model, taken)
         name = model_of(model, chosen)
+        reader = None if tokenizer is None else find_tokenizer(tokenizer)
         known_plan = None if plan is None else given_plan(plan, lambda: find_depth(name, chosen.revision))
         # For the reload check alone any text serves, and this one needs no network.
         serves = plan is not None and recipe is None and calibration is None and chosen.healing is None
@@ -156,6 +160,7 @@ def prune(
         output,
         plan=known_plan,
         recipe=chosen,
+        tokenizer=reader,
         calibration="pydoc" if serves else None,
         overwrite=overwrite,
         verify=verify,
