@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sglp_llm.errors import UserError
+from sglp_llm.errors import UserError, disk_of
 
 
 @contextmanager
@@ -22,9 +22,10 @@ def atomic_file(output: Path, overwrite: bool = False) -> Iterator[Path]:
     check_file(output, overwrite)
     partial = output.with_name(f".{output.name}.partial")
     try:
-        yield partial
-        check_file(output, overwrite)
-        partial.replace(output)
+        with disk_of(output):
+            yield partial
+            check_file(output, overwrite)
+            partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
 
