@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -48,11 +48,21 @@ def only_run(lock: Path, what: Path) -> Iterator[None]:
             yield
         finally:
             _held.discard(path)
-            with suppress(OSError):
-                path.unlink()
+            surely(lambda: path.unlink(missing_ok=True))
             os.close(descriptor)
     finally:
-        remove_if_empty(made)
+        surely(lambda: remove_if_empty(made))
+
+
+def surely(clean_up: Callable[[], None]) -> None:
+    """Cleans up to the end where a signal interrupts that; the interruption goes on afterwards."""
+    try:
+        with suppress(OSError):
+            clean_up()
+    except BaseException:
+        with suppress(OSError):
+            clean_up()
+        raise
 
 
 def _locked(path: Path, what: Path, made: list[Path]) -> int:

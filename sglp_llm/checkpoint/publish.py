@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sglp_llm.checkpoint.lock import is_at, make_parents, remove_if_empty
+from sglp_llm.checkpoint.lock import is_at, make_parents, remove_if_empty, surely
 from sglp_llm.errors import UserError, disk_of
 
 RENAME_NOREPLACE = 1
@@ -59,7 +59,7 @@ def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
             yield partial
             _publish(partial, target, overwrite)
     except BaseException:
-        remove_if_empty(made)  # another process may have written to one meanwhile
+        surely(lambda: remove_if_empty(made))  # another process may have written to one meanwhile
         raise
 
 
@@ -122,7 +122,7 @@ def _locked_sibling(output: Path, target: Path) -> Iterator[Path]:
         yield partial
     finally:
         # It now holds a failed export, or the old folder that was swapped out, or does not exist.
-        _remove(partial)
+        surely(lambda: shutil.rmtree(partial, ignore_errors=True))
         if lock is not None:
             os.close(lock)
 
@@ -143,15 +143,6 @@ def _made_and_locked(partial: Path, output: Path, target: Path) -> int | None:
         return lock
     os.close(lock)
     return None
-
-
-def _remove(folder: Path) -> None:
-    """Removes a folder; where that is interrupted, it is removed before the interruption goes on."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 @contextmanager
