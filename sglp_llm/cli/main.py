@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,6 +61,10 @@ _INTERRUPTED = 130
 """The exit code that Typer returns on Ctrl-C, without a message."""
 
 
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask a run to end."""
+
+
 @app.callback(invoke_without_command=True)
 def version(
     context: typer.Context, show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
@@ -78,10 +84,43 @@ def version(
 
 def main() -> None:
     """Entry point: exit code 0, 2 for the user's mistake (one line on stderr), 1 otherwise."""
+    _open_closed_streams()
+    for number in _ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job
+            signal.signal(number, _end)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # printing "±" must not fail where the terminal cannot encode it
-    sys.exit(_run())
+    code = _run()
+    try:
+        sys.stdout.flush()
+    except OSError:  # the interpreter would try again at its end, and print a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Gives stdin, stdout and stderr, where they are closed, to the null device.
+
+    The next file that is opened would get the number of a closed one, and what a library prints would go into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)
+            os.set_inheritable(number, True)
+            if null != number:
+                os.close(null)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
+
+
+def _end(number: int, frame: object) -> None:
+    """Ends a run as Ctrl-C does, so that nothing half-written is left; no second signal disturbs that."""
+    for each in _ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _run() -> int:
@@ -98,7 +137,6 @@ def _run() -> int:
             return 2
         return _fail(format_message() if format_message else str(error), 2)
     except BrokenPipeError:  # the reader of stdout has closed it, as in `sglp-llm ls criteria | head -3`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, typer.Abort):
         if process_index() > 0:
@@ -135,7 +173,8 @@ def _foreign(error: Exception) -> str | None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"sglp-llm: error: {one_line(message)}", file=sys.stderr)
+    with suppress(OSError):  # a terminal that is gone
+        print(f"sglp-llm: error: {one_line(message)}", file=sys.stderr, flush=True)
     return code
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ from sglp_llm.adapters.structure.gguf_keys import WINDOWS
 from sglp_llm.errors import UserError
 from sglp_llm.models.gguf_header import check_gguf
 from sglp_llm.models.hub import download
+from sglp_llm.models.unchanged import FileStates
 from sglp_llm.plan.plan_fields import MOST_LAYERS
 from sglp_llm.records import ModelIdentity
 from sglp_llm.small_files import check_regular_files, read_json
@@ -52,6 +53,7 @@ class Source:
         adapter: The family's adapter.
         index: Location of every tensor; ``None`` unless the weights are safetensors.
         predictor_layers: Number of layers for multi-token prediction that are stored behind the decoder layers.
+        files: The files as they were before the first was read.
     """
 
     identity: ModelIdentity
@@ -63,6 +65,7 @@ class Source:
     adapter: DecoderAdapter
     index: CheckpointIndex | None
     predictor_layers: int = 0
+    files: FileStates = field(default_factory=FileStates)
 
     @property
     def num_layers(self) -> int:
@@ -100,7 +103,9 @@ def find_source(name: str | Path, revision: str | None = None) -> Source:
             code, multimodal, or of a family without an adapter.
     """
     path, revision = _locate(name, revision, weights=True)
-    return _gguf_source(path, str(name)) if path.is_file() else _folder_source(path, str(name), revision)
+    files = FileStates.of(path)
+    source = _gguf_source(path, str(name)) if path.is_file() else _folder_source(path, str(name), revision)
+    return replace(source, files=files)
 
 
 def find_config(name: str | Path, revision: str | None = None) -> tuple[PretrainedConfig, bool]:
