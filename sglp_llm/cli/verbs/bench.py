@@ -6,29 +6,59 @@ from typing import Annotated
 
 import typer
 
-from sglp_llm.cli.options import DeviceMap, Json, RequiredModel, Revision, recipe_of
+from sglp_llm.cli import panels
+from sglp_llm.cli.options import DeviceMap, Json, Quiet, RequiredModel, Revision, recipe_of
 from sglp_llm.cli.quiet import prepare
 
 
 def bench(
     model: RequiredModel,
     baseline: Annotated[
-        str | None, typer.Option(metavar="OTHER", help="Measure this model too, in turns, and show the ratios.")
+        str | None,
+        typer.Option(
+            metavar="OTHER",
+            help="Measure this model too, in turns, and show the ratios.",
+            rich_help_panel=panels.MEASURED,
+        ),
     ] = None,
-    prompt_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate after it.")] = 32,
-    batch: Annotated[int, typer.Option(help="Sequences at once, beside the measurement with one.")] = 8,
-    warmup: Annotated[int, typer.Option(help="Rounds that are not timed; memory is measured in them.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Rounds that are timed.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of the random token ids of the prompts.")] = 0,
+    prompt_len: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of a prompt.", rich_help_panel=panels.MEASURED)
+    ] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens to generate after it.", rich_help_panel=panels.MEASURED)
+    ] = 32,
+    batch: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Sequences at once, beside the measurement with one.", rich_help_panel=panels.MEASURED
+        ),
+    ] = 8,
+    warmup: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Rounds that are not timed; memory is measured in them.", rich_help_panel=panels.MEASURED
+        ),
+    ] = 1,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", help="Rounds that are timed.", rich_help_panel=panels.MEASURED)
+    ] = 5,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Of the random token ids of the prompts.", rich_help_panel=panels.MEASURED)
+    ] = 0,
     revision: Revision = None,
-    baseline_revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit of the baseline.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    baseline_revision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Hub branch, tag or commit of the baseline.", rich_help_panel=panels.MODEL),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="auto, bfloat16, float16 or float32.", rich_help_panel=panels.MEMORY)
+    ] = "auto",
     device_map: DeviceMap = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Size, speed and memory of a model: counts, time to first token, tokens a second, peak memory."""
-    console = prepare()
+    console = prepare(quiet)
     from sglp_llm.cli import bench_table
     from sglp_llm.errors import UserError
     from sglp_llm.evaluation.benchmark import BenchmarkSettings, benchmark
