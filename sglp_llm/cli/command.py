@@ -95,7 +95,7 @@ def options_named(message: str, parameters: list[Any], given: dict[str, Any]) ->
         if parameter.param_type_name != "option":
             continue
         value = given.get(parameter.name)
-        is_given = value not in (None, False, parameter.default)
+        is_given = value is not None and value is not False and value != parameter.default
         named = re.search(rf"\b{re.escape(parameter.name)}\b", message) is not None
         texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
         quoted = is_given and any(

@@ -12,7 +12,7 @@ from sglp_llm.cli.quiet import prepare
 
 
 def list_members(
-    what: Annotated[str, typer.Argument(metavar="|".join(LISTS), help="What to list.", autocompletion=one_of(LISTS))],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help=f"{', '.join(LISTS)}.", autocompletion=one_of(LISTS))],
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
