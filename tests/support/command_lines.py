@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import typer
 from typer.core import TyperGroup
 
 from sglp_llm.cli.main import app
 
 
+@lru_cache(maxsize=1)
 def program() -> TyperGroup:
     """The program with its verbs."""
     command = typer.main.get_command(app)
