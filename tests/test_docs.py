@@ -38,11 +38,18 @@ SMALLER = {
     "samples=32": "samples=4",
     "32, 512": "4, 64",
     '"piqa,arc_easy"': "generated",
+    'preset="paper", ratio=0.25': f'preset="paper", ratio=0.25, calibration="{TEXT}", samples=4, seq_len=32',
+    "plan=analysis.plan": f'plan=analysis.plan, calibration="{TEXT}", samples=4, seq_len=32',
 }
 """What would take minutes, and what takes seconds; lm-eval's tasks from the Hub stand for generated ones."""
 
-SMALL_RUN = " --samples 4 --seq-len 32"
-"""What analyses calibrate on where the page leaves it open."""
+SMALL_RUN = {
+    "analyze": "--samples 4 --seq-len 32 --calibration wikitext2",
+    "prune": "--samples 4 --seq-len 32 --calibration wikitext2",
+    "eval": "--window 32 --max-windows 2",
+    "bench": "--prompt-len 4 --new-tokens 2 --batch 2 --repeats 1",
+}
+"""Options that a command is given, verb by verb, where the page leaves them open."""
 
 
 def test_every_command_line_parses() -> None:
@@ -50,7 +57,8 @@ def test_every_command_line_parses() -> None:
     lines += [(page, command) for page in PAGES for command in inline_commands(page)]
     parsed = 0
     for where, command in lines:
-        if (words := our_words(command)) is not None:
+        words = our_words(command)
+        if words is not None and not (len(words) == 1 and words[0] in program().commands):  # a verb's mere name
             try:
                 parse(words)
             except Exception as error:
@@ -141,14 +149,13 @@ EARLIER = {"docs/evaluation.md": ("smollm2-25",)}
 
 
 def small(block: Block) -> Block:
-    """The block with a small calibration where it names none."""
+    """The block with the options of `SMALL_RUN` that its commands do not have."""
     lines = []
     for line in block.text.replace("\\\n", " ").splitlines():
         command, mark, comment = line.partition(" #")
-        if re.match(r"sglp-llm (analyze|prune) ", command) and "--samples" not in command:
-            command = (
-                f"{command.rstrip()}{SMALL_RUN}{' --calibration wikitext2' if '--calibration' not in command else ''}"
-            )
+        if (found := re.match(r"sglp-llm ([a-z-]+) ", command)) and "--suite" not in command:
+            added = re.findall(r"--[a-z-]+ \S+", SMALL_RUN.get(found[1], ""))
+            command = " ".join([command.rstrip(), *(each for each in added if each.split()[0] not in command)])
         lines.append(command + mark + comment)
     return Block(block.page, block.line, block.language, "\n".join(lines), block.why)
 
