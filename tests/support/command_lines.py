@@ -25,12 +25,13 @@ def parse(words: list[str]) -> str:
         Exception: Typer's usage error: there is no such verb or option, or a value has the wrong type.
     """
     group = program()
-    context = group.make_context("sglp-llm", list(words), resilient_parsing=False)
+    if words[0].startswith("-"):  # parsing these would carry them out: --install-completion writes files
+        known = {name for parameter in group.params for name in parameter.opts} | {"-h", "--help"}
+        assert words[0] in known, f"no such option: {words[0]}"
+        return ""
+    context = group.make_context("sglp-llm", list(words))
     with context:
-        rest = [*context._protected_args, *context.args]
-        if not rest:
-            return ""
-        name, verb, arguments = group.resolve_command(context, rest)
+        name, verb, arguments = group.resolve_command(context, [*context._protected_args, *context.args])
         assert verb is not None
         with verb.make_context(name, arguments, parent=context):
             return str(name)
