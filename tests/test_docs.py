@@ -27,13 +27,16 @@ RUNNING = [block for block in ALL if block.language in (*SHELL, "python") and no
 PAGES_THAT_RUN = list(dict.fromkeys(block.page for block in RUNNING))
 
 SMALLER = {
-    "--tokens 128k": "--tokens 1k --seq-len 64",
-    "tokens=128_000": "tokens=1_024, seq_len=64",
+    "--tokens 128k": "--tokens 1k --seq-len 32 --sequences 2",
+    "tokens=128_000": "tokens=1_024, seq_len=32, sequences=2",
     "tokens=2_000_000": "tokens=4_000",
     "--limit 50": "--limit 1",
     "limit=200": "limit=1",
     "--ratios 0.1,0.2,0.3": "--ratios 0.1,0.2 --samples 2 --seq-len 32 --max-windows 2 --window 32",
-    "--search-budget 5m": "--search-budget 2s",
+    "--search-budget 5m": "--search-budget 1s --heal-tokens 1k",
+    "--ratio 0.2 --output": "--ratio 0.2 --heal-tokens 1k --output",
+    "--drop 6 --output": "--drop 6 --heal-tokens 1k --output",
+    "--ratio 0.25 --engine": "--ratio 0.25 --heal-tokens 1k --engine",
     "seq_len=512": "seq_len=64",
     "samples=32": "samples=4",
     "32, 512": "4, 64",
@@ -116,14 +119,15 @@ def headings(file: Path) -> set[str]:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """As deep as the model that the pages name, so that their layer indices exist."""
-    return save_tiny(tmp_path / "tiny", num_hidden_layers=30, hidden_size=16, max_position_embeddings=4096)
+    """Deep enough for the layer indices in the pages; its layers do enough for their removal to be felt."""
+    shape = {"num_hidden_layers": 20, "hidden_size": 16, "max_position_embeddings": 4096, "initializer_range": 0.3}
+    return save_tiny(tmp_path / "tiny", **shape)
 
 
 def stand_ins(tiny: Path) -> dict[str, str]:
     """Every name in the pages that a test has no network for, and what stands for it."""
     models = ("HuggingFaceTB/SmolLM2-135M-Instruct", "MODEL", "meta-llama/Llama-3.1-70B")
-    data = dict.fromkeys(("wikitext2", "c4"), TEXT) | {"alpaca": "chat:conversations.jsonl"}
+    data = {"wikitext2": TEXT, "c4": "jsonl:pages.jsonl:text"} | {"alpaca": "chat:conversations.jsonl"}
     return {**SMALLER, **data, **dict.fromkeys(models, str(tiny)), "/mnt/disk": "scratch"}
 
 
@@ -134,7 +138,8 @@ def prepared(page: str, tiny: Path, folder: Path) -> dict[str, Any]:
     (folder / "conversations.jsonl").write_text((json.dumps(talk) + "\n") * 80, encoding="utf-8")
     (folder / "pages.jsonl").write_text(json.dumps({"text": "one page of text " * 400}) + "\n", encoding="utf-8")
     (folder / "pages.jsonl.gz").write_bytes(gzip.compress((folder / "pages.jsonl").read_bytes()))
-    plan = json.dumps({"num_layers": 30, "removed": [13, 14, 15]})
+    (folder / "scratch").mkdir()
+    plan = json.dumps({"num_layers": 20, "removed": [13, 14, 15]})
     (folder / "plan.json").write_text(plan, encoding="utf-8")
     for name in EARLIER.get(page, ()):
         assert run_cli("prune", tiny, "--plan", "plan.json", "-o", name, "--no-verify").code == 0

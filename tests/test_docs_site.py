@@ -16,6 +16,8 @@ import yaml
 from command_lines import program
 from helpers import ROOT
 
+import sglp_llm
+
 needs_mkdocs = pytest.mark.skipif(find_spec("mkdocs") is None, reason="the extra docs is not installed")
 
 
@@ -45,6 +47,14 @@ def test_every_verb_has_a_page_with_every_option(pages: ModuleType) -> None:
 def test_the_pages_that_explain_verbs_exist(pages: ModuleType) -> None:
     for target in pages.READ_ON.values():
         assert (ROOT / "docs" / target.partition("#")[0]).is_file()
+
+
+def test_the_python_page_has_every_public_name() -> None:
+    shown = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.M)
+    for path in shown:
+        module, _, name = path.rpartition(".")
+        assert getattr(importlib.import_module(module), name).__doc__
+    assert set(sglp_llm.__all__) <= {path.rpartition(".")[2] for path in shown}
 
 
 def navigation() -> list[str]:
