@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -32,6 +33,8 @@ from sglp_llm.plan import plan_to_dict
 from sglp_llm.progress import Advance
 from sglp_llm.records import Analysis, HealReport, PrunePlan, RunReport
 from sglp_llm.sizes import show_bytes, show_count
+
+_WIDTH_OF_A_TABLE = 80
 
 _WIDTH_OF_A_BAR = 70
 """Below this many columns the numbers take the whole line."""
@@ -66,14 +69,31 @@ def print_json(data: Mapping[str, Any]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
-    """A table on stdout; the columns with the given indices are aligned right."""
+    """A table on stdout; the columns with the given indices are aligned right.
+
+    In a window of fewer than 80 columns a table that does not fit is a list, with the columns of a row below each other.
+    """
     print(title)  # not rich's title, which would wrap a long path to the table's width
+    width = Console().width
+    widest = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    if width < _WIDTH_OF_A_TABLE and sum(widest) + 2 * (len(widest) - 1) > width:
+        _print_list(columns, rows, width)
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def _print_list(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> None:
+    for first, *others in rows:
+        print(first)
+        for column, cell in zip(columns[1:], others, strict=True):
+            if cell:
+                said = f"{column}: {cell}" if column else cell
+                print(textwrap.fill(said, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False))
 
 
 def analysis_to_dict(analysis: Analysis) -> dict[str, Any]:

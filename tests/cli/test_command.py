@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -119,6 +120,19 @@ def test_the_shell_completes_verbs_options_and_names() -> None:
     assert completed("sglp-llm prune --preset f") == {"fast"}
     assert completed("sglp-llm prune --criterion ") == {"sglp", *criterion_names()}
     assert completed("sglp-llm ls su") == {"suites"}
+
+
+@pytest.mark.parametrize("columns", [40, 120])
+def test_a_table_that_does_not_fit_a_narrow_window_is_a_list(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = json.loads(run_cli("ls", "presets", "--json").out)["presets"]
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = run_cli("ls", "presets").out.splitlines()
+    assert max(map(len, shown)) <= columns
+    if columns == 40:
+        assert [line for line in shown[1:] if not line.startswith(" ")] == [row["name"] for row in rows]
+        assert "  compensate: auto" in shown
+    else:
+        assert shown[1].split()[:3] == ["name", "criterion", "compensate"]
 
 
 @pytest.fixture(scope="module")
