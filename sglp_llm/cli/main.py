@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -13,9 +14,12 @@ from typing import Annotated, Any
 
 import typer
 
+from sglp_llm.cli import panels
+from sglp_llm.cli.command import Command, Group
 from sglp_llm.cli.verbs.analyze import analyze
 from sglp_llm.cli.verbs.bench import bench
 from sglp_llm.cli.verbs.compare import compare
+from sglp_llm.cli.verbs.doctor import doctor
 from sglp_llm.cli.verbs.evaluate import evaluate
 from sglp_llm.cli.verbs.export import export
 from sglp_llm.cli.verbs.heal import heal
@@ -30,24 +34,34 @@ from sglp_llm.processes import process_count, process_index
 from sglp_llm.version import __version__
 
 app = typer.Typer(
+    cls=Group,
     help="Make a large language model shorter: remove whole decoder layers from a Hugging Face checkpoint.",
+    epilog="sglp-llm prune HuggingFaceTB/SmolLM2-135M-Instruct --ratio 0.2 --output smollm2-20",
+    rich_markup_mode=None,  # `Command` writes the help
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command()(analyze)
-app.command()(prune)
-app.command()(replan)
-app.command()(heal)
-app.command()(report)
-app.command()(export)
-app.command()(push)
-app.command(name="eval")(evaluate)
-app.command()(compare)
-app.command()(bench)
-app.command(name="plan-memory")(plan_memory)
-app.command(name="ls")(list_members)
+
+def _add(name: str, verb: Callable[..., None], panel: str, example: str) -> None:
+    app.command(name, cls=Command, rich_help_panel=panel, epilog=f"sglp-llm {name} {example}")(verb)
+
+
+_add("prune", prune, panels.PRUNE, "HuggingFaceTB/SmolLM2-135M-Instruct --ratio 0.2 --output smollm2-20")
+_add("analyze", analyze, panels.PRUNE, "HuggingFaceTB/SmolLM2-135M-Instruct --preset paper --output analysis")
+_add("replan", replan, panels.PRUNE, "analysis --ratio 0.3 --output thirty.json")
+_add("heal", heal, panels.PRUNE, "smollm2-20 --data wikitext2 --tokens 320k --output healed")
+_add("eval", evaluate, panels.MEASURE, "smollm2-20 --baseline HuggingFaceTB/SmolLM2-135M-Instruct --data wikitext2")
+_add("bench", bench, panels.MEASURE, "smollm2-20 --baseline HuggingFaceTB/SmolLM2-135M-Instruct")
+_add(
+    "compare", compare, panels.MEASURE, "HuggingFaceTB/SmolLM2-135M-Instruct --criteria paper,bi,fast --output compared"
+)
+_add("report", report, panels.HAND_ON, "smollm2-20")
+_add("export", export, panels.HAND_ON, "smollm2-20 --to mergekit")
+_add("push", push, panels.HAND_ON, "smollm2-20 me/smollm2-20 --private")
+_add("plan-memory", plan_memory, panels.LOOK_UP, "meta-llama/Llama-3.1-8B --preset paper --scratch /tmp/states")
+_add("ls", list_members, panels.LOOK_UP, "criteria")
+_add("doctor", doctor, panels.LOOK_UP, "--json")
 
 IN_MANY_PROCESSES = ("analyze", "prune", "heal")
 """Verbs that share their work between the processes that a launcher started."""
@@ -71,7 +85,7 @@ def version(
 ) -> None:
     verb = context.invoked_subcommand
     if verb is None and not show:
-        raise UserError("what shall be done? See sglp-llm --help")
+        typer.echo(context.get_help())
     if process_count() > 1 and verb is not None and verb not in IN_MANY_PROCESSES:
         raise UserError(
             f"{verb} runs in one process, and a launcher started {process_count()}: "

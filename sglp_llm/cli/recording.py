@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sglp_llm.cli import panels
 from sglp_llm.errors import UserError
 from sglp_llm.records import PrunePlan
 
@@ -22,6 +23,7 @@ Record = Annotated[
     typer.Option(
         "--record",
         help="Measure the original too, and keep both in MODEL's folder: sglp_results.json, model card, report.html.",
+        rich_help_panel=panels.OUTPUT,
     ),
 ]
 

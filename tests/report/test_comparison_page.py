@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import run_cli
-from pages import Page, page_of
+from html_pages import Page, page_of
 from tiny_models import Tiny, save_tiny, tiny_model
 
 from sglp_llm.report.numbers import shown

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from checkpoints import run_cli
+from html_pages import page_of
 from huggingface_hub import ModelCard
-from pages import page_of
 from tiny_models import Tiny, save_tiny, tiny_model
 
 from sglp_llm.plan.results import Result, keep_results, read_results

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sglp_llm.cli import panels
 from sglp_llm.cli.options import (
     Also,
     BatchSize,
@@ -30,6 +31,7 @@ from sglp_llm.cli.options import (
     Preset,
     ProtectFirst,
     ProtectLast,
+    Quiet,
     Ratio,
     RecipeName,
     Revision,
@@ -90,14 +92,32 @@ def analyze(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for sglp_plan.json and report.html.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for sglp_plan.json and report.html.",
+            rich_help_panel=panels.OUTPUT,
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the output folder if it exists.", rich_help_panel=panels.OUTPUT)
+    ] = False,
+    draw: Annotated[
+        bool | None,
+        typer.Option(
+            "--draw/--no-draw",
+            help="Draw the CKA matrix and its segments. Default: where stdout is a terminal.",
+            rich_help_panel=panels.OUTPUT,
+        ),
+    ] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Decide which layers to remove and show why. Writes nothing without --output. Default budget: a quarter."""
     settings = settings_of(locals())
-    console = prepare()
+    console = prepare(quiet)
     from sglp_llm.calibration import named_text
     from sglp_llm.checkpoint import atomic_folder, check_output
     from sglp_llm.checkpoint.lock import lock_beside, only_run
@@ -140,5 +160,5 @@ def analyze(
     if as_json:
         console.print_json({**console.analysis_to_dict(analysis), "memory": memory.to_dict()})
     else:
-        console.print_analysis(analysis)
+        console.print_analysis(analysis, draw)
         memory.print_peak()

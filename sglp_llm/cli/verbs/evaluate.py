@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sglp_llm.cli.options import DeviceMap, Engine, Json, RequiredModel, Revision, Scratch, recipe_of
+from sglp_llm.cli import completion, panels
+from sglp_llm.cli.options import DeviceMap, Engine, Json, Quiet, RequiredModel, Revision, Scratch, recipe_of
 from sglp_llm.cli.quiet import prepare
 from sglp_llm.cli.recording import Record, RecordingFolder, folder_to_record
 from sglp_llm.errors import UserError
@@ -21,38 +22,89 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text to score: as for --calibration, NAME:train or NAME:test picks a split. Default: wikitext2."
+            metavar="SPEC",
+            help="Text to score: as for --calibration, NAME:train or NAME:test picks a split. Default: wikitext2.",
+            rich_help_panel=panels.MEASURED,
         ),
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens in one non-overlapping window. Default: 2048.")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Tokens in one non-overlapping window. Default: 2048.", rich_help_panel=panels.MEASURED
+        ),
+    ] = None,
+    max_windows: Annotated[
+        int | None, typer.Option(metavar="N", help="Score only the first windows.", rich_help_panel=panels.MEASURED)
+    ] = None,
     bos: Annotated[
-        bool | None, typer.Option(help="Begin every window with BOS. Default: as the tokenizer does.")
+        bool | None,
+        typer.Option(
+            help="Begin every window with BOS. Default: as the tokenizer does.", rich_help_panel=panels.MEASURED
+        ),
     ] = None,
     suite: Annotated[
-        str | None, typer.Option(help="Run lm-eval tasks instead: a name from `sglp-llm ls suites`, or a YAML file.")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            autocompletion=completion.a_suite,
+            help="Run lm-eval tasks instead: a name from `sglp-llm ls suites`, or a YAML file.",
+            rich_help_panel=panels.MEASURED,
+        ),
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Run these lm-eval tasks instead, as in piqa,arc_easy.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first examples of each task.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt of a task.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Run these lm-eval tasks instead, as in piqa,arc_easy.",
+            rich_help_panel=panels.MEASURED,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Only the first examples of each task.", rich_help_panel=panels.MEASURED),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(metavar="N", help="Examples in the prompt of a task.", rich_help_panel=panels.MEASURED)
+    ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the JSONL files of the suite offline. Default: $SGLP_EVAL_DATA.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the JSONL files of the suite offline. Default: $SGLP_EVAL_DATA.",
+            rich_help_panel=panels.MEASURED,
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for lm-eval's MODEL/results_TIME.json.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for lm-eval's MODEL/results_TIME.json.",
+            rich_help_panel=panels.OUTPUT,
+        ),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(metavar="OTHER", help="Score this model too, and print both side by side.")
+        str | None,
+        typer.Option(
+            metavar="OTHER", help="Score this model too, and print both side by side.", rich_help_panel=panels.MEASURED
+        ),
     ] = None,
     batch_size: Annotated[
-        str, typer.Option(metavar="N|auto", help="Windows, or sequences of a task, computed at once.")
+        str,
+        typer.Option(
+            metavar="N|auto", help="Windows, or sequences of a task, computed at once.", rich_help_panel=panels.MEMORY
+        ),
     ] = "1",
     revision: Revision = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="auto, bfloat16, float16 or float32.", rich_help_panel=panels.MEMORY)
+    ] = "auto",
     device_map: DeviceMap = None,
     engine: Engine = None,
     scratch: Scratch = None,
     record: Record = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity of a model, with data set, window, tokens and standard error; or its scores in tasks of lm-eval."""
@@ -65,7 +117,7 @@ def evaluate(
             other = "is about perplexity: leave it out" if in_tasks else "is about tasks: give --suite or --tasks too"
             raise UserError(f"--{name.replace('_', '-')} {other}")
     number = int(batch_size) if batch_size.isdecimal() else batch_size
-    console = prepare()
+    console = prepare(quiet)
     settings: dict[str, Any] = {"dtype": dtype, "revision": revision, "device_map": device_map}
     # For the memory prediction: an evaluation takes what an analysis of hidden states alone takes.
     settings |= {"criterion": "bi", "samples": 1, "seq_len": max(2, window or 2048)}
