@@ -139,7 +139,11 @@ def open_for_plan(
         UserError: See `open_for_analysis`; also a plan for another model.
     """
     opened = _found(model, recipe, tokenizer, processes)
-    check_plan(plan, opened.identity, opened.num_layers, stored=opened.source is not None)
+    stored = opened.source is not None
+    if opened.source is not None and opened.source.format == "gguf" and plan.source is not None:
+        # A plan may have been made for the safetensors checkpoint that the file was converted from.
+        stored = plan.source.name.endswith(".gguf")
+    check_plan(plan, opened.identity, opened.num_layers, stored)
     check_shortened(opened, plan.kept)
     _check_apart(opened, output)
     sequences = None

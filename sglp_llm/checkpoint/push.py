@@ -15,6 +15,7 @@ from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME
 from sglp_llm.plan.healing_recipe import HEALING_FILE_NAME, HEALING_RECIPE_FILE_NAME
 from sglp_llm.plan.plans import plan_text
 from sglp_llm.plan.published import PLACE, last_part, published_model, without_local_paths
+from sglp_llm.plan.results import RESULTS_FILE_NAME
 from sglp_llm.plan.yaml_files import dump_yaml, read_yaml
 from sglp_llm.small_files import check_own, read_json, read_text
 
@@ -108,7 +109,7 @@ def _published(path: Path, name: str, repo: str) -> Path | bytes:
         data = read_yaml(path, "recipe")
         public = without_local_paths(data)
         return path if public == data else dump_yaml(public).encode()
-    if name in (PLAN_FILE_NAME, HEALING_FILE_NAME):
+    if name in (PLAN_FILE_NAME, HEALING_FILE_NAME, RESULTS_FILE_NAME):
         data = read_json(path, "plan" if name == PLAN_FILE_NAME else "record")
         public = without_local_paths(data)
         if public == data:

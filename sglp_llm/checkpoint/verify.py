@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from sglp_llm.adapters import adapter_of
 from sglp_llm.checkpoint.export import renamed
@@ -114,23 +115,29 @@ def _generates(model: DecoderModel, ids: torch.Tensor) -> bool:
 
 
 def verify_checkpoint(
-    folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str, streamed: bool = False
+    folder: Path,
+    expected: Expected,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    streamed: bool = False,
+    config: PretrainedConfig | None = None,
 ) -> Verification:
     """Loads the folder with plain transformers and compares it with what is expected.
 
     Args:
-        folder: The exported checkpoint.
+        folder: The exported checkpoint: a folder, or a GGUF file.
         expected: What `expected_logits` returned.
         dtype: The dtype in which the source computed.
         device: Where the source computed, or accelerate's ``device_map``.
         streamed: Keep one decoder layer in memory at a time, loaded by transformers' loader. Generation is then not compared: it
             would read the whole checkpoint for every token.
+        config: Used instead of what transformers derives from a GGUF file.
 
     Raises:
         VerificationError: The folder does not load, tensors are missing or unexpected, logits differ, or in float32 greedy
             generation with the KV cache gives other tokens than without.
     """
-    model = _streamed(folder, dtype) if streamed else _resident(folder, expected, dtype, device)
+    model = _streamed(folder, dtype) if streamed else _resident(folder, dtype, device, config)
     ids = expected.input_ids.to(model.input_device)
     logits = _logits(model.model, ids)
     if unknown := sorted(model.unused_tensors - expected.unused_tensors):
@@ -150,11 +157,16 @@ def verify_checkpoint(
     return Verification(str(dtype).removeprefix("torch."), difference, tolerance, ids.numel(), generation)
 
 
-def _resident(folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str) -> DecoderModel:
+def _resident(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, config: PretrainedConfig | None
+) -> DecoderModel:
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device, "output_loading_info": True}
+    where = folder
+    if folder.is_file():
+        where = folder.parent
+        options |= {"gguf_file": folder.name, "config": config}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device, output_loading_info=True, trust_remote_code=False
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub each have their own for what is wrong

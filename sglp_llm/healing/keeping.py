@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
+from sglp_llm.checkpoint.publish_file import replace_text
 from sglp_llm.plan.healing_recipe import LOG_FILE_NAME
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
@@ -77,6 +80,27 @@ class Run:
     report_to: tuple[str, ...] = ()
     progress: Progress = silent
     processes: Processes = ALONE
+
+
+def last_checkpoint(run: Run) -> Path | None:
+    """The last checkpoint that is whole; later ones, which a kill or a full disk cut short, are removed.
+
+    The Trainer writes ``trainer_state.json`` last.
+    """
+    checkpoints = {int(path.name.split("-")[1]): path for path in run.folder.glob("checkpoint-*")}
+    for _, path in sorted(checkpoints.items(), reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        break
+    else:
+        path = None
+    run.processes.wait()  # none is removed while another process looks for it
+    for step, other in checkpoints.items():
+        if run.processes.is_main and (path is None or step > int(path.name.split("-")[1])):
+            shutil.rmtree(other, ignore_errors=True)
+    return path
 
 
 class Keeper(TrainerCallback):
@@ -162,6 +186,4 @@ class Keeper(TrainerCallback):
 
     def _write(self, name: str, text: str) -> None:
         if self._run.processes.is_main:
-            partial = self._file(name + ".partial")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self._file(name))
+            replace_text(self._file(name), text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,12 @@ class HealingModels:
     student: OpenedModel
     plan: PrunePlan | None
     teacher: OpenedModel | None
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """See `OpenedModel.staying`, for both."""
+        with self.student.staying(), nullcontext() if self.teacher is None else self.teacher.staying():
+            yield
 
 
 def open_models(

@@ -10,6 +10,7 @@ from typing import get_args
 import torch
 
 from sglp_llm.calibration import TrainingSequences
+from sglp_llm.checkpoint.publish_file import replace_text
 from sglp_llm.errors import UserError
 from sglp_llm.healing.opening import HealingModels
 from sglp_llm.healing.planning import (
@@ -161,8 +162,8 @@ def begin(work: Path, models: HealingModels, sequences: TrainingSequences, recip
         work / "setting",
         {**models.student.setting, "teacher": teacher, "data_hash": sequences.hash, **settings, "steps": steps},
     )
-    (work / _STEPS_FILE_NAME).write_text(str(steps), encoding="utf-8")
-    (work / _TRAIN_FILE_NAME).write_text(recipe.train, encoding="utf-8")
+    replace_text(work / _STEPS_FILE_NAME, str(steps))
+    replace_text(work / _TRAIN_FILE_NAME, recipe.train)
 
 
 def teacher_on_disk(

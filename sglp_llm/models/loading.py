@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sglp_llm.adapters import DecoderAdapter, adapter_of
 from sglp_llm.errors import UserError
+from sglp_llm.models.devices import own_device
 from sglp_llm.models.hub import download
 from sglp_llm.models.layer_weights import LayerWeights
 from sglp_llm.models.source import Source
@@ -59,8 +60,17 @@ class DecoderModel:
 
     @property
     def input_device(self) -> torch.device:
-        """Where token ids must be."""
+        """Where token ids must be.
+
+        Raises:
+            UserError: accelerate keeps the input embeddings out of memory.
+        """
         weight: torch.Tensor = self.model.get_input_embeddings().weight
+        if weight.is_meta:
+            raise UserError(
+                "the model does not fit: its input embeddings were offloaded; use --engine streamed, --dtype bfloat16, or a "
+                "larger machine"
+            )
         return weight.device
 
     @property
@@ -99,7 +109,7 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     folder = source.path
     if source.format == "gguf":
         folder = source.path.parent
-        options |= {"gguf_file": source.path.name, "dtype": DTYPES.get(dtype, torch.float32)}
+        options |= {"gguf_file": source.path.name, "dtype": DTYPES.get(dtype, torch.float32), "config": source.config}
     name = source.identity.name
     check_size(source)
     try:
@@ -122,7 +132,7 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     if source.format == "gguf":
         model = _dequantised(model)
     if device_map is None and torch.cuda.is_available():
-        model = model.to("cuda")
+        model = model.to(own_device())
     return DecoderModel(model.eval(), source.adapter, frozenset(report["unexpected_keys"]))
 
 
@@ -178,8 +188,7 @@ def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = No
     # Buffers are real: rotary frequencies and embedding scales are in no file.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(source.config, dtype=DTYPES.get(dtype) or checkpoint_dtype(source))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights = LayerWeights(source, model.eval(), device, scratch)
+    weights = LayerWeights(source, model.eval(), own_device(), scratch)
     return DecoderModel(model, source.adapter, weights.unused_tensors, weights)
 
 

@@ -7,16 +7,18 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sglp_llm.adapters import DecoderAdapter, adapter_names, adapter_of, get_adapter
 from sglp_llm.adapters.structure.config_keys import PREDICTORS
+from sglp_llm.adapters.structure.gguf_keys import WINDOWS
 from sglp_llm.errors import UserError
 from sglp_llm.models.gguf_header import check_gguf
 from sglp_llm.models.hub import download
+from sglp_llm.models.unchanged import FileStates
 from sglp_llm.plan.plan_fields import MOST_LAYERS
 from sglp_llm.records import ModelIdentity
 from sglp_llm.small_files import check_regular_files, read_json
@@ -51,6 +53,7 @@ class Source:
         adapter: The family's adapter.
         index: Location of every tensor; ``None`` unless the weights are safetensors.
         predictor_layers: Number of layers for multi-token prediction that are stored behind the decoder layers.
+        files: The files as they were before the first was read.
     """
 
     identity: ModelIdentity
@@ -62,6 +65,7 @@ class Source:
     adapter: DecoderAdapter
     index: CheckpointIndex | None
     predictor_layers: int = 0
+    files: FileStates = field(default_factory=FileStates)
 
     @property
     def num_layers(self) -> int:
@@ -99,7 +103,9 @@ def find_source(name: str | Path, revision: str | None = None) -> Source:
             code, multimodal, or of a family without an adapter.
     """
     path, revision = _locate(name, revision, weights=True)
-    return _gguf_source(path, str(name)) if path.is_file() else _folder_source(path, str(name), revision)
+    files = FileStates.of(path)
+    source = _gguf_source(path, str(name)) if path.is_file() else _folder_source(path, str(name), revision)
+    return replace(source, files=files)
 
 
 def find_config(name: str | Path, revision: str | None = None) -> tuple[PretrainedConfig, bool]:
@@ -202,10 +208,15 @@ def _gguf_source(path: Path, name: str) -> Source:
         raise UserError(f"{path}: expected a folder or a .gguf file")
     check_gguf(path)
     try:
-        tensors = [(t.name, t.tensor_type.name, [int(n) for n in t.shape]) for t in GGUFReader(path).tensors]
+        reader = GGUFReader(path)
+        tensors = [(t.name, t.tensor_type.name, [int(n) for n in t.shape]) for t in reader.tensors]
+        with_window = next((f.contents() for key, f in reader.fields.items() if key.endswith(f".{WINDOWS}")), None)
     except Exception as error:  # the reader trusts its input: damage surfaces as any kind of exception
         raise UserError(f"{path}: not a whole GGUF file ({' '.join(str(error).split())})") from None
     config = _resolved_config(path.parent, name, gguf_file=path.name)
+    if isinstance(with_window, list) and len(with_window) == len(getattr(config, "layer_types", None) or ()):
+        # transformers derives them from the depth, which is wrong once layers were removed.
+        config.layer_types = ["sliding_attention" if flag else "full_attention" for flag in with_window]
     adapter = _adapter_of(config, name)
     _refuse_settings(config.to_dict(), adapter, name)
     depth_of(config, adapter, name)

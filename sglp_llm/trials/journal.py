@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sglp_llm.errors import UserError
+from sglp_llm.errors import UserError, disk_of
 from sglp_llm.small_files import read_json
 
 _LOG = logging.getLogger(__name__)
@@ -24,12 +24,13 @@ class Journal:
         setting: Everything that all pieces depend on. A folder with a different setting is rejected.
 
     Raises:
-        UserError: The folder holds pieces of a different setting.
+        UserError: The folder holds pieces of a different setting, or cannot be written to.
     """
 
     def __init__(self, folder: Path, setting: Mapping[str, Any]) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk_of(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         kept = self._file("setting")
         if not kept.exists():
             self._write(kept, "setting", dict(setting))
@@ -71,8 +72,12 @@ class Journal:
         value = json.loads(json.dumps(value))  # numbers as keys become texts
         data = {"piece": piece, "value": value, "sha256": _digest(value)}
         partial = file.with_suffix(f".{os.getpid()}.partial")  # the processes of one run may write concurrently
-        partial.write_text(json.dumps(data), encoding="utf-8")
-        partial.replace(file)
+        try:
+            with disk_of(self._folder):
+                partial.write_text(json.dumps(data), encoding="utf-8")
+                partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _digest(value: Any) -> str:
