@@ -244,7 +244,8 @@ def gguf_with(name: bytes, kind: int, value: bytes) -> bytes:
         (gguf_with(b"a", 8, struct.pack("<Q", 2**62)), "it ends after"),
         (gguf_with(b"a", 99, b""), "a field of type 99"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), "tensors and"),
-        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "is neither 2 nor 3"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 2**60, 0), "tensors and"),
+        (b"GGUF" + struct.pack("<IQQ", 7, 0, 0), "is neither 2 nor 3"),
     ],
 )
 def test_gguf_headers(tmp_path: Path, content: bytes, expected: str) -> None:
