@@ -18,7 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from sglp_llm.models import find_config, find_source  # noqa: E402
 from sglp_llm.plan import plan_from_indices  # noqa: E402
 
 REMOVALS = ((1, 3), (0,), (DEPTH - 1,), (2, 4, 5))
+COMPENSATIONS = ("none", "linear", "scale", "learned")
 SECONDS = 240
 PAGE = ROOT / "docs" / "families.md"
 
@@ -78,6 +79,21 @@ def returning_their_input(layers: torch.nn.ModuleList, removed: tuple[int, ...])
             handle.remove()
 
 
+@contextmanager
+def replaced(model: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The oracle of a compensation: parameters with these values inside the block."""
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in values}
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                parameters[name].copy_(value)
+
+
 def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """``[rows, tokens, vocabulary]``."""
     with torch.no_grad():
@@ -96,23 +112,31 @@ def generation_difference(model: PreTrainedModel, tokens: int = 10) -> float:
     return float((given - logits).abs().max() / logits.abs().max())
 
 
-def pruned(source: Path, output: Path, removed: tuple[int, ...], model: PreTrainedModel) -> str:
-    """``exact``, ``refused: why`` or ``WRONG: what``."""
+def calibration_set() -> CalibrationSet:
+    """Enough random sequences to hold some out."""
+    ids = token_ids(8)
+    return CalibrationSet(ids, torch.ones_like(ids, dtype=torch.bool), "probe", 0, hash_of(ids, ids > 0), False)
+
+
+def pruned(source: Path, output: Path, model: PreTrainedModel, **settings: Any) -> str:
+    """``exact``, ``refused: why`` or ``WRONG: what``; see `prune` for the settings."""
     ids = token_ids()
-    calibration = CalibrationSet(ids, torch.ones_like(ids, dtype=torch.bool), "probe", 0, hash_of(ids, ids > 0), False)
     try:
-        prune(source, output, plan=plan_from_indices(DEPTH, removed), calibration=calibration, overwrite=True)
+        with _quiet_standard_error() as printed:
+            made = prune(source, output, calibration=calibration_set(), overwrite=True, **settings)
     except UserError as error:
         return f"refused: {_short(error)}"
     except Exception as error:
         return f"WRONG: {type(error).__name__}: {_short(error)}"
-    layers = model.get_submodule(adapter_of(model.config).layers)
-    with returning_their_input(layers, removed):
-        expected = logits_of(model, ids)
+    if text := printed():
+        return f"WRONG: printed {text[:200]!r}"
     left, report = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     if odd := {kind: sorted(keys, key=str)[:2] for kind, keys in report.items() if keys}:
         return f"WRONG: {odd}"
     left = left.eval()
+    layers, removed = model.get_submodule(adapter_of(model.config).layers), made.plan.removed
+    with returning_their_input(layers, removed), replaced(model, made.plan.replaced):
+        expected = logits_of(model, ids)
     difference = float((logits_of(left, ids) - expected).abs().max() / expected.abs().max().clamp(min=1))
     if not difference <= 1e-6:
         return f"WRONG: logits differ by {difference:.2g}"
@@ -144,8 +168,29 @@ def probe(model_type: str, folder: Path) -> dict[str, Any]:
     except UserError as error:
         return {"adapter": "refused", "why": _short(error), "removals": []}
     reloaded = AutoModelForCausalLM.from_pretrained(source).eval()
-    removals = [pruned(source, folder / "pruned", removed, reloaded) for removed in REMOVALS]
-    return {"adapter": written, "why": "", "removals": removals}
+    output = folder / "pruned"
+    removals = [pruned(source, output, reloaded, plan=plan_from_indices(DEPTH, removed)) for removed in REMOVALS]
+    analyses = [
+        pruned(source, output, reloaded, criterion="sglp", compensate=compensate, drop=2)
+        for compensate in COMPENSATIONS
+    ]
+    return {"adapter": written, "why": "", "removals": removals, "analyses": analyses}
+
+
+@contextmanager
+def _quiet_standard_error() -> Iterator[Callable[[], str]]:
+    """Inside the block what this process, its libraries' C code included, prints to standard error is kept instead."""
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        kept: list[bytes] = []
+        try:
+            yield lambda: " ".join(b"".join(kept).decode(errors="replace").split())
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            kept.append(file.read())
 
 
 def _short(error: Exception) -> str:

@@ -37,7 +37,7 @@ class DryRun:
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
         adapter = adapter_of(config)
         # On fake tensors torch multiplies stacked expert matrices in bfloat16 only; other dtypes are scaled from it.
-        computed = dtype if adapter.active_experts_key is None else torch.bfloat16
+        computed = torch.bfloat16 if adapter.stacks_experts else dtype
         self._scale = max(1.0, dtype.itemsize / computed.itemsize)
         self._mode = FakeTensorMode()
         with self._mode:

@@ -46,6 +46,19 @@ def derive(config: PretrainedConfig) -> DecoderAdapter:
         refuse=exceptions.refuse_settings,
         exceptions=exceptions,
         is_derived=True,
+        has_stacks=_has_stacks(model.get_submodule(path)),
+    )
+
+
+def _has_stacks(layers: nn.Module) -> bool:
+    """Whether layers hold parameters ``[experts, ...]``."""
+    from torch import nn
+
+    return any(
+        parameter.ndim == 3
+        for module in layers.modules()
+        if not isinstance(module, nn.Conv1d)
+        for parameter in module.parameters(recurse=False)
     )
 
 
