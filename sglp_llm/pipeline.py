@@ -225,6 +225,10 @@ def _prune(
         opened = found.model
         plan = replace(plan, replaced=as_stored(opened.config, opened.source, plan.replaced))
     plan = replace(plan, source=plan.source or opened.identity, versions=plan.versions or software_versions())
+    if opened.adapter.is_derived:  # the result is there only if the reload check passes
+        plan = replace(
+            plan, settings={**plan.settings, "adapter": f"derived{', verified by logits' if verify else ''}"}
+        )
     if not processes.is_main:
         return RunReport(str(output), plan, 0, None, seconds, analysis)
     expected = None
@@ -258,7 +262,7 @@ def _analysed(found: Inputs, recipe: Recipe, progress: Progress, processes: Proc
     if recipe.target_latency is None:
         return run_analysis(found, recipe, progress, processes, judge)
     times = measure_decode(found.model, progress, processes)
-    drop = drop_for_latency(recipe, times)
+    drop = drop_for_latency(recipe, times, found.model.staying)
     analysis = run_analysis(found, recipe.with_changes(drop=drop), progress, processes, judge)
     settings = {**analysis.plan.settings, "decode_times": times.to_dict()}
     return replace(analysis, plan=replace(analysis.plan, budget=recipe.budget.to_dict(), settings=settings))

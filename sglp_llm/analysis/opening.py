@@ -253,7 +253,7 @@ def _checked(
     opened = _found(model, recipe, tokenizer, processes)
     check_compensation(recipe.compensate, opened.adapter, opened.config, recipe.samples)
     for each in recipes:
-        check_selection(each, opened.num_layers)
+        check_selection(each, opened.num_layers, opened.staying)
     check_context(recipe, _positions(opened), opened.identity.name)
     longest = _positions(opened)
     if longest is not None and recipe.seq_len > longest:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.adapters.structure.config_keys import PREDICTORS, shortened, superseded
-from sglp_llm.adapters.structure.staying import Staying, staying
 from sglp_llm.errors import UserError
 from sglp_llm.models import Source
 
@@ -70,7 +69,7 @@ def check_shortened(model: OpenedModel, kept: Sequence[int]) -> None:
     Raises:
         UserError: It cannot: a layer that must stay is removed, or transformers would build another model; see `prove`.
     """
-    if broken := staying_of(model).broken_by(set(range(model.num_layers)) - set(kept)):
+    if broken := model.staying.broken_by(set(range(model.num_layers)) - set(kept)):
         raise UserError(f"{model.identity.name}: {broken}")
     if not model.adapter.is_derived:
         return
@@ -83,11 +82,6 @@ def check_shortened(model: OpenedModel, kept: Sequence[int]) -> None:
     else:
         config = shortened_copy(model.config, model.adapter, kept)
     prove(model.config, config, model.adapter, kept, model.identity.name)
-
-
-def staying_of(model: OpenedModel) -> Staying:
-    """Which layers of an opened model must stay."""
-    return staying(model.config, model.adapter.exceptions, model.num_layers)
 
 
 def shortened_copy(config: PretrainedConfig, adapter: DecoderAdapter, kept: Sequence[int]) -> PretrainedConfig:

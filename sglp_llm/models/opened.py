@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sglp_llm.errors import UserError
+from sglp_llm.method.staying import Staying
 from sglp_llm.models.footprint import footprint_of
 from sglp_llm.models.loading import (
     DecoderModel,
@@ -21,6 +22,7 @@ from sglp_llm.models.loading import (
     wrap_model,
 )
 from sglp_llm.models.source import Source, find_source, fingerprint
+from sglp_llm.models.staying import staying_of
 from sglp_llm.records import Footprint, ModelIdentity
 
 
@@ -94,6 +96,11 @@ class OpenedModel:
     def setting(self) -> dict[str, str | None]:
         """Identifies the model in a journal; includes the name, because fine-tuned copies share a fingerprint."""
         return {"model": self.identity.name, "fingerprint": self.identity.fingerprint, "revision": self.revision}
+
+    @property
+    def staying(self) -> Staying:
+        """Which of its layers must stay."""
+        return staying_of(self.config, self.adapter, self.num_layers)
 
     def check_tokens(self, input_ids: torch.Tensor) -> None:
         """Checks that token ids, ``[sequences, tokens]``, are in the model's vocabulary.
