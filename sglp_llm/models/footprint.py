@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import lru_cache
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
+from sglp_llm.adapters import ConfigKey
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.records import Footprint
 
@@ -39,19 +41,21 @@ def _cached(decoder: DecoderModel) -> tuple[int, ...]:
     cache that the model fills, on fake tensors, which take no memory.
     """
     config, depth = decoder.model.config, decoder.num_layers
-    if decoder.adapter.is_derived and (seen := _seen_in_cache(config, depth)) is not None:
+    if decoder.adapter.is_derived and (seen := _seen_in_cache(ConfigKey(config), depth)) is not None:
         return seen
     return (cached_numbers(config),) * depth
 
 
-def _seen_in_cache(config: PretrainedConfig, depth: int) -> tuple[int, ...] | None:
+@lru_cache(maxsize=8)
+def _seen_in_cache(key: ConfigKey, depth: int) -> tuple[int, ...] | None:
     """Numbers in each layer's cache for one token; ``None`` where fake tensors cannot run the model's code."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    config = deepcopy(key.config)
     try:
         with torch.no_grad(), FakeTensorMode():
             # On fake tensors torch multiplies stacked expert matrices in bfloat16 only.
-            model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=torch.bfloat16).eval()
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
             ids = torch.zeros(1, 1, dtype=torch.long)
             cache = model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(config=config)).past_key_values
             tensors = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
