@@ -37,16 +37,17 @@ from tiny_types import DEPTH, tiny_config  # noqa: E402
 
 from sglp_llm import prune  # noqa: E402
 from sglp_llm.adapters import adapter_names, adapter_of  # noqa: E402
+from sglp_llm.adapters.structure.probed import TABLE  # noqa: E402
 from sglp_llm.calibration.sequences import CalibrationSet, hash_of  # noqa: E402
 from sglp_llm.errors import UserError  # noqa: E402
 from sglp_llm.models import find_config, find_source  # noqa: E402
 from sglp_llm.plan import plan_from_indices  # noqa: E402
 
 REMOVALS = ((1, 3), (0,), (DEPTH - 1,), (2, 4, 5))
-COMPENSATIONS = {"none": "auto", "linear": "resident", "scale": "resident", "learned": "resident"}
-"""The compensations, and the engine; ``auto`` predicts the memory first."""
+_QUICK = {"engine": "resident", "verify": False}
+COMPENSATIONS: dict[str, dict[str, Any]] = {"none": {}, "linear": _QUICK, "scale": _QUICK, "learned": _QUICK}
+"""The compensations, and settings beside them: memory predicted and the result reloaded by this package once are enough."""
 SECONDS = 900
-TABLE = ROOT / "sglp_llm" / "adapters" / "structure" / "probed.json"
 PAGE = ROOT / "docs" / "families.md"
 
 
@@ -180,8 +181,8 @@ def probe(model_type: str, folder: Path) -> dict[str, Any]:
         pruned(source, output, reloaded, generates, plan=plan_from_indices(DEPTH, removed)) for removed in REMOVALS
     ]
     analyses = [
-        pruned(source, output, reloaded, False, criterion="sglp", drop=2, compensate=method, engine=engine)
-        for method, engine in COMPENSATIONS.items()
+        pruned(source, output, reloaded, False, criterion="sglp", drop=2, compensate=method, **settings)
+        for method, settings in COMPENSATIONS.items()
     ]
     return {"adapter": written, "why": "", "removals": removals, "analyses": analyses}
 
