@@ -10,12 +10,23 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from sglp_llm.adapters.base import Branch, DecoderAdapter
+from sglp_llm.adapters.structure.wrappers import auto_class, is_wrapper, text_config
 from sglp_llm.registry import member, member_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Branch", "ConfigKey", "DecoderAdapter", "adapter_names", "adapter_of", "get_adapter"]
+__all__ = [
+    "Branch",
+    "ConfigKey",
+    "DecoderAdapter",
+    "adapter_names",
+    "adapter_of",
+    "auto_class",
+    "get_adapter",
+    "is_wrapper",
+    "text_config",
+]
 
 
 def adapter_names() -> list[str]:
@@ -65,4 +76,4 @@ class ConfigKey:
 def _derived(key: ConfigKey) -> DecoderAdapter:
     from sglp_llm.adapters.structure.derive import derive
 
-    return derive(key.config)
+    return derive(key.config, lambda model_type: get_adapter(model_type) if model_type in adapter_names() else None)

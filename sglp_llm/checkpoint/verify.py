@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from sglp_llm.adapters import adapter_of
+from sglp_llm.adapters import adapter_of, auto_class
 from sglp_llm.checkpoint.export import renamed
 from sglp_llm.engine.modes import replaced_weights, skipped
 from sglp_llm.errors import UserError
@@ -154,7 +154,8 @@ def verify_checkpoint(
 
 def _resident(folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str) -> DecoderModel:
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder)
+        model, report = auto_class(config).from_pretrained(
             folder, dtype=dtype, device_map=device, output_loading_info=True
         )
     except (MemoryError, torch.OutOfMemoryError):
@@ -193,7 +194,7 @@ def _buffers_as_loaded(model: PreTrainedModel) -> Iterator[None]:
     ]
     if coarse:
         with init_empty_weights(include_buffers=False):
-            fresh = dict(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).named_buffers())
+            fresh = dict(auto_class(model.config).from_config(model.config, dtype=model.dtype).named_buffers())
         for path, module, name, buffer in coarse:
             module._buffers[name] = fresh[path].to(buffer.device)
     try:

@@ -53,9 +53,7 @@ def _adapters() -> tuple[str, list[str], list[list[str]]]:
     written, table = adapter_names(), probed()
     rows = [[name, "written", get_adapter(name).display_name] for name in written]
     rows += [
-        [name, found["adapter"], table.limits_of(name)]
-        for name, found in table.types.items()
-        if name not in written
+        [name, found["adapter"], table.limits_of(name)] for name, found in table.types.items() if name not in written
     ]
     title = f"Model types of transformers {table.transformers}; of others an adapter is derived, or refused, when they are met"
     return title, ["model_type", "adapter", "what it is, or what is refused and why"], sorted(rows)

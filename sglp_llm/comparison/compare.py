@@ -181,7 +181,7 @@ def check_compensations(recipes: Mapping[str, list[Recipe]], opened: OpenedModel
         UserError: A compensation does not fit.
     """
     for each in recipes.values():
-        check_compensation(each[0].compensate, opened.adapter, opened.config, samples)
+        check_compensation(each[0].compensate, opened.adapter, opened.text_config, samples)
 
 
 def _decided(

@@ -109,7 +109,7 @@ class Replay:
     @property
     def vocabulary(self) -> int:
         """Number of logits per token."""
-        return int(self._model.model.config.vocab_size)
+        return int(self._model.config.vocab_size)
 
 
 def recorded_calls(

@@ -261,6 +261,9 @@ def _capacity(num_layers: int, protect: tuple[int, int], segments: int = 1, stay
 def _removable(segment: Segment, num_layers: int, protect: tuple[int, int], staying: Staying) -> range:
     first, last = protect
     # What must always stay are first and last layers, so that the others have no gaps.
-    first, last = max(first, int(0 in staying.always)), max(last, int(num_layers - 1 in staying.always))
+    while first < num_layers and first in staying.always:
+        first += 1
+    while last < num_layers and num_layers - 1 - last in staying.always:
+        last += 1
     start = max(segment.start, first)
     return range(start, max(start, min(segment.stop, num_layers - last)))

@@ -6,9 +6,9 @@ from copy import deepcopy
 from functools import lru_cache
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 
-from sglp_llm.adapters import ConfigKey
+from sglp_llm.adapters import ConfigKey, auto_class
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.records import Footprint
 
@@ -20,7 +20,7 @@ def footprint_of(decoder: DecoderModel, dtype: torch.dtype) -> Footprint:
         decoder: The model.
         dtype: Of the weights and the KV cache.
     """
-    config = decoder.model.config
+    config = decoder.config
     layers = tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder.layers)
     windows = attention_windows(config)
     return Footprint(
@@ -40,10 +40,10 @@ def _cached(decoder: DecoderModel) -> tuple[int, ...]:
     What a derived family caches is not known from its configuration (a latent, nothing in recurrent layers): it is seen in the
     cache that the model fills, on fake tensors, which take no memory.
     """
-    config, depth = decoder.model.config, decoder.num_layers
-    if decoder.adapter.is_derived and (seen := _seen_in_cache(ConfigKey(config), depth)) is not None:
+    whole, depth = decoder.model.config, decoder.num_layers
+    if decoder.adapter.is_derived and (seen := _seen_in_cache(ConfigKey(whole), depth)) is not None:
         return seen
-    return (cached_numbers(config),) * depth
+    return (cached_numbers(decoder.config),) * depth
 
 
 @lru_cache(maxsize=8)
@@ -55,7 +55,7 @@ def _seen_in_cache(key: ConfigKey, depth: int) -> tuple[int, ...] | None:
     try:
         with torch.no_grad(), FakeTensorMode():
             # On fake tensors torch multiplies stacked expert matrices in bfloat16 only.
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+            model = auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
             ids = torch.zeros(1, 1, dtype=torch.long)
             cache = model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(config=config)).past_key_values
             tensors = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]

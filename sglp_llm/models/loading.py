@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from sglp_llm.adapters import DecoderAdapter, adapter_of
+from sglp_llm.adapters import DecoderAdapter, adapter_of, auto_class, text_config
 from sglp_llm.errors import UserError
 from sglp_llm.models.layer_weights import LayerWeights
 from sglp_llm.models.source import Source
@@ -29,7 +29,7 @@ class DecoderModel:
     """A causal language model, with access to its decoder layers.
 
     Attributes:
-        model: Any transformers ``...ForCausalLM`` of a known family.
+        model: Any transformers ``...ForCausalLM``, or a multimodal wrapper of one.
         adapter: The family's adapter.
         unused_tensors: Names of the checkpoint's tensors that transformers does not use, such as the causal masks that old
             releases stored.
@@ -47,6 +47,11 @@ class DecoderModel:
         layers = self.model.get_submodule(self.adapter.layers)
         assert isinstance(layers, nn.ModuleList)
         return layers
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the decoder; of a multimodal wrapper the nested one."""
+        return text_config(self.model.config)
 
     @property
     def num_layers(self) -> int:
@@ -73,7 +78,7 @@ def wrap_model(model: PreTrainedModel) -> DecoderModel:
     """
     adapter = adapter_of(model.config)
     for key, reason in adapter.refuse.items():
-        if getattr(model.config, key, None):
+        if getattr(text_config(model.config), key, None):
             raise UserError(f"{key} is set, and such a model cannot be pruned: {reason}")
     return DecoderModel(model, adapter)
 
@@ -100,7 +105,7 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     try:
         # Otherwise the exception only says that sizes do not match, and refers to a report that is logged elsewhere.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model, report = auto_class(source.config).from_pretrained(folder, **options)
     except Exception as error:  # torch, pickle, safetensors and transformers each have their own for a damaged file
         if source.format == "bin" and isinstance(error, pickle.UnpicklingError | RuntimeError | EOFError):
             # torch's own message advises to load with weights_only=False, which would run what is in the file.
@@ -151,7 +156,9 @@ def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = No
     check_streamable(source)
     # Buffers are real: rotary frequencies and embedding scales are in no file.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(source.config, dtype=DTYPES.get(dtype) or checkpoint_dtype(source))
+        model = auto_class(source.config).from_config(
+            source.config, dtype=DTYPES.get(dtype) or checkpoint_dtype(source)
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = LayerWeights(source, model.eval(), device, scratch)
     return DecoderModel(model, source.adapter, weights.unused_tensors, weights)
@@ -213,7 +220,7 @@ def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
     config = model.config
     del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        plain = auto_class(config).from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config

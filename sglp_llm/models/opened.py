@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sglp_llm.adapters import text_config
 from sglp_llm.errors import UserError
 from sglp_llm.method.staying import Staying
 from sglp_llm.models.footprint import footprint_of
@@ -102,13 +103,18 @@ class OpenedModel:
         """Which of its layers must stay."""
         return staying_of(self.config, self.adapter, self.num_layers)
 
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the decoder; of a multimodal wrapper the nested one."""
+        return text_config(self.config)
+
     def check_tokens(self, input_ids: torch.Tensor) -> None:
         """Checks that token ids, ``[sequences, tokens]``, are in the model's vocabulary.
 
         Raises:
             UserError: One is not: the tokenizer is not the model's.
         """
-        vocabulary = int(self.config.vocab_size)
+        vocabulary = int(self.text_config.vocab_size)
         if (highest := int(input_ids.max())) >= vocabulary:
             raise UserError(
                 f"{self.identity.name}: the tokenizer does not belong to the model: "

@@ -7,6 +7,7 @@ from typing import Any
 from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.adapters.structure.config_keys import LAYER_KINDS
 from sglp_llm.adapters.structure.exceptions import Exceptions
+from sglp_llm.adapters.structure.wrappers import pinned_by_vision, text_config
 from sglp_llm.method.staying import Staying
 
 _NO_ATTENTION = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp"})
@@ -17,11 +18,11 @@ def staying_of(config: Any, adapter: DecoderAdapter, depth: int) -> Staying:
     """The limits for one model.
 
     Args:
-        config: The resolved configuration.
+        config: The resolved configuration, of a wrapper the whole one.
         adapter: Its adapter.
         depth: Number of decoder layers.
     """
-    exceptions, always = adapter.exceptions, {}
+    exceptions, always, config = adapter.exceptions, pinned_by_vision(config), text_config(config)
     if exceptions.pin_first:
         always[0] = exceptions.pin_first
     if exceptions.pin_last:
