@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglp_llm.adapters import auto_class, is_wrapper
 from sglp_llm.analysis import open_for_analysis, run_analysis, software_versions
 from sglp_llm.analysis.latency import drop_for_latency
 from sglp_llm.analysis.opening import Inputs, OnForecast, open_for_plan
@@ -226,9 +227,10 @@ def _prune(
         plan = replace(plan, replaced=as_stored(opened.config, opened.source, plan.replaced))
     plan = replace(plan, source=plan.source or opened.identity, versions=plan.versions or software_versions())
     if opened.adapter.is_derived:  # the result is there only if the reload check passes
-        plan = replace(
-            plan, settings={**plan.settings, "adapter": f"derived{', verified by logits' if verify else ''}"}
-        )
+        special = {"adapter": f"derived{', verified by logits' if verify else ''}"}
+        if is_wrapper(opened.config):
+            special["loaded_by"] = auto_class(opened.config).__name__
+        plan = replace(plan, settings={**plan.settings, **special})
     if not processes.is_main:
         return RunReport(str(output), plan, 0, None, seconds, analysis)
     expected = None

@@ -10,7 +10,7 @@ from sglp_llm.plan import PLAN_FILE_NAME
 from sglp_llm.plan.plans import TENSORS_SUFFIX
 from sglp_llm.plan.published import PLACE, last_part, without_paths
 from sglp_llm.records import PrunePlan
-from sglp_llm.report.card_data import base_model, card_data
+from sglp_llm.report.card_data import base_model, card_data, loaded_by_of
 from sglp_llm.report.contents import gains_of, limits_of, sizes_of
 
 
@@ -35,6 +35,7 @@ def write_model_card(
     if "calibration" in settings:
         text = without_paths(str(settings["calibration"]))
         how += f" on {settings['samples']} x {settings['seq_len']} tokens of `{text}`"
+    loaded_by = loaded_by_of(plan)
     special = f"{_special(plan)}{_compensation(plan)}{_healing(healing)}"
     rest = "the cuts repaired" if plan.replaced else "nothing retrained"
     if healing is not None:
@@ -57,9 +58,9 @@ def write_model_card(
 It is a plain checkpoint of the family `{plan.source.model_type}`, only shorter: nothing but transformers is needed.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loaded_by}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{PLACE}")
+model = {loaded_by}.from_pretrained("{PLACE}")
 tokenizer = AutoTokenizer.from_pretrained("{PLACE}")
 ```
 

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
-_NOT_COMPARED = {"training", "all_tied_weights_keys"}  # the names of tied weights hold indices of layers
+_NOT_COMPARED = {
+    "training",
+    "all_tied_weights_keys",
+    "name_or_path",
+}  # the names of tied weights hold indices of layers
 _PLAIN = (bool, int, float, str, type(None))
 
 
