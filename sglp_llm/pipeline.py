@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglp_llm.adapters import auto_class, is_wrapper
 from sglp_llm.analysis import open_for_analysis, run_analysis, software_versions
 from sglp_llm.analysis.latency import drop_for_latency
 from sglp_llm.analysis.opening import Inputs, OnForecast, open_for_plan
@@ -248,12 +249,17 @@ def _prune(
             check_gguf_source(opened.source, output)
         plan = replace(plan, replaced=as_stored(opened.config, opened.source, plan.replaced))
     plan = replace(plan, source=plan.source or opened.identity, versions=plan.versions or software_versions())
+    if opened.adapter.is_derived:  # the result is there only if the reload check passes
+        special = {"adapter": f"derived{', verified by logits' if verify else ''}"}
+        if is_wrapper(opened.config):
+            special["loaded_by"] = auto_class(opened.config).__name__
+        plan = replace(plan, settings={**plan.settings, **special})
     if not processes.is_main:
         return RunReport(str(output), plan, 0, None, seconds, analysis)
     expected = None
     if verify:
         assert found.calibration is not None
-        with opened.staying():
+        with opened.unchanged_files():
             decoder = opened.load()
             dtype, device = decoder.model.dtype, recipe.device_map or decoder.input_device
             expected = expected_logits(decoder, plan.removed, found.calibration.input_ids, plan.replaced)
@@ -262,7 +268,7 @@ def _prune(
     notes: tuple[str, ...] = ()
     if is_gguf(output):
         assert opened.source is not None
-        with atomic_file(output, overwrite) as file, opened.staying():
+        with atomic_file(output, overwrite) as file, opened.unchanged_files():
             with timed(seconds, "export"):
                 notes = export_gguf(opened.source, plan, file, progress)
             opened.release()
@@ -272,7 +278,7 @@ def _prune(
                     verification = asdict(verify_checkpoint(file, expected, dtype, device, config=config))
             written = file.stat().st_size
         return RunReport(str(output), plan, written, verification, seconds, analysis, notes=notes)
-    with atomic_folder(output, overwrite) as folder, opened.staying():
+    with atomic_folder(output, overwrite) as folder, opened.unchanged_files():
         with timed(seconds, "export"):
             _export(opened, plan, folder, max_shard_size, progress)
             save_plan(plan, folder / PLAN_FILE_NAME)
@@ -291,12 +297,12 @@ def _prune(
 
 def _analysed(found: Inputs, recipe: Recipe, progress: Progress, processes: Processes) -> Analysis:
     """The analysis; for a target of decode time after this has been measured, and become a number of layers."""
-    with found.model.staying(), only_journal(recipe, processes):
+    with found.model.unchanged_files(), only_journal(recipe, processes):
         judge = open_judge(recipe, found.model)
         if recipe.target_latency is None:
             return run_analysis(found, recipe, progress, processes, judge)
         times = measure_decode(found.model, progress, processes)
-        drop = drop_for_latency(recipe, times)
+        drop = drop_for_latency(recipe, times, found.model.staying)
         analysis = run_analysis(found, recipe.with_changes(drop=drop), progress, processes, judge)
     settings = {**analysis.plan.settings, "decode_times": times.to_dict()}
     return replace(analysis, plan=replace(analysis.plan, budget=recipe.budget.to_dict(), settings=settings))

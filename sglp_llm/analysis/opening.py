@@ -255,9 +255,9 @@ def _checked(
         check_criteria(each)
     check_journal(recipe)
     opened = _found(model, recipe, tokenizer, processes)
-    check_compensation(recipe.compensate, opened.adapter, opened.config, recipe.samples)
+    check_compensation(recipe.compensate, opened.adapter, opened.text_config, recipe.samples)
     for each in recipes:
-        check_selection(each, opened.num_layers)
+        check_selection(each, opened.num_layers, opened.staying)
     check_context(recipe, _positions(opened), opened.identity.name)
     longest = _positions(opened)
     if longest is not None and recipe.seq_len > longest:
@@ -305,4 +305,4 @@ def _check_apart(opened: OpenedModel, output: Path | None) -> None:
 
 def _positions(opened: OpenedModel) -> int | None:
     """The largest number of positions of the model; ``None`` where its configuration sets no limit."""
-    return getattr(opened.config, "max_position_embeddings", None)
+    return getattr(opened.text_config, "max_position_embeddings", None)

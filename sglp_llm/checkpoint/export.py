@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-# The other files of a checkpoint: tokenizer, chat template, generation configuration, licence.
+# The other files of a checkpoint: tokenizer, processors, chat template, generation configuration, licence.
 _CARRIED_OVER = (
+    "*processor_config.json",
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -227,7 +228,7 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
     _renumber(layers, plan.kept)
     model.set_submodule(adapter.layers, layers)
     for key, value in values.items():
-        setattr(model.config, key, value)
+        setattr(wrapped.config, key, value)
     return model
 
 
@@ -266,7 +267,7 @@ def shortened(
     layers = wrapped.layers
     numbers = [(module, key, getattr(module, key)) for module in layers.modules() for key in _index_keys(module)]
     changed = shortened_values(model.config, wrapped.adapter, [0])
-    before = {key: getattr(model.config, key) for key in changed}
+    before = {key: getattr(wrapped.config, key) for key in changed}
     with replaced_weights(wrapped, replaced or {}):
         drop_layers(model, indices)
         try:
@@ -276,7 +277,7 @@ def shortened(
             for module, key, value in numbers:
                 setattr(module, key, value)
             for key, value in before.items():
-                setattr(model.config, key, value)
+                setattr(wrapped.config, key, value)
 
 
 def _renumber(layers: Iterable[nn.Module], kept: Sequence[int]) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from sglp_llm.adapters import adapter_of
+from sglp_llm.adapters import adapter_of, auto_class
 from sglp_llm.checkpoint.export import renamed
 from sglp_llm.engine.modes import replaced_weights, skipped
 from sglp_llm.errors import UserError
@@ -166,7 +166,8 @@ def _resident(
         where = folder.parent
         options |= {"gguf_file": folder.name, "config": config}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, **options)
+        found = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model, report = auto_class(found).from_pretrained(where, trust_remote_code=False, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub each have their own for what is wrong
@@ -203,7 +204,7 @@ def _buffers_as_loaded(model: PreTrainedModel) -> Iterator[None]:
     ]
     if coarse:
         with init_empty_weights(include_buffers=False):
-            fresh = dict(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).named_buffers())
+            fresh = dict(auto_class(model.config).from_config(model.config, dtype=model.dtype).named_buffers())
         for path, module, name, buffer in coarse:
             module._buffers[name] = fresh[path].to(buffer.device)
     try:

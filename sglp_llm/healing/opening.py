@@ -33,9 +33,9 @@ class HealingModels:
     teacher: OpenedModel | None
 
     @contextmanager
-    def staying(self) -> Iterator[None]:
-        """See `OpenedModel.staying`, for both."""
-        with self.student.staying(), nullcontext() if self.teacher is None else self.teacher.staying():
+    def unchanged_files(self) -> Iterator[None]:
+        """See `OpenedModel.unchanged_files`, for both."""
+        with self.student.unchanged_files(), nullcontext() if self.teacher is None else self.teacher.unchanged_files():
             yield
 
 

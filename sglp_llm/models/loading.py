@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from sglp_llm.adapters import DecoderAdapter, adapter_of
+from sglp_llm.adapters import DecoderAdapter, adapter_of, auto_class, text_config
 from sglp_llm.errors import UserError
 from sglp_llm.models.devices import own_device
 from sglp_llm.models.hub import download
@@ -34,7 +34,7 @@ class DecoderModel:
     """A causal language model, with access to its decoder layers.
 
     Attributes:
-        model: Any transformers ``...ForCausalLM`` of a known family.
+        model: Any transformers ``...ForCausalLM``, or a multimodal wrapper of one.
         adapter: The family's adapter.
         unused_tensors: Names of the checkpoint's tensors that transformers does not use, such as the causal masks that old
             releases stored.
@@ -52,6 +52,11 @@ class DecoderModel:
         layers = self.model.get_submodule(self.adapter.layers)
         assert isinstance(layers, nn.ModuleList)
         return layers
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the decoder; of a multimodal wrapper the nested one."""
+        return text_config(self.model.config)
 
     @property
     def num_layers(self) -> int:
@@ -87,7 +92,7 @@ def wrap_model(model: PreTrainedModel) -> DecoderModel:
     """
     adapter = adapter_of(model.config)
     for key, reason in adapter.refuse.items():
-        if getattr(model.config, key, None):
+        if getattr(text_config(model.config), key, None):
             raise UserError(f"{key} is set, and such a model cannot be pruned: {reason}")
     return DecoderModel(model, adapter)
 
@@ -115,7 +120,7 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     try:
         # Otherwise the exception only says that sizes do not match, and refers to a report that is logged elsewhere.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+        model, report = auto_class(source.config).from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # torch, pickle, safetensors and transformers each have their own for a damaged file
         if source.format == "bin" and isinstance(error, pickle.UnpicklingError | RuntimeError | EOFError):
             # torch's own message advises to load with weights_only=False, which would run what is in the file.
@@ -145,7 +150,7 @@ def check_size(source: Source) -> None:
     name = source.identity.name
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(source.config)
+            model = auto_class(source.config).from_config(source.config)
     except Exception as error:  # each type's own code
         raise UserError(f"{name}: transformers cannot make a model of the configuration ({_one_line(error)})") from None
     needed, stored = sum(parameter.numel() for parameter in model.parameters()), source.most_parameters
@@ -187,7 +192,9 @@ def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = No
     check_size(source)
     # Buffers are real: rotary frequencies and embedding scales are in no file.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(source.config, dtype=DTYPES.get(dtype) or checkpoint_dtype(source))
+        model = auto_class(source.config).from_config(
+            source.config, dtype=DTYPES.get(dtype) or checkpoint_dtype(source)
+        )
     weights = LayerWeights(source, model.eval(), own_device(), scratch)
     return DecoderModel(model, source.adapter, weights.unused_tensors, weights)
 
@@ -270,7 +277,7 @@ def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
     config = model.config
     del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        plain = auto_class(config).from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config

@@ -12,9 +12,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sglp_llm.adapters import DecoderAdapter, adapter_names, adapter_of, get_adapter
+from sglp_llm.adapters import DecoderAdapter, adapter_names, adapter_of, get_adapter, text_config
 from sglp_llm.adapters.structure.config_keys import PREDICTORS
 from sglp_llm.adapters.structure.gguf_keys import WINDOWS
+from sglp_llm.adapters.structure.wrappers import TEXT_KEY
 from sglp_llm.errors import UserError
 from sglp_llm.models.gguf_header import check_gguf
 from sglp_llm.models.hub import download
@@ -70,7 +71,12 @@ class Source:
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
-        return int(getattr(self.config, self.adapter.depth_key))
+        return int(getattr(self.text_config, self.adapter.depth_key))
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the decoder; of a multimodal wrapper the nested one."""
+        return text_config(self.config)
 
     @property
     def most_parameters(self) -> int:
@@ -133,7 +139,7 @@ def depth_of(config: PretrainedConfig, adapter: DecoderAdapter, name: str) -> in
     Raises:
         UserError: It is no such number.
     """
-    depth = getattr(config, adapter.depth_key, None)
+    depth = getattr(text_config(config), adapter.depth_key, None)
     if type(depth) is not int or not 1 <= depth <= MOST_LAYERS:
         raise UserError(f"{name}: {adapter.depth_key} must be a whole number in 1..{MOST_LAYERS}, not {depth!r}")
     return depth
@@ -263,7 +269,7 @@ def _checked_config(raw: Mapping[str, Any], folder: Path, name: str) -> tuple[Pr
         return _resolved_config(folder, name), written
     config = _resolved_config(folder, name)
     adapter = _adapter_of(config, name)
-    _refuse_settings(raw, adapter, name)
+    _refuse_settings(raw if text_config(config) is config else text_config(config).to_dict(), adapter, name)
     return config, adapter
 
 
@@ -292,20 +298,27 @@ def _refuse_form(raw: Mapping[str, Any], adapter: DecoderAdapter | None, name: s
                 f"{name}: the checkpoint needs remote code (auto_map: {', '.join(classes)}), which is not run; "
                 "use a conversion to a model family of transformers"
             )
-    if wrapped := [key for key in ("text_config", "vision_config", "audio_config") if key in raw]:
+    wrapped = [key for key in ("text_config", "vision_config", "audio_config") if key in raw]
+    if wrapped and not _loads_images(model_type):
         text = raw.get("text_config")
         inner = text.get("model_type", f"{model_type}_text") if isinstance(text, dict) else f"{model_type}_text"
         raise UserError(
-            f"{name}: {model_type!r} is a multimodal wrapper (it has {', '.join(wrapped)}); "
+            f"{name}: {model_type!r} is a multimodal wrapper (it has {', '.join(wrapped)}), but no model of images and text; "
             f"save its text model ({inner}) as a checkpoint of its own and point at that"
         )
 
 
+def _loads_images(model_type: str) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
 def _refuse_type(model_type: str, name: str) -> None:
-    """Refuses a type of which transformers has no causal language model."""
+    """Refuses a type of which transformers has no causal language model, nor one of images and text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _loads_images(model_type):
         near = get_close_matches(model_type.lower(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1, cutoff=0.5)
         raise UserError(
             f"{name}: unknown model family (model_type) {model_type!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
@@ -315,9 +328,16 @@ def _refuse_type(model_type: str, name: str) -> None:
 
 def _refuse_architecture(raw: Mapping[str, Any], name: str) -> None:
     """Refuses a classifier or a bare decoder: without a language model head, transformers would initialise a random one."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
-    causal = _as_list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[raw["model_type"]])
+    mappings = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    is_wrapped = TEXT_KEY in raw or "vision_config" in raw
+    model_type = raw["model_type"]
+    of_type = mappings[is_wrapped].get(model_type) or mappings[not is_wrapped][model_type]
+    causal = _as_list(of_type)
     named = [str(architecture) for architecture in _as_list(raw.get("architectures") or [])]
     if named and not set(named) & set(causal):
         raise UserError(
@@ -346,7 +366,8 @@ def _resolved_config(folder: Path, name: str, **options: str) -> PretrainedConfi
 def _check_layers(index: CheckpointIndex, adapter: DecoderAdapter, config: PretrainedConfig, name: str) -> int:
     """Checks that every decoder layer is there; returns how many layers for multi-token prediction follow them."""
     num_layers = depth_of(config, adapter, name)
-    allowed = max((int(getattr(config, key, None) or 0) for key in PREDICTORS), default=0)
+    text = text_config(config)
+    allowed = max((int(getattr(text, key, None) or 0) for key in PREDICTORS), default=0)
     matches = (adapter.layer_key_pattern.match(tensor) for tensor in index.tensors)
     stored = {int(match[2]) for match in matches if match}
     missing, extra = sorted(set(range(num_layers)) - stored), sorted(stored - set(range(num_layers)))
