@@ -280,13 +280,14 @@ def _prune(
         return RunReport(str(output), plan, written, verification, seconds, analysis, notes=notes)
     with atomic_folder(output, overwrite) as folder, opened.unchanged_files():
         with timed(seconds, "export"):
-            _export(opened, plan, folder, max_shard_size, progress)
+            # Before the weights: what is wrong with a plan from elsewhere is seen here at the latest.
             save_plan(plan, folder / PLAN_FILE_NAME)
             save_recipe(
                 replace(recipe, model=opened.identity.name, revision=opened.revision), folder / RECIPE_FILE_NAME
             )
             write_model_card(folder / "README.md", plan, opened.card)
             write_report(folder)
+            _export(opened, plan, folder, max_shard_size, progress)
         opened.release()
         if expected is not None:
             with timed(seconds, "reload check"):

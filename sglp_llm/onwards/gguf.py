@@ -22,6 +22,8 @@ from sglp_llm.models import Source, find_source
 from sglp_llm.models.loading import checkpoint_dtype, load_model
 from sglp_llm.onwards.exported import Exported
 from sglp_llm.plan import PLAN_FILE_NAME, load_plan
+from sglp_llm.plan.plans import MOST_PLAN_BYTES
+from sglp_llm.small_files import read_text
 
 GGUF_FILE_NAME = "model.gguf"
 CONVERTER = "convert_hf_to_gguf.py"
@@ -125,7 +127,7 @@ def _finish(source: Source, converted: Path, partial: Path, folder: Path) -> lis
     if derived_wrongly(source.config, converted):
         theirs = replace(theirs, config=source.config)
         plan = folder / PLAN_FILE_NAME
-        about = plan.read_text(encoding="utf-8") if plan.is_file() else "{}"
+        about = read_text(plan, "plan", MOST_PLAN_BYTES) if plan.is_file() else "{}"
         notes += copy_gguf(theirs, range(source.num_layers), partial, about)
     notes.append(_compared(source, theirs))
     if converted.is_file() and not partial.is_file():
