@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO := demo-output
 WORKERS ?= 2
 
-.PHONY: setup demo test test-all faults lint bench bench-gpu clean
+.PHONY: setup demo test test-all faults soak lint bench bench-gpu clean
 
 setup: $(READY)
 
@@ -32,6 +32,10 @@ test-all: setup
 # A signal at every moment of every command that writes, and disks that are full at every stage; about an hour.
 faults: setup
 	FAULTS=every OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+
+# 300 models pruned, exported and reloaded in one process; memory and open files must stay flat.
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --cycles 300
 
 lint: setup
 	$(BIN)/ruff check .
