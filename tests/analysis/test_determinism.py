@@ -86,9 +86,7 @@ def test_a_repair_is_the_same_again(compensate: str, tmp_path: Path) -> None:
         found = analyze(model, calibration=plain_set(16), criterion="bi", compensate=compensate, drop=2)
         (tmp_path / name).mkdir()
         save_plan(found.plan, tmp_path / name / "sglp_plan.json")
-    once, again = (
-        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("once", "again")
-    )
+    once, again = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("once", "again"))
     assert once.keys() == again.keys()
     tensors = "sglp_plan.safetensors"
     assert once.get(tensors) == again.get(tensors)
