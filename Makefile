@@ -1,4 +1,4 @@
-# The doors: setup, demo, test, lint, bench. Everything happens in .venv; nothing is installed outside it.
+# The doors: setup, demo, test, lint, docs, bench. Everything happens in .venv; nothing is installed outside it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO := demo-output
 WORKERS ?= 2
 
-.PHONY: setup demo test test-all faults soak lint bench bench-gpu clean
+.PHONY: setup demo test test-all faults soak lint docs bench bench-gpu clean
 
 setup: $(READY)
 
@@ -43,6 +43,11 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site, in site/; --strict: a warning is a failure.
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: setup
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/analysis.py
@@ -59,4 +64,4 @@ bench-gpu: setup
 	$(BIN)/python benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info
+	rm -rf $(VENV) $(DEMO) site build dist *.egg-info

@@ -20,6 +20,7 @@ from sglp_llm.checkpoint.publish_file import replace_text
 from sglp_llm.plan.healing_recipe import LOG_FILE_NAME
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
+from sglp_llm.small_files import read_json, read_json_lines
 from sglp_llm.tensor_files.tensors import read_tensors, write_tensors
 
 DIVERGED = 0.1
@@ -118,8 +119,8 @@ class Keeper(TrainerCallback):
         """Forgets what an earlier run has left, or takes it up."""
         state, log = self._file(_STATE_FILE_NAME), self._file(LOG_FILE_NAME)
         if self._run.resume:
-            self._state = json.loads(state.read_text(encoding="utf-8"))
-            self._log = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+            self._state = read_json(state, "state of a training")
+            self._log = read_json_lines(log, "log of a training")
         elif self._run.processes.is_main:
             for file in (state, log, self._file(_BEST_FILE_NAME)):
                 file.unlink(missing_ok=True)
