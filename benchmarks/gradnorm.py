@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import get_criterion
 from sglp_llm.engine import PassSettings, run_pass
-from sglp_llm.engine.ghost import Norms, linear_squared_norm
+from sglp_llm.engine.norms.ghost import Norms, linear_squared_norm
 from sglp_llm.models.loading import DecoderModel, wrap_model
 from sglp_llm.models.opened import OpenedModel
 

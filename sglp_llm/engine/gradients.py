@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglp_llm.engine.ghost import Norms, squared_norm
-from sglp_llm.engine.linears import WatchedLinears
+from sglp_llm.engine.norms.ghost import Norms, squared_norm
+from sglp_llm.engine.norms.linears import WatchedLinears
+from sglp_llm.engine.norms.vectors import WatchedVectors, sequences_are_separable
 from sglp_llm.engine.observer import Batch, Need, Observer
 from sglp_llm.engine.settings import PassSettings
-from sglp_llm.engine.vectors import WatchedVectors, sequences_are_separable
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.processes import Processes
 

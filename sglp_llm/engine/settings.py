@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglp_llm.engine.ghost import Norms
+from sglp_llm.engine.norms.ghost import Norms
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
 

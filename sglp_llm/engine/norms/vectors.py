@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from sglp_llm.engine.linears import Report
+from sglp_llm.engine.norms.linears import Report
 from sglp_llm.engine.observer import Batch
 from sglp_llm.method.exact import exact
 
