@@ -98,6 +98,7 @@ def observe(
     progress: Progress = silent,
     processes: Processes = ALONE,
     journal: Journal | None = None,
+    step: int | None = None,
 ) -> Observations:
     """Runs one pass that shows all criteria what they need, and then each criterion's own trials.
 
@@ -110,6 +111,7 @@ def observe(
         progress: Reports finished sequences.
         processes: The processes that share the sequences; all return the same result.
         journal: Keeps the trials of criteria that can resume from them.
+        step: Most sequences a step of a pass with gradients; ``None`` = the recipe's ``batch_size``.
     """
     criteria = {
         name: make_criterion(name, model.num_layers, recipe.seed, recipe.options.get(name))
@@ -117,7 +119,8 @@ def observe(
     }
     cka = CKAObserver(model.num_layers, recipe.kernel, recipe.minibatch_sequences, recipe.minibatch_positions)
     observers = [*criteria.values(), *([cka] if similarity else [])]
-    loss = run_pass(model, calibration, observers, PassSettings(recipe.batch_size, progress, processes))
+    settings = PassSettings(recipe.batch_size, progress, processes, gradient_batch=step)
+    loss = run_pass(model, calibration, observers, settings)
     trials = Trials(
         model,
         calibration.first(recipe.trial_samples),

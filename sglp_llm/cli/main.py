@@ -48,6 +48,11 @@ app.command(name="ls")(list_members)
 IN_MANY_PROCESSES = ("analyze", "prune", "heal")
 """Verbs that share their work between the processes that a launcher started."""
 
+OUT_OF_MEMORY = (
+    "the device is out of memory: --engine streamed holds one layer at a time, --dtype bfloat16 halves the weights of float32, "
+    "and a smaller --batch-size or --seq-len leaves fewer activations"
+)
+
 _INTERRUPTED = 130
 """The exit code that Typer returns on Ctrl-C, without a message."""
 
@@ -100,6 +105,8 @@ def _run() -> int:
     except Exception as error:
         if os.environ.get("SGLP_LLM_TRACEBACK") or not _is_expected(error):
             raise
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail(f"{OUT_OF_MEMORY} ({' '.join(str(error).split())[:120]})", 1)
         return _fail(str(error), 1)
 
 

@@ -92,7 +92,7 @@ def run_streamed(
     share = settings.processes.share(
         len(calibration.input_ids), math.lcm(*(observer.together for observer in observers))
     )
-    size = sequences_a_step(model, needs, settings)
+    size = sequences_a_step(model, needs, settings, calibration.input_ids.shape[1])
     steps = steps_of(model, calibration, size, share) if forward else []
     replays = Replays(model)
     work = model.num_layers * ((1 if forward else 0) + (2 if differentiate else 0))
