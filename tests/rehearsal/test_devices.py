@@ -51,13 +51,13 @@ def flat(report: Any) -> Iterator[Any]:
         yield report
 
 
-def assert_same(found: list[Any], expected: list[Any]) -> None:
+def assert_same(found: list[Any], expected: list[Any], error: float = 1e-4) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         if isinstance(one, torch.Tensor):
-            torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one.cpu(), other, rtol=error, atol=error / 10)
         elif isinstance(one, float):
-            assert one == pytest.approx(other, rel=1e-4, abs=1e-7)
+            assert one == pytest.approx(other, rel=error, abs=1e-7)
         else:
             assert one == other
 
