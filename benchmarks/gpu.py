@@ -1,14 +1,15 @@
 """Everything on an 8B-shaped random Llama in bfloat16 on one GPU, within nine minutes: a table, and JSON with ``--json FILE``.
 
 The analysis (CKA and GradNorm) is compared with plain transformers forward and backward twice: with all weights frozen, which is
-what the analysis has to do at least, and with a gradient for every weight, which flatters us. The floor is what the matrix products
-of both passes need, 2 x parameters x tokens multiply-adds, at the rate of one large product on the same GPU. Then: streamed over
-resident, measured over predicted peak memory, a search with trials, the compensations, and the speed of generation.
+what the analysis has to do at least, and with a gradient for every weight, which flatters us. The floor is what the matrix
+products of both passes need, 2 x parameters x tokens multiply-adds, at the rate of one large product on the same GPU. Then:
+streamed over resident, measured over predicted peak memory, a search with trials, the compensations, and generation.
 
 Needs torch, transformers, accelerate and safetensors, no network and no data. Without a GPU it runs on the CPU, to be tried:
-``--layers 4 --hidden 256 --vocabulary 1000 --seq-len 64``. What does not fit into ``--minutes`` any more is left out, and says so.
+``--layers 4 --hidden 256 --vocabulary 1000 --seq-len 64``. What does not fit into ``--minutes`` is left out, and says so.
 
-    PYTHONPATH=. python3 benchmarks/gpu.py [--samples 16] [--seq-len 512] [--batch-size 8] [--pairs 3] [--folder WHERE] [--json FILE]
+    PYTHONPATH=. python3 benchmarks/gpu.py [--samples 16] [--seq-len 512] [--batch-size 8] [--pairs 3] [--folder WHERE]
+        [--json FILE]
 """
 
 from __future__ import annotations
@@ -143,18 +144,18 @@ def compare(
             results.add(f"ratio: {over} / {under}", middle[over] / middle[under])
 
 
+def gradnorm(model: DecoderModel, calibration: CalibrationSet, recipe: Recipe) -> None:
+    observe(model, calibration, recipe, ["gradnorm"], similarity=True).scores()
+
+
 def memory(
     results: Results, models: dict[str, DecoderModel], calibration: CalibrationSet, recipe: Recipe, plan: Any
 ) -> None:
     """Measured over predicted peaks; what the other engine's model takes is subtracted."""
     for engine, model in models.items():
         before = begin_peak()
-        if (
-            results.measure(
-                f"for its peak: {engine}", 20, lambda m=model: observe(m, calibration, recipe, ["gradnorm"], True)
-            )
-            is None
-        ):
+        taken = results.measure(f"for its peak: {engine}", 20, lambda m=model: gradnorm(m, calibration, recipe))
+        if taken is None:
             continue
         own = sum(parameter.nbytes for parameter in model.model.parameters() if not parameter.is_meta)
         measured = torch.cuda.max_memory_allocated() - before + own if DEVICE.type == "cuda" else 0
@@ -177,11 +178,13 @@ def removals(results: Results, model: DecoderModel, calibration: CalibrationSet,
 
     results.measure(f"search for {drop} layers, 4 sequences", 60, search)
     removed = range(model.num_layers // 2, model.num_layers // 2 + drop)
+    settings = FitSettings(batch_size=recipe.batch_size)
+
+    def compensate(name: str) -> Callable[[], Any]:
+        return lambda: get_method(name).run(model, calibration, list(removed), settings)
+
     for name, seconds in (("linear", 40), ("auto", 60), ("learned", 120)):
-        settings = FitSettings(batch_size=recipe.batch_size)
-        results.measure(
-            f"compensate {name}", seconds, lambda n=name: get_method(n).run(model, calibration, list(removed), settings)
-        )
+        results.measure(f"compensate {name}", seconds, compensate(name))
 
 
 def generation(results: Results, model: DecoderModel, new_tokens: int = 64) -> None:
