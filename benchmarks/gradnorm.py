@@ -10,7 +10,8 @@ pairs.
 
 ``wide`` is a random Llama of width 2048, MLP 5632 and 8 layers. ``--table`` shows where ghost norms stop paying: time of the
 Grams over that of the gradient formed in pieces, for a group of linears with a common input, and what ``auto`` takes.
-``--batched`` compares steps of all sequences with steps of one, and their numbers. ``--cpu-time`` counts the CPU time of one thread, for a machine that others use too.
+``--batched`` compares steps of all sequences with steps of one, and their numbers. ``--cpu-time`` counts the CPU time of one
+thread, for a machine that others use too.
 """
 
 from __future__ import annotations

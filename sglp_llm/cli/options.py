@@ -69,7 +69,10 @@ JournalDir = Annotated[
     str | None,
     typer.Option("--journal", metavar="DIR", help="Where search keeps its trials, to go on from when interrupted."),
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Sequences a forward-only pass computes at once. Default: 8.")]
+BatchSize = Annotated[int | None, typer.Option(help="Sequences that are computed at once, where they fit. Default: 8.")]
+OnDevice = Annotated[
+    str | None, typer.Option("--on", help="Also predict the time on this GPU: a100, h100, h200, l4, l40s, rtx4090.")
+]
 Engine = Annotated[
     str | None,
     typer.Option(help="resident: the whole model in memory; streamed: layer by layer; auto (default): what fits."),
