@@ -1,8 +1,9 @@
 """Predicts how long a run takes on a named GPU with either engine, and what most of the time goes to.
 
-Counted are matrix products in the model's dtype and in float64, and bytes of weights that are read from the disk and sent over the
-bus. A rate is a share of what the maker states: products of a model are smaller than the best ones, and what lies between them
-takes time too. The result is meant to be right within a factor of two; launching kernels, which dominates for tiny models, is left out.
+Counted are matrix products in the model's dtype and in float64, and bytes of weights that are read from the disk and sent over
+the bus. A rate is a share of what the maker states: products of a model are smaller than the best ones, and what lies between
+them takes time too. The result is meant to be right within a factor of two; launching kernels, which takes most of the time of a
+tiny model, is left out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -175,11 +177,8 @@ class _Model:
     def __init__(self, dry: DryRun, counts: ParameterCounts, config: PretrainedConfig, tokens: int) -> None:
         self.counts, self.layers, self._length = counts, len(dry.layers), tokens
         self.hidden, self._vocabulary = int(config.hidden_size), int(config.vocab_size)
-        self.shapes = [
-            (int(module.weight.shape[0]), int(module.weight.shape[1]))
-            for module in dry.layers.modules()
-            if type(module) in (nn.Linear, Conv1D)
-        ]
+        linears: list[Any] = [module for module in dry.layers.modules() if type(module) in (nn.Linear, Conv1D)]
+        self.shapes = [(int(linear.weight.shape[0]), int(linear.weight.shape[1])) for linear in linears]
 
     def attention(self, tokens: float) -> float:
         """Both products, half of them masked."""

@@ -58,6 +58,8 @@ class Work:
         refined_sequences: Sequences that the compensation computes gradients of at once; 0 where it computes none.
         protected: Layers at the front that stay: what is refined begins with the layer before the first cut.
         removed: Layers that are removed, or their share if below 1.
+        whole_on_host: Whether a resident model is in host memory as a whole before it is moved to a device, as all but
+            safetensors are.
     """
 
     needs: Need
@@ -73,6 +75,7 @@ class Work:
     refined_sequences: int = 0
     protected: int = 0
     removed: float = 0
+    whole_on_host: bool = False
 
     def refined(self, layers: int) -> int:
         """How many layers are refined at most: those behind the first possible cut and the one before it, less the removed."""
@@ -194,8 +197,9 @@ def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool, free: Fre
             kept = work.refined_sequences * dry.kept_for_backward(work.refined(model.layers), work.seq_len)
             phases.append({"weights": weights, **_refinement(model, work, kept, weights, on_device, free), **streams})
     parts = max(phases, key=lambda phase: sum(phase.values()))
-    # A model is loaded to its device tensor by tensor.
-    staged = {"weights": PREFETCHED * model.counts.largest * model.itemsize} if on_device else {}
+    # Safetensors are loaded to the device tensor by tensor.
+    loaded = weights if work.whole_on_host else PREFETCHED * model.counts.largest * model.itemsize
+    staged = {"weights": loaded} if on_device else {}
     return _placed("resident", parts, staged, on_device, work, model, 0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import PretrainedConfig
 
@@ -28,9 +30,8 @@ def predict_memory(config: PretrainedConfig, recipe: Recipe, gguf: bool = False)
     Raises:
         UserError: A criterion does not exist, or transformers cannot run such a model.
     """
-    return plan_memory(
-        config, computed_in(config, recipe, gguf), work_of(recipe), torch.cuda.is_available(), free_for(recipe)
-    )
+    work = replace(work_of(recipe), whole_on_host=gguf)
+    return plan_memory(config, computed_in(config, recipe, gguf), work, torch.cuda.is_available(), free_for(recipe))
 
 
 def computed_in(config: PretrainedConfig, recipe: Recipe, gguf: bool) -> torch.dtype:
