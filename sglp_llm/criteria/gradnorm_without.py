@@ -30,6 +30,7 @@ class GradNormWithout(ScoreCriterion):
     """
 
     needs = Need.TRIALS
+    trial_cost = "1 forward and backward pass a layer"
 
     def __init__(self, num_layers: int, seed: int = 0, *, best: str = "largest") -> None:
         super().__init__(num_layers, seed)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from sglp_llm.adapters import text_config
 from sglp_llm.compensation import NONE, get_method
 from sglp_llm.criteria import GreedyCriterion, get_criterion
 from sglp_llm.engine import Need
@@ -176,7 +177,8 @@ class _Model:
 
     def __init__(self, dry: DryRun, counts: ParameterCounts, config: PretrainedConfig, tokens: int) -> None:
         self.counts, self.layers, self._length = counts, len(dry.layers), tokens
-        self.hidden, self._vocabulary = int(config.hidden_size), int(config.vocab_size)
+        text = text_config(config)
+        self.hidden, self._vocabulary = int(text.hidden_size), int(text.vocab_size)
         linears: list[Any] = [module for module in dry.layers.modules() if type(module) in (nn.Linear, Conv1D)]
         self.shapes = [(int(linear.weight.shape[0]), int(linear.weight.shape[1])) for linear in linears]
 

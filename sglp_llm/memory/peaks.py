@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from transformers import PretrainedConfig
 
-from sglp_llm.adapters import adapter_of
+from sglp_llm.adapters import adapter_of, text_config
 from sglp_llm.compensation.repair.refine import MOVING_SHARE, REFINED_BYTES
 from sglp_llm.engine import Need
 from sglp_llm.engine.gradients import most_sequences
@@ -102,7 +102,8 @@ def plan_memory(
     try:
         dry = DryRun(config, dtype)
         counts = count_parameters(dry.model, dry.layers)
-        model = _Model(counts, len(dry.layers), config.hidden_size, config.vocab_size, dtype.itemsize)
+        text = text_config(config)
+        model = _Model(counts, len(dry.layers), text.hidden_size, text.vocab_size, dtype.itemsize)
         free = free or FreeMemory(None)
         step = _most_sequences(config, work, on_device)
         plans = [

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from calibration_sets import padded_set, plain_set
-from checkpoints import QUICK, run_cli, write_gguf
+from checkpoints import QUICK, run_cli
+from gguf_files import write_gguf
 from helpers import TEXT
 from tiny_models import Tiny, every_tiny, logits_of, random_model, save_tiny, tiny_model, token_ids
 from transformers import AutoModelForCausalLM

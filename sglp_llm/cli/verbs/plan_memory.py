@@ -14,6 +14,7 @@ from sglp_llm.cli.options import (
     OnDevice,
     Option,
     Preset,
+    Quiet,
     RecipeName,
     Revision,
     Samples,
@@ -47,11 +48,12 @@ def plan_memory(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     on: OnDevice = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Predict the memory that an analysis takes, with either engine. Needs the configuration, no weights."""
     settings = {name: value for name, value in settings_of(locals()).items() if name != "on"}
-    console = prepare()
+    console = prepare(quiet)
     from sglp_llm.analysis.observing import check_criteria
     from sglp_llm.cli import memory_table
     from sglp_llm.memory.duration import Duration, accelerator, predict_durations
