@@ -12,8 +12,9 @@ import torch
 
 from sglp_llm.adapters import auto_class, is_wrapper
 from sglp_llm.analysis import open_for_analysis, run_analysis, software_versions
+from sglp_llm.analysis.decisions import Judge
 from sglp_llm.analysis.latency import drop_for_latency
-from sglp_llm.analysis.opening import Inputs, OnForecast, open_for_plan
+from sglp_llm.analysis.opening import Inputs, OnForecast, let_go, open_for_plan
 from sglp_llm.analysis.run import only_journal
 from sglp_llm.calibration import CalibrationSet, named_text
 from sglp_llm.checkpoint import atomic_folder
@@ -301,12 +302,30 @@ def _analysed(found: Inputs, recipe: Recipe, progress: Progress, processes: Proc
     with found.model.unchanged_files(), only_journal(recipe, processes):
         judge = open_judge(recipe, found.model)
         if recipe.target_latency is None:
-            return run_analysis(found, recipe, progress, processes, judge)
+            return _on_some_engine(found, recipe, progress, processes, judge)
         times = measure_decode(found.model, progress, processes)
         drop = drop_for_latency(recipe, times, found.model.staying)
-        analysis = run_analysis(found, recipe.with_changes(drop=drop), progress, processes, judge)
+        analysis = _on_some_engine(found, recipe.with_changes(drop=drop), progress, processes, judge)
     settings = {**analysis.plan.settings, "decode_times": times.to_dict()}
     return replace(analysis, plan=replace(analysis.plan, budget=recipe.budget.to_dict(), settings=settings))
+
+
+def _on_some_engine(
+    found: Inputs, recipe: Recipe, progress: Progress, processes: Processes, judge: Judge | None
+) -> Analysis:
+    """The analysis; where the engine was left open and the device runs out of memory, once more with streamed layers.
+
+    Not with several processes, of which others may wait for this one.
+    """
+    opened = found.model
+    try:
+        return run_analysis(found, recipe, progress, processes, judge)
+    except torch.OutOfMemoryError:
+        if recipe.engine != "auto" or opened.streamed or processes.count > 1 or not opened.can_stream:
+            raise
+    let_go(opened)  # outside the handler: the error holds the frames, and they hold tensors
+    opened.stream(recipe.scratch)
+    return run_analysis(found, recipe, progress, processes, judge)
 
 
 def _recipe(

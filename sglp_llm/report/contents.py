@@ -281,16 +281,11 @@ def _choices(plan: PrunePlan) -> list[tuple[list[int], str]]:
     protect = plan.settings.get("protect")
     if scores is None or not plan.segments or not isinstance(protect, Mapping):
         return []
-<<<<<<< HEAD
-    ends = (int(protect.get("first", 0)), int(protect.get("last", 0)))
-    limits = staying_from(plan.settings.get("staying"), "the plan")
-    most = sum(segment_capacities(plan.segments, ends, limits))
-=======
     ends = (protect.get("first", 0), protect.get("last", 0))
     if not all(type(end) is int and 0 <= end <= plan.num_layers for end in ends):
         return []
-    most = sum(segment_capacities(plan.segments, ends))
->>>>>>> hostile
+    limits = staying_from(plan.settings.get("staying"), "the plan")
+    most = sum(segment_capacities(plan.segments, ends, limits))
     choices = []
     for count in range(most + 1):
         try:
