@@ -225,6 +225,13 @@ def _prune(
             raise UserError("how much to remove? Give a ratio, a number of layers to drop, a target, or a plan")
         opened = found.model
         plan = replace(plan, replaced=as_stored(opened.config, opened.source, plan.replaced))
+    notes = []
+    quantised = opened.source.quantised if opened.source is not None else ""
+    if quantised and plan.source is not None and plan.source.fingerprint != opened.identity.fingerprint:
+        notes.append(f"the plan was made for {plan.source.name}, which has other tensors")
+    if verify and quantised and analysis is None:
+        verify = False
+        notes.append(f"no reload check: {quantised} weights are copied as they are, and not run")
     plan = replace(plan, source=plan.source or opened.identity, versions=plan.versions or software_versions())
     if opened.adapter.is_derived:  # the result is there only if the reload check passes
         special = {"adapter": f"derived{', verified by logits' if verify else ''}"}
@@ -255,7 +262,7 @@ def _prune(
             with timed(seconds, "reload check"):
                 verification = asdict(verify_checkpoint(folder, expected, dtype, device, opened.streamed))
         written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
-    return RunReport(str(output), plan, written, verification, seconds, analysis)
+    return RunReport(str(output), plan, written, verification, seconds, analysis, notes=tuple(notes))
 
 
 def _analysed(found: Inputs, recipe: Recipe, progress: Progress, processes: Processes) -> Analysis:
