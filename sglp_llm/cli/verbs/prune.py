@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from sglp_llm.processes import Processes
 
 from sglp_llm.cli.options import (
     DECIDING,
@@ -67,6 +70,12 @@ def prune(
         typer.Option(
             metavar="FILE|3,7,11",
             help="Remove these layers instead of analysing: sglp_plan.json, mergekit's YAML, or 0-based indices.",
+        ),
+    ] = None,
+    merge_adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="MODEL is a PEFT adapter: write it, merged into its base model, to this folder, and prune that."
         ),
     ] = None,
     ratio: Ratio = None,
@@ -142,6 +151,8 @@ def prune(
         taken = preset if plan is not None else preset_of(preset, recipe, settings)
         chosen = recipe_of(recipe, settings, model, taken)
         name = model_of(model, chosen)
+        if merge_adapter is not None:
+            name = _merged(name, merge_adapter, overwrite, processes)
         known_plan = None if plan is None else given_plan(plan, lambda: find_depth(name, chosen.revision))
         # For the reload check alone any text serves, and this one needs no network.
         serves = plan is not None and recipe is None and calibration is None and chosen.healing is None
@@ -168,3 +179,12 @@ def prune(
         memory.print_peak()
     if push_to_hub is not None:
         push_finished(output, push_to_hub, private, as_json)
+
+
+def _merged(adapter: str, output: Path, overwrite: bool, processes: Processes) -> str:
+    from sglp_llm.healing.merging import merge_adapter
+
+    if processes.is_main:
+        merge_adapter(adapter, output, overwrite)
+    processes.wait()
+    return str(output)
