@@ -19,7 +19,7 @@ def merge_adapter(adapter: str | Path, output: str | Path, overwrite: bool = Fal
 
     Args:
         adapter: Folder of a PEFT adapter; its configuration names the base model.
-        output: Folder to write. The base's tokenizer and other files are carried over, and the adapter's instead where it has them.
+        output: Folder to write. The base's tokenizer and other files are carried over, or the adapter's where it has them.
         overwrite: Replace an existing output.
 
     Returns:

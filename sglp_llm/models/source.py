@@ -211,7 +211,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     if not file.exists():
         if (folder / "adapter_config.json").exists():
             raise UserError(
-                f"{folder}: a PEFT adapter, not a model; `sglp-llm prune --merge-adapter FOLDER` merges it into its base model first"
+                f"{folder}: a PEFT adapter, not a model; `sglp-llm prune --merge-adapter FOLDER` merges it into its base first"
             )
         raise UserError(f"{folder}: no config.json; expected the folder of a transformers checkpoint")
     try:

@@ -151,10 +151,10 @@ def _decoder_path(model: PreTrainedModel) -> str:
     """Path of the module that a wrapper's nested configuration describes; empty otherwise."""
     if not is_wrapper(model.config):
         return ""
-    nested = text_config(model.config).model_type
+    nested = str(text_config(model.config).model_type)
     for path, module in model.named_modules():  # the outermost one
         if path and getattr(getattr(module, "config", None), "model_type", None) == nested:
-            return path
+            return str(path)
     return ""
 
 
