@@ -103,7 +103,7 @@ class DecoderAdapter:
         """
         paths = (path.split(".", 1) for path in (self.layers, self.stored_layers) if path)
         prefixes = "|".join(rf"(?:{re.escape(outer)}\.)?{re.escape(inner)}" for outer, inner in paths)
-        return re.compile(rf"^((?:{prefixes})\.)(\d+)(\..+)$")
+        return re.compile(rf"^((?:{prefixes})\.)(0|[1-9][0-9]{{0,8}})(\..+)$")
 
 
 TINY_LLAMA: Mapping[str, Any] = {

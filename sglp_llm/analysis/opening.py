@@ -19,7 +19,7 @@ from sglp_llm.analysis.targets import check_context
 from sglp_llm.calibration import CalibrationSet, calibration_set, check_spec
 from sglp_llm.calibration.cache import cache_folder
 from sglp_llm.calibration.self_text import self_text, tokens_to_write
-from sglp_llm.checkpoint.export import check_plan
+from sglp_llm.checkpoint.export import check_carried, check_plan
 from sglp_llm.checkpoint.shorten import check_shortened
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS
 from sglp_llm.compensation import NONE, check_compensation
@@ -142,8 +142,12 @@ def open_for_plan(
         UserError: See `open_for_analysis`; also a plan for another model.
     """
     opened = _found(model, recipe, tokenizer, processes)
-    source = opened.source
-    check_plan(plan, opened.identity, opened.num_layers, source is not None, bool(source and source.quantised))
+    stored = opened.source is not None
+    if opened.source is not None and opened.source.format == "gguf" and plan.source is not None:
+        # A plan may have been made for the safetensors checkpoint that the file was converted from.
+        stored = plan.source.name.endswith(".gguf")
+    quantised = bool(opened.source and opened.source.quantised)
+    check_plan(plan, opened.identity, opened.num_layers, stored, quantised)
     check_shortened(opened, plan.kept)
     if plan.replaced:
         refuse_quantised(opened.source, "a plan that replaces weights")
@@ -313,8 +317,11 @@ def _let_go(opened: OpenedModel) -> None:
 
 
 def _check_apart(opened: OpenedModel, output: Path | None) -> None:
+    """Checks what an export would fail at: an output inside the source, and files that it would not copy."""
     if output is not None and opened.source is not None:
         opened.source.check_apart(output)
+        if opened.source.path.is_dir():
+            check_carried(opened.source.path)
 
 
 def _positions(opened: OpenedModel) -> int | None:

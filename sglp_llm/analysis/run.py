@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sglp_llm.analysis.decisions import Judge, check_reachable, decide
 from sglp_llm.analysis.observing import observe, trials_in_bfloat16
 from sglp_llm.analysis.opening import Inputs
 from sglp_llm.calibration import CalibrationSet
+from sglp_llm.checkpoint.lock import LOCK_FILE_NAME, only_run
 from sglp_llm.checkpoint.shorten import check_shortened
 from sglp_llm.compensation import NONE
 from sglp_llm.models.opened import OpenedModel
@@ -126,6 +128,18 @@ def _journal(opened: OpenedModel, recipe: Recipe, calibration: CalibrationSet) -
         **({"trial_dtype": "bfloat16"} if trials_in_bfloat16(recipe, opened.load()) else {}),
     }
     return Journal(Path(recipe.journal).expanduser() / "trials", setting)
+
+
+def only_journal(recipe: Recipe, processes: Processes) -> AbstractContextManager[None]:
+    """A block in which no other run uses the recipe's journal.
+
+    Raises:
+        UserError: Another run uses it, or it cannot be written to.
+    """
+    if recipe.journal is None or not processes.is_main:
+        return nullcontext()
+    folder = Path(recipe.journal).expanduser()
+    return only_run(folder / LOCK_FILE_NAME, folder)
 
 
 def software_versions() -> dict[str, str]:

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from sglp_llm.adapters import adapter_of, auto_class
 from sglp_llm.checkpoint.export import renamed
@@ -116,23 +115,29 @@ def _generates(model: DecoderModel, ids: torch.Tensor) -> bool:
 
 
 def verify_checkpoint(
-    folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str, streamed: bool = False
+    folder: Path,
+    expected: Expected,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    streamed: bool = False,
+    config: PretrainedConfig | None = None,
 ) -> Verification:
     """Loads the folder with plain transformers and compares it with what is expected.
 
     Args:
-        folder: The exported checkpoint.
+        folder: The exported checkpoint: a folder, or a GGUF file.
         expected: What `expected_logits` returned.
         dtype: The dtype in which the source computed.
         device: Where the source computed, or accelerate's ``device_map``.
         streamed: Keep one decoder layer in memory at a time, loaded by transformers' loader. Generation is then not compared: it
             would read the whole checkpoint for every token.
+        config: Used instead of what transformers derives from a GGUF file.
 
     Raises:
         VerificationError: The folder does not load, tensors are missing or unexpected, logits differ, or in float32 greedy
             generation with the KV cache gives other tokens than without.
     """
-    model = _streamed(folder, dtype) if streamed else _resident(folder, expected, dtype, device)
+    model = _streamed(folder, dtype) if streamed else _resident(folder, dtype, device, config)
     ids = expected.input_ids.to(model.input_device)
     logits = _logits(model.model, ids)
     if unknown := sorted(model.unused_tensors - expected.unused_tensors):
@@ -152,12 +157,17 @@ def verify_checkpoint(
     return Verification(str(dtype).removeprefix("torch."), difference, tolerance, ids.numel(), generation)
 
 
-def _resident(folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str) -> DecoderModel:
+def _resident(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, config: PretrainedConfig | None
+) -> DecoderModel:
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device, "output_loading_info": True}
+    where = folder
+    if folder.is_file():
+        where = folder.parent
+        options |= {"gguf_file": folder.name, "config": config}
     try:
-        config = AutoConfig.from_pretrained(folder)
-        model, report = auto_class(config).from_pretrained(
-            folder, dtype=dtype, device_map=device, output_loading_info=True
-        )
+        found = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model, report = auto_class(found).from_pretrained(where, trust_remote_code=False, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub each have their own for what is wrong
@@ -224,11 +234,13 @@ def _compare_generation(model: PreTrainedModel, prompts: torch.Tensor, tie: floa
 
 
 def _greedy(model: PreTrainedModel, prompt: torch.Tensor, use_cache: bool) -> torch.Tensor:
-    options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "use_cache": use_cache}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn of the sampling settings that greedy search does not use
+    """Without the checkpoint's own generation settings, which may be any: some need a tokenizer, or code from the Hub."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=_NEW_TOKENS, do_sample=False, use_cache=use_cache, pad_token_id=0
+    )
     try:
-        tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0]
+        tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt))[0]
     finally:
-        logging.set_verbosity(verbosity)
+        model.generation_config = own
     return tokens

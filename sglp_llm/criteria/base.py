@@ -21,11 +21,13 @@ class Criterion(Observer, ABC):
 
     Attributes:
         needs_with_trials: What it observes in an additional pass of its own over the trial sequences.
+        trial_cost: How many trials it makes, in words for the list of criteria; a trial runs the model without some layers.
         keeps_trials: Whether it can resume from trial results kept in a journal (`Trials.once`).
         cka: The CKA matrix, if it has computed one for itself.
     """
 
     needs_with_trials: ClassVar[Need] = Need.NOTHING
+    trial_cost: ClassVar[str] = "a trial of every layer"
     keeps_trials: ClassVar[bool] = False
     cka: SimilarityMatrix | None = None
 
@@ -86,6 +88,8 @@ class SetCriterion(Criterion):
 
 class GreedyCriterion(SetCriterion):
     """Removes the layer with the lowest cost, scores the remaining layers again, and repeats."""
+
+    trial_cost = "a trial of every layer left, for each layer removed"
 
     def __init__(self, num_layers: int, seed: int = 0) -> None:
         super().__init__(num_layers, seed)

@@ -45,7 +45,7 @@ def parse_budget(budget: int | str) -> SearchBudget:
     Raises:
         UserError: It is something else, or zero.
     """
-    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)([ksmh])", str(budget))
+    match = re.fullmatch(r"([0-9]{1,15})|([0-9]{1,15}(?:\.[0-9]{1,15})?)([ksmh])", str(budget))
     if match is not None:
         number, unit = float(match[1] or match[2]), match[3]
         if unit in ("s", "m", "h") and number > 0:

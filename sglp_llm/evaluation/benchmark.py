@@ -174,7 +174,7 @@ def benchmark(
 
 def ratios(over: Measured, under: Measured) -> Measured:
     """The ratio of one quantity of two models that were measured in turns, repeat by repeat."""
-    return _measured([value / base for value, base in zip(over.values, under.values, strict=True)])
+    return measured([value / base for value, base in zip(over.values, under.values, strict=True)])
 
 
 def greedy(model: DecoderModel, prompt: torch.Tensor, new_tokens: int, devices: Sequence[torch.device] = ()) -> Greedy:
@@ -261,11 +261,12 @@ def _speed(batch: int, seconds: Sequence[tuple[float, float]], settings: Benchma
     prompt, rest = batch * settings.prompt_len, batch * (settings.new_tokens - 1)
     return Speed(
         batch=batch,
-        first_token_seconds=_measured([first for first, _ in seconds]),
-        prefill_tokens_per_second=_measured([prompt / first for first, _ in seconds]),
-        decode_tokens_per_second=_measured([rest / after for _, after in seconds]),
+        first_token_seconds=measured([first for first, _ in seconds]),
+        prefill_tokens_per_second=measured([prompt / first for first, _ in seconds]),
+        decode_tokens_per_second=measured([rest / after for _, after in seconds]),
     )
 
 
-def _measured(values: Sequence[float]) -> Measured:
+def measured(values: Sequence[float]) -> Measured:
+    """The quantity over the repeats, from its values."""
     return Measured(median(values), min(values), max(values), tuple(values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,14 @@ class OpenedModel:
     def setting(self) -> dict[str, str | None]:
         """Identifies the model in a journal; includes the name, because fine-tuned copies share a fingerprint."""
         return {"model": self.identity.name, "fingerprint": self.identity.fingerprint, "revision": self.revision}
+
+    def unchanged_files(self) -> AbstractContextManager[None]:
+        """A block in which the files must stay as they were when the model was opened; a live model has none.
+
+        Raises:
+            UserError: One has changed or is gone, at the end of the block or in place of the error that came of it.
+        """
+        return self.source.files.staying() if self.source else nullcontext()
 
     @property
     def staying(self) -> Staying:

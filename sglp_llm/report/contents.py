@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from sglp_llm.method.selection import lowest_scores, segment_capacities
 from sglp_llm.method.staying import staying_from
 from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME, load_plan
 from sglp_llm.plan.healing_recipe import HEALING_FILE_NAME, LOG_FILE_NAME
-from sglp_llm.plan.published import last_part, without_local_paths
+from sglp_llm.plan.published import last_part, without_local_paths, without_paths
+from sglp_llm.plan.results import Result, read_results
 from sglp_llm.records import PrunePlan, Segment
 from sglp_llm.report.drawing import Chart, Mark, chart, shade
 from sglp_llm.sizes import show_bytes, show_count
+from sglp_llm.small_files import read_json, read_json_lines
 
 _HEAT_MAP = 400.0
 _RACES = 3
@@ -77,6 +79,7 @@ class Contents:
         gains: What each repair and the training changed.
         training: The training loss against the step, and the held-out one.
         sizes: What is told of the model before and after: a name and two numbers as text.
+        results: What was measured of the model with ``--record``; names without paths.
         choices: For every number of layers, which ones would go, and the parameters that stay; empty where no scores decide.
         settings: Names and values.
         versions: Names and versions.
@@ -95,6 +98,7 @@ class Contents:
     gains: Sequence[Gain]
     training: Mapping[str, Chart]
     sizes: Sequence[tuple[str, str, str]]
+    results: Sequence[Result]
     choices: Sequence[tuple[Sequence[int], str]]
     settings: Sequence[tuple[str, str]]
     versions: Sequence[tuple[str, str]]
@@ -125,6 +129,7 @@ def gather(folder: Path) -> Contents:
         gains=gains_of(plan, healing),
         training=_training(folder / LOG_FILE_NAME),
         sizes=sizes_of(plan),
+        results=[replace(each, name=without_paths(each.name)) for each in read_results(folder)],
         choices=_choices(plan),
         settings=[
             *((key, _short(key, value)) for key, value in plan.settings.items() if _is_shown(key, value)),
@@ -232,7 +237,7 @@ def _trained(record: Mapping[str, Any]) -> list[Gain]:
 def _training(file: Path) -> dict[str, Chart]:
     if not file.is_file():
         return {}
-    log = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    log = read_json_lines(file, "log of a training")
     drawn = {}
     for name, key in (("training loss", "loss"), ("held-out loss", "eval_loss")):
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
@@ -283,7 +288,7 @@ def _choices(plan: PrunePlan) -> list[tuple[list[int], str]]:
 
 
 def _json(file: Path) -> Mapping[str, Any]:
-    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    data = read_json(file, "record of a training") if file.is_file() else {}
     return data if isinstance(data, Mapping) else {}
 
 

@@ -12,6 +12,7 @@ from sglp_llm.plan.published import PLACE, last_part, without_paths
 from sglp_llm.records import PrunePlan
 from sglp_llm.report.card_data import base_model, card_data, loaded_by_of
 from sglp_llm.report.contents import gains_of, limits_of, sizes_of
+from sglp_llm.report.recorded import RESULTS_PLACE
 
 
 def write_model_card(
@@ -53,6 +54,9 @@ def write_model_card(
 - Chosen by {how}
 {special}- Everything that led to the choice: `sglp_plan.json`; the settings: `sglp_recipe.yaml`
 {_numbers(plan, healing)}
+{RESULTS_PLACE[0]}
+{RESULTS_PLACE[1]}
+
 ## How to load it
 
 It is a plain checkpoint of the family `{plan.source.model_type}`, only shorter: nothing but transformers is needed.
