@@ -249,6 +249,13 @@ def _prune(
         if is_gguf(output):
             check_gguf_source(opened.source, output)
         plan = replace(plan, replaced=as_stored(opened.config, opened.source, plan.replaced))
+    notes: list[str] = []
+    quantised = opened.source.quantised if opened.source is not None else ""
+    if quantised and plan.source is not None and plan.source.fingerprint != opened.identity.fingerprint:
+        notes.append(f"the plan was made for {plan.source.name}, which has other tensors")
+    if verify and quantised and analysis is None:
+        verify = False
+        notes.append(f"no reload check: {quantised} weights are copied as they are, and not run")
     plan = replace(plan, source=plan.source or opened.identity, versions=plan.versions or software_versions())
     if opened.adapter.is_derived:  # the result is there only if the reload check passes
         special = {"adapter": f"derived{', verified by logits' if verify else ''}"}
@@ -266,19 +273,18 @@ def _prune(
             expected = expected_logits(decoder, plan.removed, found.calibration.input_ids, plan.replaced)
             del decoder
     verification = None
-    notes: tuple[str, ...] = ()
     if is_gguf(output):
         assert opened.source is not None
         with atomic_file(output, overwrite) as file, opened.unchanged_files():
             with timed(seconds, "export"):
-                notes = export_gguf(opened.source, plan, file, progress)
+                said = export_gguf(opened.source, plan, file, progress)
             opened.release()
             if expected is not None:
-                config = gguf_config(opened.source, plan) if notes else None
+                config = gguf_config(opened.source, plan) if said else None
                 with timed(seconds, "reload check"):
                     verification = asdict(verify_checkpoint(file, expected, dtype, device, config=config))
             written = file.stat().st_size
-        return RunReport(str(output), plan, written, verification, seconds, analysis, notes=notes)
+        return RunReport(str(output), plan, written, verification, seconds, analysis, notes=(*notes, *said))
     with atomic_folder(output, overwrite) as folder, opened.unchanged_files():
         with timed(seconds, "export"):
             # Before the weights: what is wrong with a plan from elsewhere is seen here at the latest.
@@ -294,7 +300,7 @@ def _prune(
             with timed(seconds, "reload check"):
                 verification = asdict(verify_checkpoint(folder, expected, dtype, device, opened.streamed))
         written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
-    return RunReport(str(output), plan, written, verification, seconds, analysis)
+    return RunReport(str(output), plan, written, verification, seconds, analysis, notes=tuple(notes))
 
 
 def _analysed(found: Inputs, recipe: Recipe, progress: Progress, processes: Processes) -> Analysis:
