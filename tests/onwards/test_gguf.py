@@ -96,7 +96,9 @@ def test_a_file_that_computes_something_else_is_not_left(tmp_path: Path, monkeyp
     folder = pruned(tmp_path / "tiny", "0,3")
     file = write_gguf(tmp_path / "converted.gguf", removed=(1, 3))
     stand_in(tmp_path / "llama.cpp", STAND_IN.format(file=str(file)), monkeypatch)
-    assert "wrote a file that computes something else" in run_cli("export", folder, "--to", "gguf").error
+    outcome = run_cli("export", folder, "--to", "gguf")
+    assert outcome.code == 2
+    assert "wrote a file that computes something else" in outcome.err.splitlines()[-1]
     assert not list(folder.glob("*.gguf")) + list(folder.glob(".*"))
 
 
@@ -121,6 +123,7 @@ def test_ollama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_cli("export", file, "--to", "ollama", "-o", tmp_path / "elsewhere" / "Modelfile").code == 0
     assert (tmp_path / "elsewhere" / "Modelfile").read_text() == f"FROM {file}\n"
     assert "already exists" in run_cli("export", file, "--to", "ollama").error
+    (tmp_path / "Modelfile").unlink()
     assert "there is no such file" in run_cli("export", tmp_path / "no.gguf", "--to", "ollama").error
 
 

@@ -1,4 +1,4 @@
-"""What vLLM's loader and configuration checks want of a shortened checkpoint, by its published sources; vLLM itself is not run."""
+"""What vLLM's loader and configuration checks want of a shortened checkpoint, by its sources; vLLM itself is not run."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_loader_and_configuration(model_type: str, changes: dict[str, object], t
 
 def test_without_an_index_no_other_file_is_taken_for_weights(tmp_path: Path) -> None:
     source, output = save_tiny(tmp_path / "tiny"), tmp_path / "out"
-    options = ("--criterion", "bi", "--drop", 2, "--compensate", "linear", *SMALL)
+    options = ("--criterion", "reverse", "--drop", 2, "--compensate", "linear", *SMALL)
     outcome = run_cli("prune", source, *options, "-o", output, "--no-verify")
     assert outcome.code == 0, outcome
     assert [file.name for file in output.glob("*.safetensors")] == ["model.safetensors"]
