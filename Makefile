@@ -1,4 +1,4 @@
-# The doors: setup, demo, test, lint, bench. Everything happens in .venv; nothing is installed outside it.
+# The doors: setup, demo, test, lint, docs, bench. Everything happens in .venv; nothing is installed outside it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO := demo-output
 WORKERS ?= 2
 
-.PHONY: setup demo test test-all lint bench bench-gpu clean
+.PHONY: setup demo test test-all faults lint docs bench bench-gpu clean
 
 setup: $(READY)
 
@@ -29,11 +29,20 @@ test-all: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 	$(BIN)/python -m pytest -m slow
 
+# A signal at every moment of every command that writes, and disks that are full at every stage; about an hour.
+faults: setup
+	FAULTS=every OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, in site/; --strict: a warning is a failure.
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: setup
 	$(BIN)/python benchmarks/export.py
@@ -51,4 +60,4 @@ bench-gpu: setup
 	$(BIN)/python benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info
+	rm -rf $(VENV) $(DEMO) site build dist *.egg-info

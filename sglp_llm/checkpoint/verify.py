@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from sglp_llm.adapters import adapter_of
+from sglp_llm.adapters import adapter_of, auto_class
 from sglp_llm.checkpoint.export import renamed
 from sglp_llm.engine.modes import replaced_weights, skipped
 from sglp_llm.errors import UserError
@@ -167,7 +166,8 @@ def _resident(
         where = folder.parent
         options |= {"gguf_file": folder.name, "config": config}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(where, **options)
+        found = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model, report = auto_class(found).from_pretrained(where, trust_remote_code=False, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub each have their own for what is wrong
@@ -204,7 +204,7 @@ def _buffers_as_loaded(model: PreTrainedModel) -> Iterator[None]:
     ]
     if coarse:
         with init_empty_weights(include_buffers=False):
-            fresh = dict(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).named_buffers())
+            fresh = dict(auto_class(model.config).from_config(model.config, dtype=model.dtype).named_buffers())
         for path, module, name, buffer in coarse:
             module._buffers[name] = fresh[path].to(buffer.device)
     try:
@@ -234,11 +234,13 @@ def _compare_generation(model: PreTrainedModel, prompts: torch.Tensor, tie: floa
 
 
 def _greedy(model: PreTrainedModel, prompt: torch.Tensor, use_cache: bool) -> torch.Tensor:
-    options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "use_cache": use_cache}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn of the sampling settings that greedy search does not use
+    """Without the checkpoint's own generation settings, which may be any: some need a tokenizer, or code from the Hub."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=_NEW_TOKENS, do_sample=False, use_cache=use_cache, pad_token_id=0
+    )
     try:
-        tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0]
+        tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt))[0]
     finally:
-        logging.set_verbosity(verbosity)
+        model.generation_config = own
     return tokens

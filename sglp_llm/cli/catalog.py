@@ -8,8 +8,10 @@ from types import ModuleType
 import sglp_llm.compensation as compensation
 import sglp_llm.criteria as criteria
 from sglp_llm.adapters import adapter_names, get_adapter
-from sglp_llm.compensation import compensation_names
-from sglp_llm.criteria import criterion_names, get_criterion
+from sglp_llm.adapters.structure.probed import probed
+from sglp_llm.cli.memory_table import price_line
+from sglp_llm.compensation import Method, compensation_names, get_method
+from sglp_llm.criteria import Criterion, ScoreCriterion, criterion_names, get_criterion
 from sglp_llm.engine import Need
 from sglp_llm.errors import unknown
 from sglp_llm.evaluation.suites import load_suite
@@ -49,37 +51,67 @@ def catalog(what: str) -> tuple[str, list[str], list[list[str]]]:
 
 
 def _adapters() -> tuple[str, list[str], list[list[str]]]:
-    rows = [[name, get_adapter(name).display_name] for name in adapter_names()]
-    return "Model families", ["model_type", "family"], rows
+    written, table = adapter_names(), probed()
+    rows = [[name, "written", get_adapter(name).display_name] for name in written]
+    rows += [
+        [name, found["adapter"], table.limits_of(name)] for name, found in table.types.items() if name not in written
+    ]
+    title = f"Model types of transformers {table.transformers}; of others an adapter is derived, or refused, when they are met"
+    return title, ["model_type", "adapter", "what it is, or what is refused and why"], sorted(rows)
 
 
 def _criteria() -> tuple[str, list[str], list[list[str]]]:
-    rows = [["sglp", "segments + gradients", "The paper's pipeline: CKA segments, gradnorm inside each."]]
+    passes = _PASSES[Need.GRADIENT_NORMS]
+    rows = [["sglp", passes, "scores", "The paper's pipeline: CKA segments, gradnorm inside each."]]
     for name in criterion_names():
         criterion = get_criterion(name)
-        needs = " + ".join(each.lower().replace("_", " ") for each in _need_names(criterion.needs)) or "nothing"
-        rows.append([name, needs, _headline(criteria, name)])
-    return "Criteria", ["name", "needs", "what it is"], rows
+        kind = "scores" if issubclass(criterion, ScoreCriterion) else "a set"
+        rows.append([name, _criterion_cost(criterion), kind, _headline(criteria, name)])
+    return "Criteria; scores can be compared inside segments", ["name", "costs", "gives", "what it is"], rows
 
 
-def _need_names(needs: Need) -> list[str]:
-    """The single flags of a combination; Python 3.10 cannot iterate over one."""
-    return [name for name, need in Need.__members__.items() if need.value.bit_count() == 1 and need in needs]
+_PASSES = {
+    Need.WEIGHTS: "reads the weights",
+    Need.HIDDEN_STATES: "1 forward pass",
+    Need.GRADIENTS: "1 forward and backward pass, whole gradients",
+    Need.GRADIENT_NORMS: "1 forward and backward pass",
+    Need.STATE_GRADIENTS: "1 forward and backward pass",
+}
+
+
+def _criterion_cost(criterion: type[Criterion]) -> str:
+    """In passes over the calibration text, or in trials: runs of the model without some layers."""
+    wants = criterion.needs
+    costs = [cost for need, cost in _PASSES.items() if need in wants | criterion.needs_with_trials]
+    if Need.TRIALS in wants:
+        costs.append(criterion(1).price(Recipe().samples, Recipe().seq_len) or criterion.trial_cost)
+    return "; ".join(costs) or "nothing"
 
 
 def _compensations() -> tuple[str, list[str], list[list[str]]]:
-    rows = [[name, _headline(compensation, name)] for name in compensation_names()]
-    return "Compensations", ["name", "what it is"], rows
+    rows = []
+    for name in compensation_names():
+        method = get_method(name)
+        rows.append(
+            [name, _equations(method), "yes" if method.refined_sequences else "no", _headline(compensation, name)]
+        )
+    return "Compensations", ["name", "equations in memory", "gradients", "what it is"], rows
+
+
+def _equations(method: Method) -> str:
+    if not method.matrices:
+        return "small"
+    return f"{method.matrices} float64 matrices as wide as the {'MLP' if method.of_inputs else 'hidden states'}"
 
 
 def _presets() -> tuple[str, list[str], list[list[str]]]:
     rows = []
     for name in preset_names():
         recipe = Recipe().with_changes(**preset_settings(name))
-        training = "none" if recipe.healing is None else f"{recipe.healing.tokens:,} tokens"
         title = f"{name} (default)" if name == DEFAULT_PRESET else name
-        rows.append([title, recipe.criterion, recipe.compensate, training, preset_description(name)])
-    return "Presets", ["name", "criterion", "compensate", "training", "what it is"], rows
+        cost = (price_line(recipe) or _PASSES[Need.GRADIENT_NORMS]).removeprefix("Cost: about ")
+        rows.append([title, recipe.criterion, recipe.compensate, cost, preset_description(name)])
+    return "Presets", ["name", "criterion", "compensate", "costs", "what it is"], rows
 
 
 def _recipes() -> tuple[str, list[str], list[list[str]]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,6 +14,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    ProgressColumn,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -22,34 +25,42 @@ from rich.table import Table
 
 from sglp_llm.analysis.observing import CKA_COLUMN_SUM
 from sglp_llm.analysis.targets import context_of
+from sglp_llm.cli.heat_map import heat_map
+from sglp_llm.cli.quiet import is_quiet
 from sglp_llm.evaluation.records import EvalResult, TaskScore
 from sglp_llm.evaluation.side_by_side import Row
 from sglp_llm.plan import plan_to_dict
 from sglp_llm.progress import Advance
 from sglp_llm.records import Analysis, HealReport, PrunePlan, RunReport
+from sglp_llm.report.contents import limits_of
 from sglp_llm.sizes import show_bytes, show_count
+
+_WIDTH_OF_A_TABLE = 80
+
+_WIDTH_OF_A_BAR = 70
+"""Below this many columns the numbers take the whole line."""
 
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Advance]:
-    """A `sglp_llm.progress.Progress` that shows a bar and the remaining time on stderr."""
+    """A `sglp_llm.progress.Progress` that shows a bar and the remaining time on stderr.
+
+    Where stderr is no terminal it is one line at the end, without a bar; when the verb is quiet, nothing.
+    """
+    console = Console(stderr=True, quiet=is_quiet())
     counted = (MofNCompleteColumn(),) if total < 1_000_000 else ()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        *counted,
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
+    columns: tuple[ProgressColumn, ...] = (TextColumn("{task.description}"), TaskProgressColumn(), *counted)
+    if console.is_terminal and console.width >= _WIDTH_OF_A_BAR:
+        columns = (columns[0], BarColumn(), *columns[1:])
+    columns = (*columns, TimeElapsedColumn())
+    if console.is_terminal:
+        columns = (*columns, TextColumn("ETA"), TimeRemainingColumn())
     with RichProgress(*columns, console=console) as bar:
         task = bar.add_task(f"{description:<10}", total=total)
         try:
             yield lambda units: bar.advance(task, units)
         except BaseException:
-            console.quiet = not console.is_terminal  # a log keeps only the error message, not the bar
+            console.quiet = console.quiet or not console.is_terminal  # a log keeps only the error message
             raise
 
 
@@ -59,14 +70,31 @@ def print_json(data: Mapping[str, Any]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
-    """A table on stdout; the columns with the given indices are aligned right."""
+    """A table on stdout; the columns with the given indices are aligned right.
+
+    In a window of fewer than 80 columns a table that does not fit is a list, with the columns of a row below each other.
+    """
     print(title)  # not rich's title, which would wrap a long path to the table's width
+    width = Console().width
+    widest = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    if width < _WIDTH_OF_A_TABLE and sum(widest) + 2 * (len(widest) - 1) > width:
+        _print_list(columns, rows, width)
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def _print_list(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> None:
+    for first, *others in rows:
+        print(first)
+        for column, cell in zip(columns[1:], others, strict=True):
+            if cell:
+                said = f"{column}: {cell}" if column else cell
+                print(textwrap.fill(said, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False))
 
 
 def analysis_to_dict(analysis: Analysis) -> dict[str, Any]:
@@ -79,20 +107,40 @@ def analysis_to_dict(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def print_analysis(analysis: Analysis) -> None:
-    """The layer table, then what would be removed."""
-    print_plan(analysis.plan, analysis.calibration_loss)
+def print_analysis(analysis: Analysis, draw: bool | None = False) -> None:
+    """The layer table, the CKA matrix if wanted, then what would be removed.
+
+    Args:
+        analysis: The analysis.
+        draw: Whether to draw the matrix; ``None`` where stdout is a terminal and there is one.
+    """
+    print_plan(analysis.plan, analysis.calibration_loss, draw)
 
 
-def print_plan(plan: PrunePlan, calibration_loss: float | None = None) -> None:
-    """The layer table, then what would be removed."""
+def _draw_similarity(plan: PrunePlan, is_wanted: bool) -> None:
+    console = Console()
+    if plan.similarity is None:
+        if is_wanted:
+            print("\nNo CKA matrix: this method computes none; --preset paper and --segments do")
+        return
+    print()
+    colours = console.is_terminal and not console.no_color and console.color_system is not None
+    for line in heat_map(plan.similarity, plan.segments, plan.removed, console.width, colours):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def print_plan(plan: PrunePlan, calibration_loss: float | None = None, draw: bool | None = False) -> None:
+    """The layer table, then what would be removed; ``draw`` as for `print_analysis`."""
     _print_layers(plan)
+    if draw or (draw is None and sys.stdout.isatty()):
+        _draw_similarity(plan, bool(draw))
     print()
     if calibration_loss is not None:
         print(f"Calibration loss  {calibration_loss:.4f} nats a token")
     if len(plan.segments) > 1:
         print(f"Segments          {'  '.join(f'{segment.start}..{segment.stop - 1}' for segment in plan.segments)}")
     print(f"Removed           {_removed(plan)}")
+    _print_special(plan)
     _print_compensation(plan)
     if (footprint := plan.footprint) is not None:
         before, after = (show_count(footprint.params_without(removed)) for removed in ((), plan.removed))
@@ -134,6 +182,7 @@ def print_report(report: RunReport) -> None:
         print_analysis(report.analysis)
     else:
         print(f"Removed           {_removed(report.plan)}")
+        _print_special(report.plan)
         _print_compensation(report.plan)
     if report.healing is not None:
         _print_times(report.seconds)
@@ -255,6 +304,14 @@ def _print_layers(plan: PrunePlan) -> None:
         rows,
         range(len(columns) - 1),
     )
+
+
+def _print_special(plan: PrunePlan) -> None:
+    """What is special about the model's type."""
+    for line in limits_of(plan):
+        print(f"Limit             {line}")
+    if isinstance(adapter := plan.settings.get("adapter"), str):
+        print(f"Adapter           {adapter}")
 
 
 def _print_compensation(plan: PrunePlan) -> None:

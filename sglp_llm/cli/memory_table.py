@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers import PretrainedConfig
 
 from sglp_llm.calibration import AUTO, named_text
 from sglp_llm.calibration.specs import SELF
+from sglp_llm.cli.quiet import say
 from sglp_llm.compensation import NONE
 from sglp_llm.criteria import make_criterion
 from sglp_llm.evaluation.memory import peak_so_far
@@ -35,9 +35,9 @@ class MemoryLines:
     def print_forecast(self, memory: EngineMemory, free: FreeMemory) -> None:
         """Prints the prediction; called before the weights are loaded (`OnForecast`)."""
         self._forecast = memory
-        print(forecast_line(memory, free), file=sys.stderr)
+        say(forecast_line(memory, free))
         for line in self._lines:
-            print(line, file=sys.stderr)
+            say(line)
 
     def print_peak(self) -> None:
         """Prints the peak memory of this process so far."""

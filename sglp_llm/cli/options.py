@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sglp_llm.cli import completion, panels
 from sglp_llm.errors import UserError
 
 Model = Annotated[
@@ -15,99 +16,274 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="Hub id, local folder, or PATH.gguf. May stand in the recipe instead."),
 ]
 RequiredModel = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or PATH.gguf.")]
-Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32: what is computed in.")]
-DeviceMap = Annotated[str | None, typer.Option(help="accelerate's placement, such as auto. Default: one device.")]
-RecipeName = Annotated[str | None, typer.Option("--recipe", help="YAML file, or a name from `sglp-llm ls recipes`.")]
+Revision = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Hub branch, tag or commit.", rich_help_panel=panels.MODEL)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="auto, bfloat16, float16 or float32: what is computed in.",
+        autocompletion=completion.one_of(("auto", "bfloat16", "float16", "float32")),
+        rich_help_panel=panels.MEMORY,
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PLACE",
+        help="accelerate's placement, such as auto. Default: one device.",
+        rich_help_panel=panels.MEMORY,
+    ),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="YAML file, or a name from `sglp-llm ls recipes`.",
+        autocompletion=completion.a_recipe,
+        rich_help_panel=panels.METHOD,
+    ),
+]
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="How layers are chosen and repaired, from `sglp-llm ls presets`; changes the recipe, other options change it. "
-        "Default: fast, unless there is a recipe, a criterion or a compensation."
+        metavar="NAME",
+        help="How layers are chosen and repaired: see `sglp-llm ls presets`. Single options change it. "
+        "Default: fast, unless there is a recipe, a criterion or a compensation.",
+        autocompletion=completion.a_preset,
+        rich_help_panel=panels.METHOD,
     ),
 ]
-Ratio = Annotated[float | None, typer.Option(help="Share of the decoder layers to remove, in (0, 1).")]
-Drop = Annotated[int | None, typer.Option(help="Number of decoder layers to remove.")]
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE", help="Share of the decoder layers to remove, in (0, 1).", rich_help_panel=panels.BUDGET
+    ),
+]
+Drop = Annotated[
+    int | None, typer.Option(metavar="N", help="Number of decoder layers to remove.", rich_help_panel=panels.BUDGET)
+]
 TargetParams = Annotated[
-    str | None, typer.Option(help="Remove the fewest layers that leave at most this many, e.g. 6.5B.")
+    str | None,
+    typer.Option(
+        metavar="6.5B",
+        help="Remove the fewest layers that leave at most this many, e.g. 6.5B.",
+        rich_help_panel=panels.BUDGET,
+    ),
 ]
 TargetMemory = Annotated[
     str | None,
-    typer.Option(help="Remove the fewest layers until weights and KV cache of one sequence fit into this, e.g. 6GB."),
+    typer.Option(
+        metavar="6GB",
+        help="Remove the fewest layers until weights and KV cache of one sequence fit into this, e.g. 6GB.",
+        rich_help_panel=panels.BUDGET,
+    ),
 ]
 TargetLatency = Annotated[
     str | None,
     typer.Option(
         metavar="0.8x|25ms",
         help="Remove the fewest layers until decoding a token takes this share of the whole model's time, or this time.",
+        rich_help_panel=panels.BUDGET,
     ),
 ]
 Context = Annotated[
     int | None,
-    typer.Option(help="Tokens in the KV cache of --target-memory. Default: the model's longest context, 4096 at most."),
+    typer.Option(
+        metavar="N",
+        help="Tokens in the KV cache of --target-memory. Default: the model's longest context, 4096 at most.",
+        rich_help_panel=panels.BUDGET,
+    ),
 ]
-CriterionName = Annotated[str | None, typer.Option("--criterion", help="sglp, or a name from `sglp-llm ls criteria`.")]
-Also = Annotated[list[str] | None, typer.Option(help="Score by this criterion too, in the same pass; repeatable.")]
+CriterionName = Annotated[
+    str | None,
+    typer.Option(
+        "--criterion",
+        metavar="NAME",
+        help="sglp, or a name from `sglp-llm ls criteria`.",
+        autocompletion=completion.a_criterion,
+        rich_help_panel=panels.METHOD,
+    ),
+]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Score by this criterion too, in the same pass; repeatable.",
+        autocompletion=completion.a_criterion,
+        rich_help_panel=panels.METHOD,
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="wikitext2, wikitext103, c4, fineweb-edu, alpaca, bookcorpus, pydoc, text:FILE, jsonl:FILE:field, "
-        "chat:FILE (files plain or .gz), self (sampled from the model), or several with weights: 'wikitext2:1 self:2'. "
-        "Default: wikitext2 and c4, or self where the Hub cannot be read."
+        metavar="SPEC",
+        help="wikitext2, wikitext103, c4, fineweb-edu, alpaca, bookcorpus, pydoc, text:FILE, jsonl:FILE:FIELD, "
+        "chat:FILE (files plain or .gz), self (written by the model), or several with weights: 'wikitext2:1 self:2'. "
+        "Default: wikitext2 and c4, or self where the Hub cannot be read.",
+        rich_help_panel=panels.CALIBRATION,
     ),
 ]
-Samples = Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")]
-SeqLen = Annotated[int | None, typer.Option(help="Tokens in each. Default: 512.")]
-Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn. Default: 0.")]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="NAME",
+        help="Folder or Hub id of another tokenizer to read text with. Default: the model's own.",
+        rich_help_panel=panels.CALIBRATION,
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Calibration sequences. Default: 32.", rich_help_panel=panels.CALIBRATION),
+]
+SeqLen = Annotated[
+    int | None, typer.Option(metavar="N", help="Tokens in each. Default: 512.", rich_help_panel=panels.CALIBRATION)
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Of everything that is drawn. Default: 0.", rich_help_panel=panels.CALIBRATION),
+]
 TrialSamples = Annotated[
-    int | None, typer.Option(help="Sequences that ppl, sleb, kl, cka_output and search try removals on. Default: all.")
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Sequences that ppl, sleb, kl, cka_output and search try removals on. Default: all.",
+        rich_help_panel=panels.SEARCH,
+    ),
 ]
 SearchBudget = Annotated[
     str | None,
-    typer.Option(metavar="16k|5m", help="Tokens, or time, that the criterion search tries removals for."),
+    typer.Option(
+        metavar="16k|5m",
+        help="Tokens, or time, that the criterion search tries removals for.",
+        rich_help_panel=panels.SEARCH,
+    ),
 ]
 JournalDir = Annotated[
     str | None,
-    typer.Option("--journal", metavar="DIR", help="Where search keeps its trials, to go on from when interrupted."),
+    typer.Option(
+        "--journal",
+        metavar="DIR",
+        help="Where search keeps its trials, to go on from when interrupted.",
+        rich_help_panel=panels.SEARCH,
+    ),
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Sequences a forward-only pass computes at once. Default: 8.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Sequences a forward-only pass computes at once. Default: 8.", rich_help_panel=panels.MEMORY
+    ),
+]
 Engine = Annotated[
     str | None,
-    typer.Option(help="resident: the whole model in memory; streamed: layer by layer; auto (default): what fits."),
+    typer.Option(
+        metavar="NAME",
+        help="resident: the whole model in memory; streamed: layer by layer; auto (default): what fits.",
+        autocompletion=completion.one_of(("auto", "resident", "streamed")),
+        rich_help_panel=panels.MEMORY,
+    ),
 ]
 Scratch = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Where the streamed engine stores hidden states. Default: in memory."),
+    typer.Option(
+        metavar="DIR",
+        help="Where the streamed engine stores hidden states. Default: in memory.",
+        rich_help_panel=panels.MEMORY,
+    ),
 ]
 Segments = Annotated[
     bool | None,
-    typer.Option("--segments/--no-segments", help="Compare scores inside CKA segments. Default: sglp does."),
+    typer.Option(
+        "--segments/--no-segments",
+        help="Compare scores inside CKA segments. Default: sglp does.",
+        rich_help_panel=panels.SEGMENTS,
+    ),
 ]
-NumSegments = Annotated[str | None, typer.Option(help="Number of CKA segments, or auto (default).")]
+NumSegments = Annotated[
+    str | None,
+    typer.Option(metavar="N|auto", help="Number of CKA segments, or auto (default).", rich_help_panel=panels.SEGMENTS),
+]
 SegmentsRule = Annotated[
     str | None,
-    typer.Option(help="How that number is found: auto (default), or paper, as the paper's published code does."),
+    typer.Option(
+        metavar="NAME",
+        help="How that number is found: auto (default), or paper, as the paper's published code does.",
+        rich_help_panel=panels.SEGMENTS,
+    ),
 ]
 Features = Annotated[
-    str | None, typer.Option(help="What segments are computed from: column_sum (default) or rows of the CKA matrix.")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What segments are computed from: column_sum (default) or rows of the CKA matrix.",
+        rich_help_panel=panels.SEGMENTS,
+    ),
 ]
 MinDrop = Annotated[
     float | None,
-    typer.Option(help="No more segments where one more lowers the Fisher loss by less than this share. Default: 0.05."),
+    typer.Option(
+        metavar="SHARE",
+        help="No more segments where one more lowers the Fisher loss by less than this share. Default: 0.05.",
+        rich_help_panel=panels.SEGMENTS,
+    ),
 ]
-Option = Annotated[list[str] | None, typer.Option(help="CRITERION.KEY=VALUE, such as angular.tokens=all; repeatable.")]
-Kernel = Annotated[str | None, typer.Option(help="CKA kernel: cosine (default) or linear (the paper's).")]
-ProtectFirst = Annotated[int | None, typer.Option(help="Layers at the front that are never removed. Default: 0.")]
-ProtectLast = Annotated[int | None, typer.Option(help="Layers at the end that are never removed. Default: 0.")]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="C.KEY=VALUE",
+        help="CRITERION.KEY=VALUE, such as angular.tokens=all; repeatable.",
+        rich_help_panel=panels.METHOD,
+    ),
+]
+Kernel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="CKA kernel: cosine (default) or linear (the paper's).",
+        autocompletion=completion.one_of(("cosine", "linear")),
+        rich_help_panel=panels.SEGMENTS,
+    ),
+]
+ProtectFirst = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Layers at the front that are never removed. Default: 0.", rich_help_panel=panels.BUDGET
+    ),
+]
+ProtectLast = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Layers at the end that are never removed. Default: 0.", rich_help_panel=panels.BUDGET
+    ),
+]
 Compensate = Annotated[
     str | None,
     typer.Option(
-        help="Fold what the removed layers did into weights that are kept: none, scale, linear, refit, auto or learned."
+        metavar="NAME",
+        help="Fold what the removed layers did into weights that are kept: none, scale, linear, refit, auto or learned.",
+        autocompletion=completion.a_compensation,
+        rich_help_panel=panels.REPAIR,
     ),
 ]
-PushToHub = Annotated[str | None, typer.Option(metavar="REPO", help="Upload the finished folder to the Hub.")]
-Private = Annotated[bool, typer.Option(help="Create the Hub repository private.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+PushToHub = Annotated[
+    str | None, typer.Option(metavar="REPO", help="Upload the finished folder to the Hub.", rich_help_panel=panels.HUB)
+]
+Private = Annotated[bool, typer.Option(help="Create the Hub repository private.", rich_help_panel=panels.HUB)]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="No progress and no forecasts: results on stdout, errors on stderr.",
+        rich_help_panel=panels.OUTPUT,
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object instead of text.", rich_help_panel=panels.OUTPUT)
+]
 
 DECIDING = [
     "preset",
@@ -156,7 +332,7 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         **settings,
         "target_params": target,
-        "num_segments": int(number) if number is not None and re.fullmatch("-?[0-9]+", number) else number,
+        "num_segments": int(number) if number is not None and re.fullmatch("-?[0-9]{1,18}", number) else number,
         "options": options or None,
         "protect": {end: number for end, number in protect.items() if number is not None} or None,
     }
@@ -175,9 +351,9 @@ def _options(given: list[str]) -> dict[str, dict[str, Any]]:
 
 def _number(text: str) -> int | float | str:
     """The text as a number where it is one."""
-    if re.fullmatch("-?[0-9]+", text):
+    if re.fullmatch("-?[0-9]{1,18}", text):
         return int(text)
-    return float(text) if re.fullmatch(r"-?[0-9]+\.[0-9]+", text) else text
+    return float(text) if re.fullmatch(r"-?[0-9]{1,18}\.[0-9]{1,18}", text) else text
 
 
 def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = None, preset: str | None = None) -> Any:

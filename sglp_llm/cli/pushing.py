@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from sglp_llm.cli.quiet import say
 from sglp_llm.errors import UserError
 
 
@@ -34,4 +35,4 @@ def push_finished(folder: Path, repo: str, private: bool, as_json: bool) -> None
 def notify(line: str) -> None:
     """Tells who waits at a terminal why."""
     if sys.stderr.isatty():
-        print(line, file=sys.stderr)
+        say(line)

@@ -31,6 +31,7 @@ class RandomRemovals(ScoreCriterion):
     """
 
     needs = Need.TRIALS
+    trial_cost = f"{_REMOVALS_A_LAYER} trials a layer"
 
     def __init__(self, num_layers: int, seed: int = 0, *, removals: int = 0, probability: float = 0.1) -> None:
         super().__init__(num_layers, seed)

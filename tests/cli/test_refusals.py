@@ -172,7 +172,6 @@ def test_what_only_the_analysis_can_tell_is_refused_after_it(tiny: Path, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "See sglp-llm --help"),
         ("prnue x", "No such command 'prnue'"),
         ("prune", "Give --output FOLDER"),
         ("prune --drop 1 -o new/out", "which model?"),

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sglp_llm.cli.options import DeviceMap, Json, RequiredModel, Revision, recipe_of
+from sglp_llm.cli import panels
+from sglp_llm.cli.options import DeviceMap, Json, Quiet, RequiredModel, Revision, recipe_of
 from sglp_llm.cli.quiet import prepare
+from sglp_llm.cli.recording import Record, folder_to_record
 
 if TYPE_CHECKING:
     from sglp_llm.evaluation.benchmark import BenchmarkSettings
@@ -17,38 +19,82 @@ if TYPE_CHECKING:
 def bench(
     model: RequiredModel,
     baseline: Annotated[
-        str | None, typer.Option(metavar="OTHER", help="Measure this model too, in turns, and show the ratios.")
+        str | None,
+        typer.Option(
+            metavar="OTHER",
+            help="Measure this model too, in turns, and show the ratios.",
+            rich_help_panel=panels.MEASURED,
+        ),
     ] = None,
     draft_for: Annotated[
         str | None,
-        typer.Option(metavar="ORIGINAL", help="Let MODEL draft for this model: acceptance length and speed-up."),
+        typer.Option(
+            metavar="ORIGINAL",
+            help="Let MODEL draft for this model: acceptance length and speed-up.",
+            rich_help_panel=panels.DRAFT,
+        ),
     ] = None,
     draft_tokens: Annotated[
-        int | None, typer.Option(help="With --draft-for: tokens that MODEL proposes a step. Default: 5.")
+        int | None,
+        typer.Option(metavar="N", help="Tokens that MODEL proposes a step. Default: 5.", rich_help_panel=panels.DRAFT),
     ] = None,
-    prompts: Annotated[int | None, typer.Option(help="With --draft-for: number of prompts. Default: 4.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of prompts. Default: 4.", rich_help_panel=panels.DRAFT)
+    ] = None,
     text: Annotated[
-        str | None, typer.Option(help="With --draft-for: text of the prompts, as for --calibration. Default: pydoc.")
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Text of the prompts, as for --calibration. Default: pydoc.",
+            rich_help_panel=panels.DRAFT,
+        ),
     ] = None,
-    prompt_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate after it.")] = 32,
-    batch: Annotated[int, typer.Option(help="Sequences at once, beside the measurement with one.")] = 8,
-    warmup: Annotated[int, typer.Option(help="Rounds that are not timed; memory is measured in them.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Rounds that are timed.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of the random token ids of the prompts.")] = 0,
+    prompt_len: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of a prompt.", rich_help_panel=panels.MEASURED)
+    ] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens to generate after it.", rich_help_panel=panels.MEASURED)
+    ] = 32,
+    batch: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Sequences at once, beside the measurement with one.", rich_help_panel=panels.MEASURED
+        ),
+    ] = 8,
+    warmup: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Rounds that are not timed; memory is measured in them.", rich_help_panel=panels.MEASURED
+        ),
+    ] = 1,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", help="Rounds that are timed.", rich_help_panel=panels.MEASURED)
+    ] = 5,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Of the random token ids of the prompts.", rich_help_panel=panels.MEASURED)
+    ] = 0,
     revision: Revision = None,
     baseline_revision: Annotated[
-        str | None, typer.Option(help="Hub branch, tag or commit of the baseline, or of the original.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Hub branch, tag or commit of the baseline, or of the original.",
+            rich_help_panel=panels.MODEL,
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="auto, bfloat16, float16 or float32.", rich_help_panel=panels.MEMORY)
+    ] = "auto",
     device_map: DeviceMap = None,
+    record: Record = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Size, speed and memory of a model: counts, time to first token, tokens a second, peak memory.
 
     With --draft-for: what the model gains as the draft model of its original.
     """
-    console = prepare()
+    console = prepare(quiet)
     from sglp_llm.cli import bench_table
     from sglp_llm.errors import UserError
     from sglp_llm.evaluation.benchmark import BenchmarkSettings, benchmark
@@ -58,19 +104,28 @@ def bench(
     other = baseline if draft_for is None else draft_for
     if baseline is not None and draft_for is not None:
         raise UserError("--baseline and --draft-for are two measurements: give one of them")
+    if record and draft_for is not None:
+        raise UserError("--record keeps speed and memory: leave out --draft-for")
     if other is None and baseline_revision is not None:
         raise UserError("--baseline-revision is about the baseline: give --baseline OTHER too")
     given = {"--draft-tokens": draft_tokens, "--prompts": prompts, "--text": text}
     if draft_for is None and (alone := [name for name, value in given.items() if value is not None]):
         raise UserError(f"{alone[0]} is about a draft model: give --draft-for ORIGINAL too")
     chosen = recipe_of(None, {"dtype": dtype, "revision": revision, "device_map": device_map})
+    folder = folder_to_record(model) if record else None
+    if other is None and folder is not None:
+        other, baseline_revision = folder.original
     named = [(model, revision)] if other is None else [(other, baseline_revision), (model, revision)]
     opened_models = [OpenedModel(name, at, chosen.dtype, chosen.device_map) for name, at in named]
+    if folder is not None:
+        folder.check_original(opened_models[0])
     if draft_for is not None:
         tokens, count = (default if value is None else value for value, default in ((draft_tokens, 5), (prompts, 4)))
         _draft(opened_models, settings, tokens, count, text or "pydoc", as_json)
         return
     measured = benchmark(opened_models, settings, console.progress_bar)
+    if folder is not None:
+        folder.keep_speeds(measured[0], measured[1], settings)
     if as_json:
         console.print_json(bench_table.to_dict(measured, settings))
     else:

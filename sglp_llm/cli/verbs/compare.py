@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sglp_llm.cli import completion, panels
 from sglp_llm.cli.options import (
     Calibration,
     DeviceMap,
@@ -18,6 +18,7 @@ from sglp_llm.cli.options import (
     Option,
     ProtectFirst,
     ProtectLast,
+    Quiet,
     RecipeName,
     Revision,
     Samples,
@@ -30,8 +31,8 @@ from sglp_llm.cli.options import (
     recipe_of,
     settings_of,
 )
-from sglp_llm.cli.quiet import prepare
-from sglp_llm.errors import UserError
+from sglp_llm.cli.quiet import prepare, say
+from sglp_llm.errors import UserError, disk_of
 
 
 def compare(
@@ -39,39 +40,100 @@ def compare(
     criteria: Annotated[
         str,
         typer.Option(
+            metavar="NAMES",
             help="Criteria and presets, separated by commas; angular+linear has a compensation, +heal trains.",
+            rich_help_panel=panels.METHOD,
         ),
     ] = "sglp,bi",
     ratios: Annotated[
-        str | None, typer.Option(help="Shares to remove, separated by commas. Default: 0.1,0.2,0.3.")
+        str | None,
+        typer.Option(
+            metavar="SHARES",
+            help="Shares to remove, separated by commas. Default: 0.1,0.2,0.3.",
+            rich_help_panel=panels.BUDGET,
+        ),
     ] = None,
-    drops: Annotated[str | None, typer.Option(help="Numbers of layers to remove, instead of ratios.")] = None,
+    drops: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBERS", help="Numbers of layers to remove, instead of ratios.", rich_help_panel=panels.BUDGET
+        ),
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for tables, plots and the journal.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for tables, plots and the journal.",
+            rich_help_panel=panels.OUTPUT,
+        ),
     ] = None,
     evaluate: Annotated[
-        list[str] | None, typer.Option("--eval", help="Text for perplexity, as for eval --data; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--eval",
+            metavar="SPEC",
+            help="Text for perplexity, as for eval --data; repeatable.",
+            rich_help_panel=panels.MEASURED,
+        ),
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens in one window of it.")] = 512,
-    max_windows: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
+    window: Annotated[
+        int, typer.Option(metavar="N", help="Tokens in one window of it.", rich_help_panel=panels.MEASURED)
+    ] = 512,
+    max_windows: Annotated[
+        int | None, typer.Option(metavar="N", help="Score only the first windows.", rich_help_panel=panels.MEASURED)
+    ] = None,
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="Suite of lm-eval tasks to score too: a name from `sglp-llm ls suites`, or a file; repeatable."
+            metavar="NAME|FILE",
+            autocompletion=completion.a_suite,
+            help="Suite of lm-eval tasks to score too: a name from `sglp-llm ls suites`, or a file; repeatable.",
+            rich_help_panel=panels.MEASURED,
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Score only the first examples of each task.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the files that the suite's tasks read.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Score only the first examples of each task.", rich_help_panel=panels.MEASURED),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of the files that the suite's tasks read.", rich_help_panel=panels.MEASURED
+        ),
+    ] = None,
     measure_dtype: Annotated[
-        str | None, typer.Option(help="What perplexity and tasks are computed in. Default: as --dtype.")
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="What perplexity and tasks are computed in. Default: as --dtype.",
+            rich_help_panel=panels.MEASURED,
+        ),
     ] = None,
     measured: Annotated[
-        Path | None, typer.Option(help="Keep what is measured here, for other comparisons of the model too.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep what is measured here, for other comparisons of the model too.",
+            rich_help_panel=panels.MEASURED,
+        ),
     ] = None,
     heal_recipe: Annotated[
-        str | None, typer.Option(help="How +heal trains: YAML file, or a name from `sglp-llm ls healing-recipes`.")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            autocompletion=completion.a_healing_recipe,
+            help="How +heal trains: YAML file, or a name from `sglp-llm ls healing-recipes`.",
+            rich_help_panel=panels.REPAIR,
+        ),
     ] = None,
-    heal_tokens: Annotated[str | None, typer.Option(help="Training tokens of +heal, e.g. 1.6M. Default: 128k.")] = None,
+    heal_tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1.6M", help="Training tokens of +heal, e.g. 1.6M. Default: 128k.", rich_help_panel=panels.REPAIR
+        ),
+    ] = None,
     recipe: RecipeName = None,
     option: Option = None,
     calibration: Calibration = None,
@@ -79,7 +141,12 @@ def compare(
     seq_len: SeqLen = None,
     seed: Seed = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Repeat all for these calibration seeds, such as 0,1,2: means and spreads.")
+        str | None,
+        typer.Option(
+            metavar="NUMBERS",
+            help="Repeat all for these calibration seeds, such as 0,1,2: means and spreads.",
+            rich_help_panel=panels.CALIBRATION,
+        ),
     ] = None,
     trial_samples: TrialSamples = None,
     segments: Segments = None,
@@ -89,6 +156,7 @@ def compare(
     revision: Revision = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compare methods on one model: each at every depth, measured in memory. Resumes an interrupted run."""
@@ -100,23 +168,26 @@ def compare(
     if seeds is not None and seed is not None:
         raise UserError("give --seed or --seeds, not both")
     drawn = None if seeds is None else _seeds(seeds)
-    console = prepare()
+    console = prepare(quiet)
+    from contextlib import ExitStack
     from dataclasses import asdict, replace
 
     from sglp_llm.analysis.opening import open_for_comparison, read_calibration
     from sglp_llm.calibration import named_text
+    from sglp_llm.checkpoint.lock import LOCK_FILE_NAME, only_run
     from sglp_llm.cli.memory_table import text_line
     from sglp_llm.comparison.compare import MEASURED, check_compensations, checked_recipes, compare
     from sglp_llm.comparison.measured import Measuring
     from sglp_llm.comparison.measurements import perplexity_measurement, suite_measurements
     from sglp_llm.compensation import NONE
     from sglp_llm.report.comparison_tables import to_markdown, write_tables
+    from sglp_llm.report.html import write_report
     from sglp_llm.report.plots import check_plotting, plot_perplexity
     from sglp_llm.report.seed_tables import seeds_to_markdown, spreads, write_seed_tables
 
     check_plotting()
     held = "journal" if drawn is None else "seed-*/journal"
-    if output.exists() and not any(output.glob(held)) and any(output.iterdir()):
+    if output.exists() and not any(output.glob(held)) and any(each.name != LOCK_FILE_NAME for each in output.iterdir()):
         raise UserError(f"{output}: exists and holds no comparison; choose another folder")
     budgets = _budgets(ratios, drops)
     names = [name.strip() for name in criteria.split(",") if name.strip()]
@@ -126,44 +197,47 @@ def compare(
     recipes = checked_recipes(chosen, names, budgets)
     training = healing_recipe_of(heal_recipe, heal_tokens, None if heal_recipe else chosen.calibration)
     used = list(dict.fromkeys(each[0].criterion for each in recipes.values()))
-    opened = open_for_comparison(model_of(model, chosen), replace(chosen, compensate=NONE), used)
-    check_compensations(recipes, opened, chosen.samples)
-    if said is not None:
-        print(said, file=sys.stderr)
-    texts = evaluate or ["wikitext2"]
-    sets = [
-        read_calibration(opened, replace(chosen, seed=each), progress=console.progress_bar)
-        for each in drawn or [chosen.seed]
-    ]
-    measurements = [perplexity_measurement(opened, text, window, max_windows) for text in texts]
-    measurements += suite_measurements(opened, suite or [], limit, data_dir)
-    if measure_dtype is not None:
-        measure_dtype = chosen.with_changes(dtype=measure_dtype).dtype
-    measuring = Measuring(measurements, measured or output / MEASURED, measure_dtype)
-    results = []
-    for sequences in sets:
-        folder = output if drawn is None else output / f"seed-{sequences.seed}"
-        own = replace(chosen, seed=sequences.seed)
-        results.append(
-            compare(opened, sequences, own, names, budgets, measuring, folder, console.progress_bar, training)
-        )
-        write_tables(results[-1], folder)
-        plot_perplexity(results[-1], folder)
-    if drawn is None:
-        (result,) = results
+    with only_run(output / LOCK_FILE_NAME, output), disk_of(output), ExitStack() as files:
+        opened = open_for_comparison(model_of(model, chosen), replace(chosen, compensate=NONE), used)
+        files.enter_context(opened.unchanged_files())
+        check_compensations(recipes, opened, chosen.samples)
+        if said is not None:
+            say(said)
+        texts = evaluate or ["wikitext2"]
+        sets = [
+            read_calibration(opened, replace(chosen, seed=each), progress=console.progress_bar)
+            for each in drawn or [chosen.seed]
+        ]
+        measurements = [perplexity_measurement(opened, text, window, max_windows) for text in texts]
+        measurements += suite_measurements(opened, suite or [], limit, data_dir)
+        if measure_dtype is not None:
+            measure_dtype = chosen.with_changes(dtype=measure_dtype).dtype
+        measuring = Measuring(measurements, measured or output / MEASURED, measure_dtype)
+        results = []
+        for sequences in sets:
+            folder = output if drawn is None else output / f"seed-{sequences.seed}"
+            own = replace(chosen, seed=sequences.seed)
+            results.append(
+                compare(opened, sequences, own, names, budgets, measuring, folder, console.progress_bar, training)
+            )
+            write_tables(results[-1], folder)
+            plot_perplexity(results[-1], folder)
+            write_report(folder)
+        if drawn is None:
+            (result,) = results
+            if as_json:
+                console.print_json(asdict(result))
+            else:
+                print(to_markdown(result), end="")
+            return
+        found = spreads(results)
+        write_seed_tables(found, drawn, output)
         if as_json:
-            console.print_json(asdict(result))
+            console.print_json(
+                {"seeds": dict(zip(drawn, map(asdict, results), strict=True)), "spreads": list(map(asdict, found))}
+            )
         else:
-            print(to_markdown(result), end="")
-        return
-    found = spreads(results)
-    write_seed_tables(found, drawn, output)
-    if as_json:
-        console.print_json(
-            {"seeds": dict(zip(drawn, map(asdict, results), strict=True)), "spreads": list(map(asdict, found))}
-        )
-    else:
-        print(seeds_to_markdown(found, drawn), end="")
+            print(seeds_to_markdown(found, drawn), end="")
 
 
 def _seeds(given: str) -> list[int]:

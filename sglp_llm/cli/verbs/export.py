@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sglp_llm.cli.options import Json
+from sglp_llm.cli import panels
+from sglp_llm.cli.options import Json, Quiet
 from sglp_llm.cli.quiet import prepare
 
 
@@ -16,16 +17,26 @@ def export(
     to: Annotated[
         str,
         typer.Option(
+            metavar="FORM",
             help="gguf: through llama.cpp's converter; ollama: a Modelfile beside it; vllm-draft: vLLM's configuration with DIR "
-            "as draft model of its original; mergekit: the YAML with which mergekit removes the same layers."
+            "as draft model of its original; mergekit: the YAML with which mergekit removes the same layers.",
+            rich_help_panel=panels.OUTPUT,
         ),
     ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to. Default: a file in DIR.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output if it exists.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="PATH", help="Where to. Default: a file in DIR.", rich_help_panel=panels.OUTPUT
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the output if it exists.", rich_help_panel=panels.OUTPUT)
+    ] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Write a shortened checkpoint in the form that another program takes."""
-    console = prepare()
+    console = prepare(quiet)
     from sglp_llm.onwards.targets import export
 
     exported = export(folder, to, output, overwrite)

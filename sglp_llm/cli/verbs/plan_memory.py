@@ -13,6 +13,7 @@ from sglp_llm.cli.options import (
     Model,
     Option,
     Preset,
+    Quiet,
     RecipeName,
     Revision,
     Samples,
@@ -45,11 +46,12 @@ def plan_memory(
     revision: Revision = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Predict the memory that an analysis takes, with either engine. Needs the configuration, no weights."""
     settings = settings_of(locals())
-    console = prepare()
+    console = prepare(quiet)
     from sglp_llm.analysis.observing import check_criteria
     from sglp_llm.cli import memory_table
     from sglp_llm.memory.peaks import choose_engine

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sglp_llm.cli import completion, panels
 from sglp_llm.cli.options import (
     DECIDING,
     Also,
@@ -32,6 +33,7 @@ from sglp_llm.cli.options import (
     ProtectFirst,
     ProtectLast,
     PushToHub,
+    Quiet,
     Ratio,
     RecipeName,
     Revision,
@@ -45,6 +47,7 @@ from sglp_llm.cli.options import (
     TargetLatency,
     TargetMemory,
     TargetParams,
+    TokenizerName,
     TrialSamples,
     healing_settings,
     model_of,
@@ -60,7 +63,14 @@ from sglp_llm.errors import UserError
 def prune(
     model: Model = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write, or a .gguf file where MODEL is one.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder to write, or a .gguf file where MODEL is one.",
+            rich_help_panel=panels.OUTPUT,
+        ),
     ] = None,
     recipe: RecipeName = None,
     preset: Preset = None,
@@ -69,6 +79,7 @@ def prune(
         typer.Option(
             metavar="FILE|3,7,11",
             help="Remove these layers instead of analysing: sglp_plan.json, mergekit's YAML, or 0-based indices.",
+            rich_help_panel=panels.METHOD,
         ),
     ] = None,
     ratio: Ratio = None,
@@ -80,6 +91,7 @@ def prune(
     criterion: CriterionName = None,
     also: Also = None,
     calibration: Calibration = None,
+    tokenizer: TokenizerName = None,
     samples: Samples = None,
     seq_len: SeqLen = None,
     seed: Seed = None,
@@ -103,19 +115,46 @@ def prune(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     max_shard_size: Annotated[
-        str | None, typer.Option(help="Largest weight file, e.g. 2GB. Default: like the source.")
+        str | None,
+        typer.Option(
+            metavar="2GB",
+            help="Largest weight file, e.g. 2GB. Default: like the source.",
+            rich_help_panel=panels.OUTPUT,
+        ),
     ] = None,
     heal: Annotated[
-        bool | None, typer.Option("--heal/--no-heal", help="Train the result on the original's predictions, see heal.")
+        bool | None,
+        typer.Option(
+            "--heal/--no-heal",
+            help="Train the result on the original's predictions, see heal.",
+            rich_help_panel=panels.REPAIR,
+        ),
     ] = None,
     heal_recipe: Annotated[
-        str | None, typer.Option(help="YAML file, or a name from `sglp-llm ls healing-recipes`.")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            autocompletion=completion.a_healing_recipe,
+            help="YAML file, or a name from `sglp-llm ls healing-recipes`.",
+            rich_help_panel=panels.REPAIR,
+        ),
     ] = None,
-    heal_tokens: Annotated[str | None, typer.Option(help="Training tokens, e.g. 1.6M. Default: 128k.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
-    verify: Annotated[bool, typer.Option(help="Reload the result and compare it with the source.")] = True,
+    heal_tokens: Annotated[
+        str | None,
+        typer.Option(metavar="1.6M", help="Training tokens, e.g. 1.6M. Default: 128k.", rich_help_panel=panels.REPAIR),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the output folder if it exists.", rich_help_panel=panels.OUTPUT)
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="Reload the result and compare it with the source. Default: yes.", rich_help_panel=panels.OUTPUT
+        ),
+    ] = True,
     push_to_hub: PushToHub = None,
     private: Private = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Remove layers and write a smaller checkpoint that plain from_pretrained loads."""
@@ -130,9 +169,10 @@ def prune(
     if push_to_hub is not None and output.suffix == ".gguf":
         raise UserError("--push-to-hub uploads a folder, and the output is a GGUF file: upload it with `hf upload`")
     settings["heal"] = healing_settings(heal, heal_recipe, heal_tokens)
-    console = prepare()
+    console = prepare(quiet)
     from sglp_llm.checkpoint.gguf_file import check_shortened_output
     from sglp_llm.cli.memory_table import MemoryLines, price_line, text_line
+    from sglp_llm.models.loading import find_tokenizer
     from sglp_llm.models.source import find_depth
     from sglp_llm.pipeline import prune
     from sglp_llm.plan.given import given_plan
@@ -146,6 +186,7 @@ def prune(
         taken = preset if plan is not None else preset_of(preset, recipe, settings, output)
         chosen = recipe_of(recipe, settings, model, taken)
         name = model_of(model, chosen)
+        reader = None if tokenizer is None else find_tokenizer(tokenizer)
         known_plan = None if plan is None else given_plan(plan, lambda: find_depth(name, chosen.revision))
         # For the reload check alone any text serves, and this one needs no network.
         serves = plan is not None and recipe is None and calibration is None and chosen.healing is None
@@ -156,6 +197,7 @@ def prune(
         output,
         plan=known_plan,
         recipe=chosen,
+        tokenizer=reader,
         calibration="pydoc" if serves else None,
         overwrite=overwrite,
         verify=verify,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sglp_llm.cli import panels
 from sglp_llm.cli.options import (
     Context,
     CriterionName,
@@ -17,6 +18,7 @@ from sglp_llm.cli.options import (
     NumSegments,
     ProtectFirst,
     ProtectLast,
+    Quiet,
     Ratio,
     Segments,
     SegmentsRule,
@@ -46,15 +48,26 @@ def replan(
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
     compensate: Annotated[
-        str | None, typer.Option(help="none: leave out the compensation, which is fitted to the removed layers.")
+        str | None,
+        typer.Option(
+            metavar="none",
+            help="none: leave out the compensation, which is fitted to the removed layers.",
+            rich_help_panel=panels.REPAIR,
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output file if it exists.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="JSON file to write.", rich_help_panel=panels.OUTPUT),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the output file if it exists.", rich_help_panel=panels.OUTPUT)
+    ] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Choose layers again from the scores in a plan, without the model. Writes nothing without --output."""
     settings = {name: value for name, value in settings_of(locals()).items() if value is not None}
-    console = prepare()
+    console = prepare(quiet)
     from sglp_llm.analysis.replanning import replan
     from sglp_llm.checkpoint.publish_file import atomic_file, check_file
     from sglp_llm.plan import PLAN_FILE_NAME, save_plan

@@ -1,0 +1,44 @@
+"""``sglp-llm doctor`` against what the libraries themselves say."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import run_cli
+from command_lines import program
+from huggingface_hub import constants
+from local_hub import LocalHub
+
+
+def test_what_is_there(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "sglp-llm").mkdir()
+    (tmp_path / "sglp-llm" / "kept").write_bytes(b"12345")
+    found = json.loads(run_cli("doctor", "--json").out)
+    assert found["versions"]["torch"]["version"] == version("torch")
+    assert found["versions"]["peft"] == {"version": version("peft"), "wanted": ">=0.18 (extra heal)", "fits": True}
+    first = found["devices"][0]
+    assert (first["device"], first["dtypes"][0]) == ("cpu", "float32")
+    assert len(found["devices"]) == 1 + torch.cuda.device_count() + torch.backends.mps.is_available()
+    assert found["memory"]["host_free"] > 0
+    assert found["caches"]["sglp-llm"]["path"] == str(tmp_path / "sglp-llm")
+    assert found["caches"]["sglp-llm"]["bytes"] == 5
+    assert found["hub"] == {"endpoint": hub.address, "state": "answers", "token": True}
+    assert set(found["missing"]) == set(program().commands) - {"doctor"}
+    assert found["missing"]["push"] == found["missing"]["prune"] == []
+
+
+def test_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("SGLP_EVAL_DATA", raising=False)
+    outcome = run_cli("doctor")
+    assert outcome.code == 0, outcome
+    assert "http://127.0.0.1:9: does not answer; no token" in outcome.out
+    assert "hf auth login" in outcome.out
+    assert "--data-dir" in outcome.out
