@@ -217,7 +217,7 @@ def derived_wrongly(config: PretrainedConfig, file: Path) -> list[str]:
     from transformers import AutoConfig
 
     wanted = config.to_dict()
-    found = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
+    found = AutoConfig.from_pretrained(file.parent, trust_remote_code=False, gguf_file=file.name).to_dict()
     return sorted(key for key in PER_LAYER & set(wanted) if found.get(key) != wanted[key])
 
 

@@ -122,8 +122,8 @@ def _finish(source: Source, converted: Path, partial: Path, folder: Path) -> lis
                 "compare its answers with the checkpoint's before you use the file"
             )
         return notes
-    if derived_wrongly(source.config, converted):
-        theirs = replace(theirs, config=source.config)
+    if derived_wrongly(source.text_config, converted):
+        theirs = replace(theirs, config=source.text_config)
         plan = folder / PLAN_FILE_NAME
         about = plan.read_text(encoding="utf-8") if plan.is_file() else "{}"
         notes += copy_gguf(theirs, range(source.num_layers), partial, about)
@@ -135,7 +135,7 @@ def _finish(source: Source, converted: Path, partial: Path, folder: Path) -> lis
 
 def _several_kinds(source: Source) -> str | None:
     """A configuration key that says of some layers something else than of others."""
-    values = {key: getattr(source.config, key, None) for key in sorted({*PER_LAYER, *LAYER_KINDS})}
+    values = {key: getattr(source.text_config, key, None) for key in sorted({*PER_LAYER, *LAYER_KINDS})}
     return next(
         (key for key, value in values.items() if isinstance(value, list) and len(set(map(str, value))) > 1), None
     )
@@ -144,7 +144,7 @@ def _several_kinds(source: Source) -> str | None:
 def _compared(ours: Source, theirs: Source) -> str:
     """Compares the logits on random tokens, with one model in memory after the other."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(int(ours.config.vocab_size), _COMPARED, generator=generator)
+    ids = torch.randint(int(ours.text_config.vocab_size), _COMPARED, generator=generator)
     expected, found = _logits(ours, ids), _logits(theirs, ids)
     difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
     if not difference <= _TOLERANCE * largest:  # written so that NaN fails

@@ -130,9 +130,10 @@ def test_every_array_with_an_entry_a_layer_is_cut(tmp_path: Path) -> None:
     assert after["leading_dense_block_count"] == 1
 
 
-def test_an_analysis_ends_in_a_file_too_and_changes_no_weights(tmp_path: Path) -> None:
-    source = write_gguf(tmp_path / "tiny.gguf")
-    outcome = run_cli("prune", source, "-o", tmp_path / "out.gguf", "--drop", 1, "--json", *SMALL)
+def test_an_analysis_ends_in_a_file_too_and_changes_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # names without a folder
+    source = write_gguf(Path("tiny.gguf"))
+    outcome = run_cli("prune", source, "-o", "out.gguf", "--drop", 1, "--json", *SMALL)
     assert outcome.code == 0, outcome
     removed = tuple(json.loads(outcome.out)["plan"]["removed"])
     check_tensors(source, tmp_path / "out.gguf", removed)
