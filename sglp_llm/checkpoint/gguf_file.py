@@ -52,13 +52,13 @@ def check_shortened_output(output: Path, overwrite: bool = False) -> None:
     (check_file if is_gguf(output) else check_output)(output, overwrite)
 
 
-def check_gguf_source(source: Source | None, output: Path) -> None:
-    """Checks that a GGUF file can be made of this model.
+def check_gguf_source(model: object, output: Path) -> None:
+    """Checks, before the model is opened, that a GGUF file can be made of it.
 
     Raises:
         UserError: It is none itself.
     """
-    if source is None or source.format != "gguf":
+    if not isinstance(model, str | Path) or Path(model).suffix != ".gguf":
         raise UserError(
             f"{output}: a GGUF file is made of a GGUF file, and the model is none: "
             "write a folder, and then `sglp-llm export FOLDER --to gguf`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -21,7 +22,8 @@ from sglp_llm.errors import UserError
 from sglp_llm.models import Source, find_source
 from sglp_llm.models.loading import checkpoint_dtype, load_model
 from sglp_llm.onwards.exported import Exported
-from sglp_llm.plan import PLAN_FILE_NAME, load_plan
+from sglp_llm.plan import PLAN_FILE_NAME, load_plan, plan_to_dict
+from sglp_llm.plan.published import without_local_paths
 
 GGUF_FILE_NAME = "model.gguf"
 CONVERTER = "convert_hf_to_gguf.py"
@@ -105,7 +107,8 @@ def _convert(converter: Path, source: Source, output: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode != 0 or not output.is_file():
         last = (ended.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"{source.path}: {CONVERTER} failed ({last[:300]})")
+        missing = "; pip install what its requirements/ name" if last.startswith("ModuleNotFoundError") else ""
+        raise UserError(f"{source.path}: {CONVERTER} failed ({last[:300]}){missing}")
 
 
 def _finish(source: Source, converted: Path, partial: Path, folder: Path) -> list[str]:
@@ -124,9 +127,8 @@ def _finish(source: Source, converted: Path, partial: Path, folder: Path) -> lis
         return notes
     if derived_wrongly(source.text_config, converted):
         theirs = replace(theirs, config=source.text_config)
-        plan = folder / PLAN_FILE_NAME
-        about = plan.read_text(encoding="utf-8") if plan.is_file() else "{}"
-        notes += copy_gguf(theirs, range(source.num_layers), partial, about)
+        about = plan_to_dict(load_plan(folder)) if (folder / PLAN_FILE_NAME).is_file() else {}
+        notes += copy_gguf(theirs, range(source.num_layers), partial, json.dumps(without_local_paths(about)))
     notes.append(_compared(source, theirs))
     if converted.is_file() and not partial.is_file():
         converted.replace(partial)

@@ -66,6 +66,8 @@ def test_where_the_converter_is_looked_for(tmp_path: Path, monkeypatch: pytest.M
     script.write_text("import sys; sys.exit('a model of this kind is unknown')")
     assert find_converter() == script
     assert "failed (a model of this kind is unknown)" in run_cli("export", folder, "--to", "gguf").error
+    script.write_text("import a_package_that_nobody_has")
+    assert "pip install what its requirements/ name" in run_cli("export", folder, "--to", "gguf").error
     monkeypatch.delenv("LLAMA_CPP")
     script.chmod(0o755)
     assert find_converter() == script
@@ -86,7 +88,8 @@ def test_layers_with_a_window_are_written_out_after_the_converter(
     assert "the same next token as the checkpoint at 128 of 128 positions" in notes[1]
     made = metadata(folder / "model.gguf")
     assert made["gemma2.attention.sliding_window_pattern"] == [False, True, True, False]
-    assert json.loads(made["sglp_llm.plan"])["removed"] == [0, 3]
+    plan = json.loads(made["sglp_llm.plan"])
+    assert (plan["removed"], plan["source"]["name"]) == ([0, 3], "tiny")
     torch.testing.assert_close(logits_of(OpenedModel(folder / "model.gguf").load().model), logits(folder))
     assert not list(folder.glob(".*"))
 
