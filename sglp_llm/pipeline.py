@@ -153,6 +153,7 @@ def prune(
             recipe = _with_text(recipe)
             check_shortened_output(output, overwrite)
             if is_gguf(output):
+                check_gguf_source(model, output)
                 _check_unchanged(recipe, output)
             if processes.is_main:
                 held.enter_context(only_run(lock_beside(output), output))
@@ -246,8 +247,6 @@ def _prune(
         else:
             raise UserError("how much to remove? Give a ratio, a number of layers to drop, a target, or a plan")
         opened = found.model
-        if is_gguf(output):
-            check_gguf_source(opened.source, output)
         plan = replace(plan, replaced=as_stored(opened.config, opened.source, plan.replaced))
     notes: list[str] = []
     quantised = opened.source.quantised if opened.source is not None else ""

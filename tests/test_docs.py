@@ -12,6 +12,7 @@ import pytest
 import yaml
 from checkpoints import run_cli, save_tiny
 from command_lines import parse, program
+from gguf_files import write_gguf
 from helpers import ROOT, TEXT
 from pages import PAGES, SHELL, Block, blocks, inline_commands, our_words, run_python, run_shell
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -141,6 +142,8 @@ def prepared(page: str, tiny: Path, folder: Path) -> dict[str, Any]:
     (folder / "scratch").mkdir()
     plan = json.dumps({"num_layers": 20, "removed": [13, 14, 15]})
     (folder / "plan.json").write_text(plan, encoding="utf-8")
+    if page == "docs/onwards.md":
+        write_gguf(folder / "SmolLM2-135M-Instruct.Q4_1.gguf", num_hidden_layers=20)
     for name in EARLIER.get(page, ()):
         assert run_cli("prune", tiny, "--plan", "plan.json", "-o", name, "--no-verify").code == 0
     model, other = (AutoModelForCausalLM.from_pretrained(tiny) for _ in range(2))
