@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO := demo-output
 WORKERS ?= 2
 
-.PHONY: setup demo test test-all lint docs bench bench-gpu clean
+.PHONY: setup demo test test-all faults lint docs bench bench-gpu clean
 
 setup: $(READY)
 
@@ -28,6 +28,10 @@ test: setup
 test-all: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 	$(BIN)/python -m pytest -m slow
+
+# A signal at every moment of every command that writes, and disks that are full at every stage; about an hour.
+faults: setup
+	FAULTS=every OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglp_llm.adapters import auto_class, is_wrapper
 from sglp_llm.analysis import open_for_analysis, run_analysis, software_versions
 from sglp_llm.analysis.latency import drop_for_latency
 from sglp_llm.analysis.opening import Inputs, OnForecast, open_for_plan
+from sglp_llm.analysis.run import only_journal
 from sglp_llm.calibration import CalibrationSet, named_text
-from sglp_llm.checkpoint import atomic_folder, check_output
+from sglp_llm.checkpoint import atomic_folder
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
 from sglp_llm.checkpoint.export import drop_layers, export_from_files, export_from_model
+from sglp_llm.checkpoint.gguf_file import check_gguf_source, check_shortened_output, export_gguf, gguf_config, is_gguf
+from sglp_llm.checkpoint.lock import lock_beside, only_run
+from sglp_llm.checkpoint.publish_file import atomic_file
 from sglp_llm.checkpoint.replaced import as_stored
 from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError
@@ -34,6 +40,7 @@ from sglp_llm.plan import (
     save_plan,
     save_recipe,
 )
+from sglp_llm.plan.shipped import DEFAULT_PRESET, UNCHANGED_PRESET, UNTRAINED_PRESET
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent, timed
 from sglp_llm.records import Analysis, PrunePlan, RunReport
@@ -107,7 +114,7 @@ def prune(
 
     Args:
         model: Hub id, folder, ``.gguf`` file, or a live transformers model.
-        output: Folder to write.
+        output: Folder to write; or, where the model is a GGUF file, a ``.gguf`` file: nothing is trained or compensated then.
         plan: Skips the analysis; ``recipe``'s budget and criterion are then not used. The replaced weights of a compensated plan
             are written.
         recipe: See `analyze`; it must hold a budget unless there is a plan.
@@ -122,58 +129,73 @@ def prune(
         **settings: See `analyze`.
 
     Raises:
-        UserError: See `analyze`; also an output that exists or is inside the source, or a plan for another model.
+        UserError: See `analyze`; also an output that exists, is inside the source or is written by another run, a plan for
+            another model, a full disk, or files of the model that have changed meanwhile.
         VerificationError: The reload check failed; nothing is left at ``output``.
     """
     output = Path(output).expanduser()
-    with processes.failing_together():
-        serves = plan is not None and calibration is None and recipe is None
-        recipe = _recipe(model, recipe or (Recipe() if plan is not None else None), preset, calibration, settings)
-        if serves and recipe.healing is None:
-            # Any text serves for the reload check, and this one needs no network.
-            recipe = recipe.with_changes(calibration="pydoc")
-            calibration = "pydoc"
-        recipe = _with_text(recipe)
-        check_output(output, overwrite)
-        healing = recipe.healing
-        if healing is not None:
-            check_healing(healing, processes)
-            if isinstance(model, torch.nn.Module):
-                raise UserError(
-                    "heal needs the original, and a live model is shortened in place: save it, and give the folder"
-                )
-    if healing is None:
-        return _prune(
-            model, output, plan, recipe, tokenizer, calibration, overwrite, verify, progress, processes, on_forecast
+    with ExitStack() as held:
+        with processes.failing_together():
+            serves = plan is not None and calibration is None and recipe is None
+            recipe = _recipe(
+                model,
+                recipe or (Recipe() if plan is not None else None),
+                preset,
+                calibration,
+                settings,
+                is_gguf(output),
+            )
+            if serves and recipe.healing is None:
+                # Any text serves for the reload check, and this one needs no network.
+                recipe = recipe.with_changes(calibration="pydoc")
+                calibration = "pydoc"
+            recipe = _with_text(recipe)
+            check_shortened_output(output, overwrite)
+            if is_gguf(output):
+                _check_unchanged(recipe, output)
+            if processes.is_main:
+                held.enter_context(only_run(lock_beside(output), output))
+            healing = recipe.healing
+            if healing is not None:
+                check_healing(healing, processes)
+                if isinstance(model, torch.nn.Module):
+                    raise UserError(
+                        "heal needs the original, and a live model is shortened in place: save it, and give the folder"
+                    )
+        if healing is None:
+            return _prune(
+                model, output, plan, recipe, tokenizer, calibration, overwrite, verify, progress, processes, on_forecast
+            )
+        # What is pruned is the student; it is gone when the result is written.
+        student = output.with_name(f"{output.name}.pruned")
+        report = _prune(
+            model, student, plan, recipe, tokenizer, calibration, True, False, progress, processes, on_forecast
         )
-    # What is pruned is the student; it is gone when the result is written.
-    student = output.with_name(f"{output.name}.pruned")
-    report = _prune(model, student, plan, recipe, tokenizer, calibration, True, False, progress, processes, on_forecast)
-    processes.wait()  # the main process has written what all train
-    try:
-        healed = heal(
-            student,
-            output,
-            recipe=healing,
-            tokenizer=tokenizer,
-            overwrite=overwrite,
-            verify=verify,
-            resume=work_folder_of(output).exists(),
-            progress=progress,
-            processes=processes,
-        )
-    except NotTrained as reason:
-        plan = report.plan
-        untrained = _prune(
-            model, output, plan, recipe, tokenizer, calibration, overwrite, verify, progress, processes, None
-        )
-        report = replace(untrained, analysis=report.analysis, seconds={**report.seconds, **untrained.seconds})
-        report = replace(report, notes=(f"not trained: {reason}",))
-    else:
-        report = replace(report, output=str(output), bytes_written=healed.bytes_written, healing=healed)
-    if processes.is_main:
-        shutil.rmtree(student, ignore_errors=True)
-    return report
+        processes.wait()  # the main process has written what all train
+        try:
+            healed = heal(
+                student,
+                output,
+                recipe=healing,
+                tokenizer=tokenizer,
+                overwrite=overwrite,
+                verify=verify,
+                resume=work_folder_of(output).exists(),
+                progress=progress,
+                processes=processes,
+            )
+        except NotTrained as reason:
+            plan = report.plan
+            untrained = _prune(
+                model, output, plan, recipe, tokenizer, calibration, overwrite, verify, progress, processes, None
+            )
+            report = replace(untrained, analysis=report.analysis, seconds={**report.seconds, **untrained.seconds})
+            report = replace(report, notes=(f"not trained: {reason}",))
+        else:
+            report = replace(report, output=str(output), bytes_written=healed.bytes_written, healing=healed)
+        if processes.is_main:
+            shutil.rmtree(student, ignore_errors=True)
+        return report
 
 
 def _prune(
@@ -223,18 +245,40 @@ def _prune(
         else:
             raise UserError("how much to remove? Give a ratio, a number of layers to drop, a target, or a plan")
         opened = found.model
+        if is_gguf(output):
+            check_gguf_source(opened.source, output)
         plan = replace(plan, replaced=as_stored(opened.config, opened.source, plan.replaced))
     plan = replace(plan, source=plan.source or opened.identity, versions=plan.versions or software_versions())
+    if opened.adapter.is_derived:  # the result is there only if the reload check passes
+        special = {"adapter": f"derived{', verified by logits' if verify else ''}"}
+        if is_wrapper(opened.config):
+            special["loaded_by"] = auto_class(opened.config).__name__
+        plan = replace(plan, settings={**plan.settings, **special})
     if not processes.is_main:
         return RunReport(str(output), plan, 0, None, seconds, analysis)
     expected = None
     if verify:
         assert found.calibration is not None
-        decoder = opened.load()
-        dtype, device = decoder.model.dtype, recipe.device_map or decoder.input_device
-        expected = expected_logits(decoder, plan.removed, found.calibration.input_ids, plan.replaced)
-        del decoder
-    with atomic_folder(output, overwrite) as folder:
+        with opened.unchanged_files():
+            decoder = opened.load()
+            dtype, device = decoder.model.dtype, recipe.device_map or decoder.input_device
+            expected = expected_logits(decoder, plan.removed, found.calibration.input_ids, plan.replaced)
+            del decoder
+    verification = None
+    notes: tuple[str, ...] = ()
+    if is_gguf(output):
+        assert opened.source is not None
+        with atomic_file(output, overwrite) as file, opened.unchanged_files():
+            with timed(seconds, "export"):
+                notes = export_gguf(opened.source, plan, file, progress)
+            opened.release()
+            if expected is not None:
+                config = gguf_config(opened.source, plan) if notes else None
+                with timed(seconds, "reload check"):
+                    verification = asdict(verify_checkpoint(file, expected, dtype, device, config=config))
+            written = file.stat().st_size
+        return RunReport(str(output), plan, written, verification, seconds, analysis, notes=notes)
+    with atomic_folder(output, overwrite) as folder, opened.unchanged_files():
         with timed(seconds, "export"):
             _export(opened, plan, folder, max_shard_size, progress)
             save_plan(plan, folder / PLAN_FILE_NAME)
@@ -244,7 +288,6 @@ def _prune(
             write_model_card(folder / "README.md", plan, opened.card)
             write_report(folder)
         opened.release()
-        verification = None
         if expected is not None:
             with timed(seconds, "reload check"):
                 verification = asdict(verify_checkpoint(folder, expected, dtype, device, opened.streamed))
@@ -254,12 +297,13 @@ def _prune(
 
 def _analysed(found: Inputs, recipe: Recipe, progress: Progress, processes: Processes) -> Analysis:
     """The analysis; for a target of decode time after this has been measured, and become a number of layers."""
-    judge = open_judge(recipe, found.model)
-    if recipe.target_latency is None:
-        return run_analysis(found, recipe, progress, processes, judge)
-    times = measure_decode(found.model, progress, processes)
-    drop = drop_for_latency(recipe, times)
-    analysis = run_analysis(found, recipe.with_changes(drop=drop), progress, processes, judge)
+    with found.model.unchanged_files(), only_journal(recipe, processes):
+        judge = open_judge(recipe, found.model)
+        if recipe.target_latency is None:
+            return run_analysis(found, recipe, progress, processes, judge)
+        times = measure_decode(found.model, progress, processes)
+        drop = drop_for_latency(recipe, times, found.model.staying)
+        analysis = run_analysis(found, recipe.with_changes(drop=drop), progress, processes, judge)
     settings = {**analysis.plan.settings, "decode_times": times.to_dict()}
     return replace(analysis, plan=replace(analysis.plan, budget=recipe.budget.to_dict(), settings=settings))
 
@@ -270,17 +314,33 @@ def _recipe(
     preset: str | None,
     calibration: CalibrationSet | str | None,
     settings: dict[str, Any],
+    unchanged: bool = False,
 ) -> Recipe:
     if recipe is None:
         # A live model is shortened in place, and is no teacher then; token ids are no text to read on in.
         trainable = not isinstance(model, torch.nn.Module) and not isinstance(calibration, CalibrationSet)
-        preset = preset_or_default(preset, settings, trainable)
+        default = UNCHANGED_PRESET if unchanged else DEFAULT_PRESET if trainable else UNTRAINED_PRESET
+        preset = preset_or_default(preset, settings, default)
     if isinstance(calibration, CalibrationSet):  # its own size is recorded, not the recipe's
         samples, seq_len = calibration.input_ids.shape
         settings |= {"calibration": calibration.source, "samples": samples, "seq_len": seq_len}
     elif calibration is not None:
         settings["calibration"] = calibration
     return (recipe or Recipe()).with_changes(**preset_settings(preset)).with_changes(**settings)
+
+
+def _check_unchanged(recipe: Recipe, output: Path) -> None:
+    """Refuses what a GGUF file cannot take up."""
+    changing = {
+        "heal": recipe.healing is not None,
+        "compensate": recipe.compensate != "none",
+        "max_shard_size": recipe.max_shard_size is not None,
+    }
+    if given := [name for name, is_given in changing.items() if is_given]:
+        raise UserError(
+            f"{output}: a GGUF file keeps the weights of the kept layers as they are, in one file: leave out {given[0]} "
+            f"(the preset {UNCHANGED_PRESET} changes no weights), or write a folder"
+        )
 
 
 def _with_text(recipe: Recipe) -> Recipe:

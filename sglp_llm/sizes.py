@@ -35,7 +35,7 @@ def parse_latency(text: str) -> tuple[float, str]:
     Raises:
         UserError: It is neither, or not positive.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(x|ms)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(x|ms)\s*", text)
     if match is None or float(match[1]) == 0:
         raise UserError(f"{text!r} is not a share such as 0.8x, or a time such as 25ms")
     return float(match[1]), match[2]
@@ -58,7 +58,7 @@ def show_bytes(count: int) -> str:
 
 
 def _parse(text: str, units: dict[str, int], expected: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in units or round(float(match[1]) * units[match[2].upper()]) < 1:
         raise UserError(f"{text!r} is not {expected}")
     return round(float(match[1]) * units[match[2].upper()])

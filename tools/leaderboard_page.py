@@ -50,7 +50,7 @@ def main() -> None:
         )
         if depth in found:
             rows |= _measured(found[depth], folder / str(depth))
-            notes.append(_note(found[depth]))
+            notes.append(measured_on(found[depth]))
         parts.append(f"{title}\n\n{_table(rows)}\n" + "\n".join(dict.fromkeys(notes)) + "\n")
     page.write_text("\n".join(parts), encoding="utf-8")
 
@@ -74,16 +74,17 @@ def _measured(comparison: dict[str, Any], folder: Path) -> dict[str, list[str]]:
 def _numbers(results: dict[str, dict[str, float]], dense: bool) -> list[str]:
     texts = [each for each in results.values() if "perplexity" in each]
     offline, generation = (each for each in results.values() if "perplexity" not in each)
-    shown = [_pair(each, "perplexity" if dense else "log_gap", ".2f" if dense else ".3f") for each in texts]
+    shown = [pair(each, "perplexity" if dense else "log_gap", ".2f" if dense else ".3f") for each in texts]
     return [
         *shown,
-        _pair(offline, "average"),
-        _pair(generation, "average"),
-        _pair(generation, "generation_open repetition"),
+        pair(offline, "average"),
+        pair(generation, "average"),
+        pair(generation, "generation_open repetition"),
     ]
 
 
-def _pair(numbers: dict[str, float], key: str, form: str = ".3f") -> str:
+def pair(numbers: dict[str, float], key: str, form: str = ".3f") -> str:
+    """A number of a comparison's row, and its standard error."""
     return f"{numbers[key]:{form}} ± {numbers[f'{key}_standard_error']:{form}}"
 
 
@@ -96,7 +97,8 @@ def _table(rows: dict[str, list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _note(comparison: dict[str, Any]) -> str:
+def measured_on(comparison: dict[str, Any]) -> str:
+    """What a comparison was measured on, when, and by which commit."""
     names = ", ".join(comparison["dense"])
     passes = f"shared pass {comparison['selection_seconds'].get('shared pass', 0):.0f} s"
     commit = subprocess.run(

@@ -19,7 +19,7 @@ from sglp_llm.analysis.targets import check_context
 from sglp_llm.calibration import CalibrationSet, calibration_set, check_spec
 from sglp_llm.calibration.cache import cache_folder
 from sglp_llm.calibration.self_text import self_text, tokens_to_write
-from sglp_llm.checkpoint.export import check_plan
+from sglp_llm.checkpoint.export import check_carried, check_plan
 from sglp_llm.checkpoint.shorten import check_shortened
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS
 from sglp_llm.compensation import NONE, check_compensation
@@ -139,7 +139,11 @@ def open_for_plan(
         UserError: See `open_for_analysis`; also a plan for another model.
     """
     opened = _found(model, recipe, tokenizer, processes)
-    check_plan(plan, opened.identity, opened.num_layers, stored=opened.source is not None)
+    stored = opened.source is not None
+    if opened.source is not None and opened.source.format == "gguf" and plan.source is not None:
+        # A plan may have been made for the safetensors checkpoint that the file was converted from.
+        stored = plan.source.name.endswith(".gguf")
+    check_plan(plan, opened.identity, opened.num_layers, stored)
     check_shortened(opened, plan.kept)
     _check_apart(opened, output)
     sequences = None
@@ -251,9 +255,9 @@ def _checked(
         check_criteria(each)
     check_journal(recipe)
     opened = _found(model, recipe, tokenizer, processes)
-    check_compensation(recipe.compensate, opened.adapter, opened.config, recipe.samples)
+    check_compensation(recipe.compensate, opened.adapter, opened.text_config, recipe.samples)
     for each in recipes:
-        check_selection(each, opened.num_layers)
+        check_selection(each, opened.num_layers, opened.staying)
     check_context(recipe, _positions(opened), opened.identity.name)
     longest = _positions(opened)
     if longest is not None and recipe.seq_len > longest:
@@ -292,10 +296,13 @@ def _let_go(opened: OpenedModel) -> None:
 
 
 def _check_apart(opened: OpenedModel, output: Path | None) -> None:
+    """Checks what an export would fail at: an output inside the source, and files that it would not copy."""
     if output is not None and opened.source is not None:
         opened.source.check_apart(output)
+        if opened.source.path.is_dir():
+            check_carried(opened.source.path)
 
 
 def _positions(opened: OpenedModel) -> int | None:
     """The largest number of positions of the model; ``None`` where its configuration sets no limit."""
-    return getattr(opened.config, "max_position_embeddings", None)
+    return getattr(opened.text_config, "max_position_embeddings", None)

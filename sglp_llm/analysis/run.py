@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sglp_llm.analysis.decisions import Judge, check_reachable, decide
 from sglp_llm.analysis.observing import observe, trials_in_bfloat16
 from sglp_llm.analysis.opening import Inputs
 from sglp_llm.calibration import CalibrationSet
+from sglp_llm.checkpoint.lock import LOCK_FILE_NAME, only_run
 from sglp_llm.checkpoint.shorten import check_shortened
 from sglp_llm.compensation import NONE
 from sglp_llm.models.opened import OpenedModel
@@ -48,7 +50,7 @@ def run_analysis(
     processes.check_same("calibration set", calibration.hash)
     journal = _journal(opened, recipe, calibration)
     model = opened.load()
-    check_reachable(recipe, opened.footprint())
+    check_reachable(recipe, opened.footprint(), opened.staying)
     names = (recipe.deciding_criterion, *recipe.also)
     observations = observe(model, calibration, recipe, names, recipe.is_segmented, progress, processes, journal)
     scores = observations.scores()
@@ -57,6 +59,10 @@ def run_analysis(
     kept = tuple(layer for layer in range(model.num_layers) if layer not in removed)
     check_shortened(opened, kept)
     settings = {**plan_settings(recipe, removed), "calibration_hash": calibration.hash}
+    if opened.adapter.is_derived:
+        settings["adapter"] = "derived"
+    if opened.staying:
+        settings["staying"] = opened.staying.to_dict()
     for name, criterion in observations.criteria.items():
         if report := criterion.report():
             assert name not in settings
@@ -122,6 +128,18 @@ def _journal(opened: OpenedModel, recipe: Recipe, calibration: CalibrationSet) -
         **({"trial_dtype": "bfloat16"} if trials_in_bfloat16(recipe, opened.load()) else {}),
     }
     return Journal(Path(recipe.journal).expanduser() / "trials", setting)
+
+
+def only_journal(recipe: Recipe, processes: Processes) -> AbstractContextManager[None]:
+    """A block in which no other run uses the recipe's journal.
+
+    Raises:
+        UserError: Another run uses it, or it cannot be written to.
+    """
+    if recipe.journal is None or not processes.is_main:
+        return nullcontext()
+    folder = Path(recipe.journal).expanduser()
+    return only_run(folder / LOCK_FILE_NAME, folder)
 
 
 def software_versions() -> dict[str, str]:

@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from sglp_llm.errors import UserError
+from sglp_llm.small_files import checked_data, open_regular
 
 BYTE_ORDER_MARK = "\ufeff"
 
+MOST_TEXT_BYTES = 2**28
+"""The longest file of plain text that is read as a whole, decompressed."""
+
+ENOUGH_TEXT_BYTES = 2**24
+"""How far such a file is read where a number of sequences says how much is needed."""
+
+MOST_LINE_BYTES = 2**24
+"""The longest line of JSON, and the most that may be blank between two."""
+
 
 @contextmanager
-def opened(path: Path) -> Iterator[BufferedIOBase]:
+def opened(path: Path) -> Iterator[IO[bytes]]:
     """The file's bytes, decompressed where the name ends in ``.gz``; an error while the block reads them becomes a `UserError`.
 
     Raises:
         UserError: There is no such file, it cannot be read, or it is damaged.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            yield stream
+        with open_regular(path) as plain:
+            if path.suffix == ".gz":
+                with gzip.open(plain) as stream:
+                    yield cast(IO[bytes], stream)
+            else:
+                yield plain
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged, or not a gzip file ({error})") from None
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: this is a folder, not a file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read the file ({error.strerror or error})") from None
 
@@ -47,14 +59,27 @@ def check_not_empty(path: Path) -> None:
             raise UserError(f"{path}: the file is empty")
 
 
-def whole_text(path: Path) -> str:
+def whole_text(path: Path, enough: int | None = None) -> str:
     """The file's text with Unix line endings, so that the same text gives the same sequences whatever system wrote it.
 
+    Args:
+        path: The file.
+        enough: Bytes, decompressed, after which it is read no further.
+
     Raises:
-        UserError: It cannot be read, is not UTF-8, or is blank.
+        UserError: It cannot be read, is not UTF-8, is blank, or has more than `MOST_TEXT_BYTES`.
     """
+    most = MOST_TEXT_BYTES if enough is None else enough
     with opened(path) as stream:
-        data = stream.read()
+        data = stream.read(most + 1)
+    if len(data) > most:
+        if enough is None:
+            raise UserError(
+                f"{path}: more than {most >> 20} MiB of text, and all of it is to be read: give less of it, or jsonl:FILE:FIELD"
+            )
+        # After a whole line, or at least a whole character.
+        end = data.rfind(b"\n", 0, most) + 1
+        data = data[:end] if end else data[:most].decode(errors="ignore").encode()
     try:
         text = data.decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
@@ -71,7 +96,15 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         UserError: While iterating: the file cannot be read, or a line is not a JSON object.
     """
     with opened(path) as stream:
-        for number, line in enumerate(stream, start=1):
+        blank = 0
+        for number in itertools.count(1):
+            line = stream.readline(MOST_LINE_BYTES + 1)
+            blank = 0 if line.strip() else blank + len(line)
+            if len(line) > MOST_LINE_BYTES or blank > MOST_LINE_BYTES:
+                what = "the line is longer" if len(line) > MOST_LINE_BYTES else "there is nothing in more"
+                raise UserError(f"{path}, line {number}: {what} than {MOST_LINE_BYTES >> 20} MiB")
+            if not line:
+                return
             if line.strip():
                 where = f"{path}, line {number}"
                 yield where, _object(line, where)
@@ -104,6 +137,10 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise UserError(f"{where}: not JSON ({error})") from None
+    try:
+        checked_data(row)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON that can be used ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, not {type(row).__name__}")
     return row

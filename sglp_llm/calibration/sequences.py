@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglp_llm.calibration.files import ENOUGH_TEXT_BYTES
 from sglp_llm.calibration.mixtures import Portion, Spec, interleaved, mixture, shares
 from sglp_llm.calibration.packing import adds_bos, check_length, hash_of, shuffled, token_ids, windows_of
 from sglp_llm.calibration.texts import load_documents, source_label
@@ -101,7 +102,7 @@ def calibration_set(
     drawn = []
     for portion, count in zip(portions, counts, strict=True):
         if count:
-            documents = load_documents(portion.source, "train", tokenizer, self_file)
+            documents = load_documents(portion.source, "train", tokenizer, self_file, enough_bytes(count * seq_len))
             drawn.append(_drawn(tokenizer, documents, portion, count, samples, seq_len, seed))
     input_ids = torch.cat(drawn)[interleaved(counts, seed)]
     mask = torch.ones_like(input_ids, dtype=torch.bool)
@@ -142,7 +143,12 @@ def evaluation_windows(
     source = source_label(portions, "test")
     bos = adds_bos(tokenizer) if bos is None else bos
     body = window - bos
-    documents = load_documents(portions[0].source, "test", tokenizer)
+    documents = load_documents(
+        portions[0].source,
+        "test",
+        tokenizer,
+        enough=None if max_windows is None else enough_bytes(max_windows * window),
+    )
     ids = token_ids(tokenizer, documents, None if max_windows is None else max_windows * body)
     if len(ids) < body:
         raise UserError(
@@ -150,6 +156,11 @@ def evaluation_windows(
             " lower window or give more text"
         )
     return EvaluationWindows(windows_of(tokenizer, ids, body, bos)[:max_windows], source, bos)
+
+
+def enough_bytes(tokens: int) -> int:
+    """How far a file of plain text is read for so many tokens: much further, since windows are drawn from all that is read."""
+    return max(ENOUGH_TEXT_BYTES, 64 * tokens)
 
 
 def _drawn(

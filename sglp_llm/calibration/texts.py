@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def load_documents(
-    spec: str, split: Split, tokenizer: PreTrainedTokenizerBase | None = None, self_file: Path | None = None
+    spec: str,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    self_file: Path | None = None,
+    enough: int | None = None,
 ) -> Iterator[str]:
     """The documents of one source in the source's order, read lazily; blank ones are left out.
 
@@ -47,6 +51,7 @@ def load_documents(
         split: Which part of a source that has two.
         tokenizer: Renders the conversations of ``chat:FILE``; ``None`` means Alpaca's prompt.
         self_file: The file for ``self``; without it, ``self`` cannot be read.
+        enough: Bytes of a ``text:FILE`` after which it is read no further; ``None`` means all of it.
 
     Raises:
         UserError: The specification is wrong; while iterating: the text cannot be read.
@@ -62,7 +67,7 @@ def load_documents(
     elif source.path is None:
         documents = CORPORA[source.name](source.split or split)
     elif source.field is None:
-        documents = (whole_text(path) for path in [source.path])
+        documents = (whole_text(path, enough) for path in [source.path])
     else:
         documents = _jsonl_file(source.path, source.field)
     return (document for document in documents if document.strip())

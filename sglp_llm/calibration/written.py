@@ -11,6 +11,9 @@ from typing import Any
 
 from sglp_llm.errors import UserError
 from sglp_llm.progress import Progress, silent
+from sglp_llm.small_files import read_json_lines
+
+MOST_BATCH_BYTES = 2**27
 
 EMPTY_BATCHES = 8
 """Generation stops with an error after this many consecutive batches without text."""
@@ -77,11 +80,11 @@ def written_rows(
     return file
 
 
-def _stored(file: Path) -> list[Row] | None:
+def _stored(file: Path) -> Sequence[Row] | None:
     """The rows of a stored batch; ``None`` if the file is missing or incomplete."""
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (FileNotFoundError, ValueError):
+        return read_json_lines(file, "batch of written text", MOST_BATCH_BYTES) if file.exists() else None
+    except UserError:
         return None
 
 

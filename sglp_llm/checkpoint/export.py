@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from sglp_llm.plan import plan_from_indices
 from sglp_llm.plan.plans import check_replaced
 from sglp_llm.progress import Progress, silent
 from sglp_llm.records import ModelIdentity, PrunePlan
+from sglp_llm.small_files import carried_files, copy_file, read_json
 from sglp_llm.tensor_files.writer import NamedEntry, NewTensor, group_by_size, write_shards
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-# The other files of a checkpoint: tokenizer, chat template, generation configuration, licence.
+# The other files of a checkpoint: tokenizer, processors, chat template, generation configuration, licence.
 _CARRIED_OVER = (
+    "*processor_config.json",
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -114,13 +115,33 @@ def export_from_model(model: PreTrainedModel, folder: Path, max_shard_size: int 
 
 
 def carry_over(source: Path, folder: Path) -> None:
-    """Copies tokenizer, chat template, generation configuration and licence files as they are."""
-    for pattern in _CARRIED_OVER:
-        for file in source.glob(pattern):
-            if file.is_dir():
-                shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(file, folder / file.name)
+    """Copies tokenizer, chat template, generation configuration and licence files as they are.
+
+    Raises:
+        UserError: See `check_carried`.
+    """
+    for file in carried_files(source, _CARRIED_OVER):
+        copy_file(file, folder)
+
+
+def check_carried(source: Path) -> None:
+    """Refuses, before any work is done, files that `carry_over` would not copy, or with which no export would load.
+
+    Raises:
+        UserError: One is no regular file of the checkpoint's own, or transformers cannot read the generation configuration.
+    """
+    from transformers import GenerationConfig
+
+    carried_files(source, _CARRIED_OVER)
+    file = source / "generation_config.json"
+    if not file.exists():
+        return
+    if not isinstance(read_json(file, "generation configuration"), dict):
+        raise UserError(f"{file}: not a generation configuration: expected a JSON object")
+    try:
+        GenerationConfig.from_pretrained(source)
+    except Exception as error:  # whatever its checks raise
+        raise UserError(f"{file}: transformers cannot read it ({' '.join(str(error).split())[:200]})") from None
 
 
 def check_plan(plan: PrunePlan, model: ModelIdentity, num_layers: int, stored: bool = True) -> None:
@@ -207,7 +228,7 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
     _renumber(layers, plan.kept)
     model.set_submodule(adapter.layers, layers)
     for key, value in values.items():
-        setattr(model.config, key, value)
+        setattr(wrapped.config, key, value)
     return model
 
 
@@ -246,7 +267,7 @@ def shortened(
     layers = wrapped.layers
     numbers = [(module, key, getattr(module, key)) for module in layers.modules() for key in _index_keys(module)]
     changed = shortened_values(model.config, wrapped.adapter, [0])
-    before = {key: getattr(model.config, key) for key in changed}
+    before = {key: getattr(wrapped.config, key) for key in changed}
     with replaced_weights(wrapped, replaced or {}):
         drop_layers(model, indices)
         try:
@@ -256,7 +277,7 @@ def shortened(
             for module, key, value in numbers:
                 setattr(module, key, value)
             for key, value in before.items():
-                setattr(model.config, key, value)
+                setattr(wrapped.config, key, value)
 
 
 def _renumber(layers: Iterable[nn.Module], kept: Sequence[int]) -> None:

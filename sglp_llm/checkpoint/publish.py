@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sglp_llm.errors import UserError
+from sglp_llm.checkpoint.lock import is_at, make_parents, remove_if_empty, surely
+from sglp_llm.errors import UserError, disk_of
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -49,22 +50,16 @@ def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
     made: list[Path] = []
     try:
         try:
-            _make_parents(target.parent, made)
+            with disk_of(output):
+                make_parents(target.parent, made)
             _remove_leftovers(target)
-            partial, lock = _make_locked_sibling(target)
         except OSError as error:
-            raise UserError(f"{output}: cannot make a folder in {target.parent} ({error.strerror})") from None
-        try:
+            raise _no_folder(output, target, error) from None
+        with _locked_sibling(output, target) as partial, disk_of(output), _still_there(output, partial):
             yield partial
             _publish(partial, target, overwrite)
-        finally:
-            # It now holds a failed export, or the old folder that was swapped out, or does not exist.
-            shutil.rmtree(partial, ignore_errors=True)
-            os.close(lock)
     except BaseException:
-        for folder in made:
-            with suppress(OSError):  # another process may have written to it meanwhile
-                folder.rmdir()
+        surely(lambda: remove_if_empty(made))  # another process may have written to one meanwhile
         raise
 
 
@@ -82,6 +77,8 @@ def check_output(output: Path, overwrite: bool = False) -> None:
         return
     if not target.is_dir():
         raise UserError(f"{target}: is a file; the output is a folder")
+    if _is_mount_point(target):
+        raise UserError(f"{target}: is a mount point, which cannot be replaced; choose a folder inside it")
     if not overwrite:
         raise UserError(f"{target}: already exists; choose another folder, or replace it with --overwrite")
     # A slip such as "--output ~ --overwrite" must not cost a home folder.
@@ -93,36 +90,70 @@ def _obstacle(parent: Path) -> str:
     return "not writable" if parent.is_dir() else "not a folder"
 
 
-def _make_parents(parent: Path, made: list[Path]) -> None:
-    """Makes the missing folders down to ``parent`` and puts them into ``made``, deepest first."""
-    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    for folder in reversed(missing):
-        with suppress(FileExistsError):
-            folder.mkdir()
-            made.insert(0, folder)
+def _is_mount_point(folder: Path) -> bool:
+    if os.path.ismount(folder):
+        return True
+    try:  # a folder mounted from elsewhere on the same file system
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    special = {b"\\": rb"\134", b" ": rb"\040", b"\t": rb"\011", b"\n": rb"\012"}
+    written = b"".join(special.get(bytes([byte]), bytes([byte])) for byte in os.fsencode(folder))
+    return any(mount.split(b" ")[4] == written for mount in mounts)
 
 
-def _make_locked_sibling(target: Path) -> tuple[Path, int]:
-    """Makes a folder with the permissions the umask gives, unlike ``mkdtemp``, and locks it until the process ends.
+def _no_folder(output: Path, target: Path, error: OSError) -> UserError:
+    return UserError(f"{output}: cannot make a folder in {target.parent} ({error.strerror})")
+
+
+@contextmanager
+def _locked_sibling(output: Path, target: Path) -> Iterator[Path]:
+    """Makes a folder with the permissions the umask gives, unlike ``mkdtemp``, and locks it until the block or the process ends.
 
     The lock is on the folder itself: it needs no lock file, which would have to be removed before publication, and it tells
     a running export from a leftover, since the kernel releases it when the process dies.
     """
-    while True:
-        partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
-        try:
+    # The name is known before the folder is made, so that an interruption between any two steps removes it.
+    partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+    lock = None
+    try:
+        while lock is None:
+            lock = _made_and_locked(partial, output, target)
+        yield partial
+    finally:
+        # It now holds a failed export, or the old folder that was swapped out, or does not exist.
+        surely(lambda: shutil.rmtree(partial, ignore_errors=True))
+        if lock is not None:
+            os.close(lock)
+
+
+def _made_and_locked(partial: Path, output: Path, target: Path) -> int | None:
+    """The open folder; ``None`` if another export took it for a leftover before it could be locked."""
+    try:
+        with disk_of(output):
             partial.mkdir()
-        except FileExistsError:
-            continue
-        try:
-            lock = os.open(partial, os.O_RDONLY)
-        except FileNotFoundError:  # another export took it for a leftover before it could be locked
-            continue
-        with suppress(OSError):  # a file system without locks: leftovers are not removed then
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if _is_at(partial, lock):
-            return partial, lock
-        os.close(lock)
+        lock = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and target.parent.is_dir():
+            return None
+        raise _no_folder(output, target, error) from None
+    with suppress(OSError):  # a file system without locks: leftovers are not removed then
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    if is_at(partial, lock):
+        return lock
+    os.close(lock)
+    return None
+
+
+@contextmanager
+def _still_there(output: Path, partial: Path) -> Iterator[None]:
+    """Says what has happened where the folder is gone that is being written to."""
+    try:
+        yield
+    except Exception as error:
+        if not partial.is_dir() and not isinstance(error, UserError):
+            raise UserError(f"{output}: {partial}, where it was being written, was removed meanwhile") from error
+        raise
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -139,17 +170,9 @@ def _remove_leftovers(target: Path) -> None:
             continue
         with suppress(OSError):  # locked by a running export, or a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(path, lock):
+            if is_at(path, lock):
                 shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the path still leads to the open folder: it may have been removed before the lock was acquired."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _publish(partial: Path, target: Path, overwrite: bool) -> None:

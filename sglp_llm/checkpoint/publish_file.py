@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sglp_llm.errors import UserError
+from sglp_llm.checkpoint.lock import surely
+from sglp_llm.errors import UserError, disk_of
 
 
 @contextmanager
@@ -22,11 +23,12 @@ def atomic_file(output: Path, overwrite: bool = False) -> Iterator[Path]:
     check_file(output, overwrite)
     partial = output.with_name(f".{output.name}.partial")
     try:
-        yield partial
-        check_file(output, overwrite)
-        partial.replace(output)
+        with disk_of(output):
+            yield partial
+            check_file(output, overwrite)
+            partial.replace(output)
     finally:
-        partial.unlink(missing_ok=True)
+        surely(lambda: partial.unlink(missing_ok=True))
 
 
 def check_file(output: Path, overwrite: bool = False) -> None:
@@ -41,3 +43,10 @@ def check_file(output: Path, overwrite: bool = False) -> None:
         raise UserError(f"{output}: there is no folder {output.parent}")
     if output.exists() and not overwrite:
         raise UserError(f"{output}: already exists; choose another file, or replace it with --overwrite")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Writes a file that one run rewrites and a later one reads: a kill leaves it as it was, or as it is now."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

@@ -15,7 +15,9 @@ from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME
 from sglp_llm.plan.healing_recipe import HEALING_FILE_NAME, HEALING_RECIPE_FILE_NAME
 from sglp_llm.plan.plans import plan_text
 from sglp_llm.plan.published import PLACE, last_part, published_model, without_local_paths
+from sglp_llm.plan.results import RESULTS_FILE_NAME
 from sglp_llm.plan.yaml_files import dump_yaml, read_yaml
+from sglp_llm.small_files import check_own, read_json, read_text
 
 MESSAGE = "Upload a model pruned with sglp-llm"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -85,15 +87,17 @@ def published_files(folder: Path, repo: str) -> dict[str, Path | bytes]:
     """The content of each file as it is published, by its path in the repository.
 
     Raises:
-        UserError: A plan, a recipe or a configuration cannot be read.
+        UserError: A plan, a recipe or a configuration cannot be read; or there is a link out of the folder, or a pipe.
     """
     files: dict[str, Path | bytes] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in name.split("/"))
         # peft's card of an adapter: its base model is the path that it was loaded from.
-        if path.is_file() and not hidden and name != "adapter/README.md":
-            files[name] = _published(path, name, repo)
+        if hidden or name == "adapter/README.md" or (path.is_dir() and not path.is_symlink()):
+            continue
+        check_own(path, folder)
+        files[name] = _published(path, name, repo)
     return files
 
 
@@ -105,24 +109,21 @@ def _published(path: Path, name: str, repo: str) -> Path | bytes:
         data = read_yaml(path, "recipe")
         public = without_local_paths(data)
         return path if public == data else dump_yaml(public).encode()
-    if name in (PLAN_FILE_NAME, HEALING_FILE_NAME):
-        data = _json(path)
+    if name in (PLAN_FILE_NAME, HEALING_FILE_NAME, RESULTS_FILE_NAME):
+        data = read_json(path, "plan" if name == PLAN_FILE_NAME else "record")
         public = without_local_paths(data)
         if public == data:
             return path
         return (plan_text(public) if name == PLAN_FILE_NAME else json.dumps(public, indent=2) + "\n").encode()
     if _CONFIGURATIONS.fullmatch(path.name):
-        data = _json(path)
+        data = read_json(path, "configuration")
         public = _without_origins(data)
         return path if public == data else (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode()
     return path
 
 
 def _with_name(card: Path, repo: str) -> Path | bytes:
-    try:
-        text = card.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{card}: cannot read the model card ({error})") from None
+    text = read_text(card, "model card")
     return text.replace(PLACE, repo).encode() if PLACE in text else card
 
 
@@ -136,10 +137,3 @@ def _without_origins(value: Any, key: str = "") -> Any:
     if key.endswith("name_or_path"):
         return published_model(value)
     return last_part(value) if _FILE_KEYS.search(key) and _PATH.match(value) else value
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None

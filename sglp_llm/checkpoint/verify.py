@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from sglp_llm.adapters import adapter_of
+from sglp_llm.adapters import adapter_of, auto_class
 from sglp_llm.checkpoint.export import renamed
 from sglp_llm.engine.modes import replaced_weights, skipped
 from sglp_llm.errors import UserError
@@ -116,23 +115,29 @@ def _generates(model: DecoderModel, ids: torch.Tensor) -> bool:
 
 
 def verify_checkpoint(
-    folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str, streamed: bool = False
+    folder: Path,
+    expected: Expected,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    streamed: bool = False,
+    config: PretrainedConfig | None = None,
 ) -> Verification:
     """Loads the folder with plain transformers and compares it with what is expected.
 
     Args:
-        folder: The exported checkpoint.
+        folder: The exported checkpoint: a folder, or a GGUF file.
         expected: What `expected_logits` returned.
         dtype: The dtype in which the source computed.
         device: Where the source computed, or accelerate's ``device_map``.
         streamed: Keep one decoder layer in memory at a time, loaded by transformers' loader. Generation is then not compared: it
             would read the whole checkpoint for every token.
+        config: Used instead of what transformers derives from a GGUF file.
 
     Raises:
         VerificationError: The folder does not load, tensors are missing or unexpected, logits differ, or in float32 greedy
             generation with the KV cache gives other tokens than without.
     """
-    model = _streamed(folder, dtype) if streamed else _resident(folder, expected, dtype, device)
+    model = _streamed(folder, dtype) if streamed else _resident(folder, dtype, device, config)
     ids = expected.input_ids.to(model.input_device)
     logits = _logits(model.model, ids)
     if unknown := sorted(model.unused_tensors - expected.unused_tensors):
@@ -152,11 +157,17 @@ def verify_checkpoint(
     return Verification(str(dtype).removeprefix("torch."), difference, tolerance, ids.numel(), generation)
 
 
-def _resident(folder: Path, expected: Expected, dtype: torch.dtype, device: torch.device | str) -> DecoderModel:
+def _resident(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, config: PretrainedConfig | None
+) -> DecoderModel:
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device, "output_loading_info": True}
+    where = folder
+    if folder.is_file():
+        where = folder.parent
+        options |= {"gguf_file": folder.name, "config": config}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device, output_loading_info=True
-        )
+        found = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model, report = auto_class(found).from_pretrained(where, trust_remote_code=False, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub each have their own for what is wrong
@@ -193,7 +204,7 @@ def _buffers_as_loaded(model: PreTrainedModel) -> Iterator[None]:
     ]
     if coarse:
         with init_empty_weights(include_buffers=False):
-            fresh = dict(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).named_buffers())
+            fresh = dict(auto_class(model.config).from_config(model.config, dtype=model.dtype).named_buffers())
         for path, module, name, buffer in coarse:
             module._buffers[name] = fresh[path].to(buffer.device)
     try:
@@ -223,11 +234,13 @@ def _compare_generation(model: PreTrainedModel, prompts: torch.Tensor, tie: floa
 
 
 def _greedy(model: PreTrainedModel, prompt: torch.Tensor, use_cache: bool) -> torch.Tensor:
-    options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "use_cache": use_cache}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn of the sampling settings that greedy search does not use
+    """Without the checkpoint's own generation settings, which may be any: some need a tokenizer, or code from the Hub."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=_NEW_TOKENS, do_sample=False, use_cache=use_cache, pad_token_id=0
+    )
     try:
-        tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0]
+        tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt))[0]
     finally:
-        logging.set_verbosity(verbosity)
+        model.generation_config = own
     return tokens

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +29,7 @@ from sglp_llm.cli.verbs.prune import prune
 from sglp_llm.cli.verbs.push import push
 from sglp_llm.cli.verbs.replan import replan
 from sglp_llm.cli.verbs.report import report
-from sglp_llm.errors import UserError
+from sglp_llm.errors import UserError, one_line
 from sglp_llm.processes import process_count, process_index
 from sglp_llm.version import __version__
 
@@ -62,8 +66,17 @@ _add("doctor", doctor, panels.LOOK_UP, "--json")
 IN_MANY_PROCESSES = ("analyze", "prune", "heal")
 """Verbs that share their work between the processes that a launcher started."""
 
+_LIBRARIES = ("transformers", "tokenizers", "lm_eval", "datasets", "gguf", "jinja2", "peft")
+"""Those that are given what others have written, apart from text and numbers that we have checked."""
+
+_ALLOCATION = "DefaultCPUAllocator"
+_WITHOUT_WORDS: dict[type, str] = {MemoryError: "out of memory"}
 _INTERRUPTED = 130
 """The exit code that Typer returns on Ctrl-C, without a message."""
+
+
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask a run to end."""
 
 
 @app.callback(invoke_without_command=True)
@@ -85,10 +98,43 @@ def version(
 
 def main() -> None:
     """Entry point: exit code 0, 2 for the user's mistake (one line on stderr), 1 otherwise."""
+    _open_closed_streams()
+    for number in _ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job
+            signal.signal(number, _end)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # printing "±" must not fail where the terminal cannot encode it
-    sys.exit(_run())
+    code = _run()
+    try:
+        sys.stdout.flush()
+    except OSError:  # the interpreter would try again at its end, and print a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Gives stdin, stdout and stderr, where they are closed, to the null device.
+
+    The next file that is opened would get the number of a closed one, and what a library prints would go into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)
+            os.set_inheritable(number, True)
+            if null != number:
+                os.close(null)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
+
+
+def _end(number: int, frame: object) -> None:
+    """Ends a run as Ctrl-C does, so that nothing half-written is left; no second signal disturbs that."""
+    for each in _ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _run() -> int:
@@ -105,26 +151,44 @@ def _run() -> int:
             return 2
         return _fail(format_message() if format_message else str(error), 2)
     except BrokenPipeError:  # the reader of stdout has closed it, as in `sglp-llm ls criteria | head -3`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, typer.Abort):
         if process_index() > 0:
             return 1
         return _fail("interrupted", 1)
     except Exception as error:
-        if os.environ.get("SGLP_LLM_TRACEBACK") or not _is_expected(error):
+        if os.environ.get("SGLP_LLM_TRACEBACK"):
             raise
-        return _fail(str(error), 1)
+        if not _is_expected(error):
+            if (library := _foreign(error)) is None:
+                raise
+            return _fail(f"{library} cannot use what it was given ({type(error).__name__}: {error})", 2)
+        return _fail(str(error) or _WITHOUT_WORDS.get(type(error), type(error).__name__), 1)
 
 
 def _is_expected(error: Exception) -> bool:
     """Whether one line of message suffices: for failures of disk, network and memory, and of our own checks."""
     known = {"UploadError", "VerificationError", "OutOfMemoryError"}
-    return isinstance(error, OSError | MemoryError) or type(error).__name__ in known
+    return isinstance(error, OSError | MemoryError) or type(error).__name__ in known or _ALLOCATION in str(error)
+
+
+def _foreign(error: Exception) -> str | None:
+    """The library that raised an error of its own about a checkpoint, a text or a task; ``None`` where it was our code.
+
+    What a file may say to them is theirs to know: a configuration that loads can still name an activation that is a number.
+    """
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        parts = Path(frame.filename).parts
+        if "sglp_llm" in parts:
+            return None
+        if found := next((name for name in _LIBRARIES if name in parts), None):
+            return found
+    return None
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"sglp-llm: error: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # a terminal that is gone
+        print(f"sglp-llm: error: {one_line(message)}", file=sys.stderr, flush=True)
     return code
 
 

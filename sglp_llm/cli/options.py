@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -122,6 +123,15 @@ Calibration = Annotated[
         help="wikitext2, wikitext103, c4, fineweb-edu, alpaca, bookcorpus, pydoc, text:FILE, jsonl:FILE:FIELD, "
         "chat:FILE (files plain or .gz), self (written by the model), or several with weights: 'wikitext2:1 self:2'. "
         "Default: wikitext2 and c4, or self where the Hub cannot be read.",
+        rich_help_panel=panels.CALIBRATION,
+    ),
+]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="NAME",
+        help="Folder or Hub id of another tokenizer to read text with. Default: the model's own.",
         rich_help_panel=panels.CALIBRATION,
     ),
 ]
@@ -322,7 +332,7 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         **settings,
         "target_params": target,
-        "num_segments": int(number) if number is not None and re.fullmatch("-?[0-9]+", number) else number,
+        "num_segments": int(number) if number is not None and re.fullmatch("-?[0-9]{1,18}", number) else number,
         "options": options or None,
         "protect": {end: number for end, number in protect.items() if number is not None} or None,
     }
@@ -341,9 +351,9 @@ def _options(given: list[str]) -> dict[str, dict[str, Any]]:
 
 def _number(text: str) -> int | float | str:
     """The text as a number where it is one."""
-    if re.fullmatch("-?[0-9]+", text):
+    if re.fullmatch("-?[0-9]{1,18}", text):
         return int(text)
-    return float(text) if re.fullmatch(r"-?[0-9]+\.[0-9]+", text) else text
+    return float(text) if re.fullmatch(r"-?[0-9]{1,18}\.[0-9]{1,18}", text) else text
 
 
 def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = None, preset: str | None = None) -> Any:
@@ -370,11 +380,15 @@ def recipe_of(name: str | None, settings: dict[str, Any], model: str | None = No
     return recipe.with_changes(**preset_settings(preset)).with_changes(**settings)
 
 
-def preset_of(preset: str | None, recipe: str | None, settings: dict[str, Any]) -> str | None:
-    """The given preset, or the default one where nothing else says how layers are chosen."""
+def preset_of(
+    preset: str | None, recipe: str | None, settings: dict[str, Any], output: Path | None = None
+) -> str | None:
+    """The given preset, or the default one for the output where nothing else says how layers are chosen."""
     from sglp_llm.plan import preset_or_default
+    from sglp_llm.plan.shipped import DEFAULT_PRESET, UNCHANGED_PRESET
 
-    return preset if recipe is not None else preset_or_default(preset, settings)
+    default = UNCHANGED_PRESET if output is not None and output.suffix == ".gguf" else DEFAULT_PRESET
+    return preset if recipe is not None else preset_or_default(preset, settings, default)
 
 
 def model_of(model: str | None, recipe: Any) -> str:

@@ -7,6 +7,7 @@ METHOD = "Method (which layers go)"
 SEGMENTS = "Segments (of methods that compare inside them)"
 SEARCH = "Search (of methods that try removals)"
 MEASURED = "What is measured"
+DRAFT = "Draft model (with --draft-for)"
 CALIBRATION = "Calibration"
 REPAIR = "Repair"
 TEACHER = "Teacher and loss"
@@ -25,6 +26,7 @@ ORDER = (
     SEGMENTS,
     SEARCH,
     MEASURED,
+    DRAFT,
     CALIBRATION,
     REPAIR,
     TEACHER,

@@ -22,7 +22,7 @@ class _WindowLosses(TrialObserver):
         self.losses: dict[Removed, list[float]] = defaultdict(list)
 
     def on_trial(self, removed: Removed, batch: Batch, replay: Replay, final: torch.Tensor) -> None:
-        self.losses[removed] += token_nll(replay.logits(final), replay.ids).double().mean(dim=1).tolist()
+        self.losses[removed] += token_nll(replay.logits(final), replay.ids).cpu().double().mean(dim=1).tolist()
 
     def on_end(self, sets: Sequence[Removed], processes: Processes) -> None:
         assert processes.count == 1

@@ -123,7 +123,7 @@ def refinable(model: DecoderModel, removed: Sequence[int]) -> list[str]:
     if not starts:
         return []
     kept = [index for index in range(min(starts) - 1, model.num_layers) if index not in removed]
-    width = model.model.config.hidden_size
+    width = model.config.hidden_size
     return [
         f"{model.adapter.layers}.{index}.{name}"
         for index in kept

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from sglp_llm.criteria.base import Criterion, GreedyCriterion, ScoreCriterion, SetCriterion
 from sglp_llm.errors import unknown
+from sglp_llm.plan.yaml_files import converted
 from sglp_llm.registry import member, member_names
 
 __all__ = [
@@ -55,7 +56,10 @@ def make_criterion(name: str, num_layers: int, seed: int = 0, options: Mapping[s
     criterion = get_criterion(name)
     parameters = inspect.signature(criterion).parameters.values()
     known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
-    for option in options or {}:
+    hints = get_type_hints(criterion.__init__)
+    given = {}
+    for option, value in (options or {}).items():
         if option not in known:
             raise unknown(f"option of the criterion {name}", option, known or ["(it has none)"])
-    return criterion(num_layers, seed, **(options or {}))
+        given[option] = converted(value, hints[option], f"{name}.{option}")
+    return criterion(num_layers, seed, **given)

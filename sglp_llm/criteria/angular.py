@@ -9,8 +9,9 @@ import torch
 
 from sglp_llm.criteria.base import SetCriterion
 from sglp_llm.engine import Batch, Need
-from sglp_llm.engine.representations import chosen_positions
+from sglp_llm.engine.representations import ChosenStates
 from sglp_llm.errors import UserError, unknown
+from sglp_llm.method.exact import exact
 from sglp_llm.processes import Processes
 
 TOKENS = ("last", "all")
@@ -32,25 +33,25 @@ class Angular(SetCriterion):
         super().__init__(num_layers, seed)
         if tokens not in TOKENS:
             raise unknown("tokens of angular", tokens, TOKENS)
-        self._last, self._positions = tokens == "last", positions
+        self._chosen = ChosenStates(positions, last=tokens == "last")
         self._states: list[torch.Tensor] = []  # x_0, x_1, ... of the current batch, [tokens, hidden] each
         self._distances = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
 
     def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
         if layer == 0:
-            self._states = [self._picked(batch, entering)]
-        self._states.append(self._picked(batch, leaving))
+            self._states = [self._chosen.of(batch, entering)]
+        self._states.append(self._chosen.of(batch, leaving))
 
     def on_batch_end(self, batch: Batch) -> None:
-        states = torch.nn.functional.normalize(
-            torch.stack(self._states, dim=1).double(), dim=-1
-        )  # [tokens, L + 1, hidden]
+        rows = [each.to(self._states[0].device) for each in self._states]
+        states = torch.nn.functional.normalize(exact(torch.stack(rows, dim=1)), dim=-1)  # [tokens, L + 1, hidden]
         cosines = (states @ states.transpose(1, 2)).clamp(-1, 1)
+        self._distances = self._distances.to(states.device, non_blocking=True)
         self._distances += torch.arccos(cosines).sum(dim=0) / math.pi
         self._states = []
 
     def on_pass_end(self, processes: Processes) -> None:
-        self._distances = processes.sum(self._distances)
+        self._distances = processes.sum(self._distances.cpu())
 
     def distances(self) -> list[list[float]]:
         """``[L + 1][L + 1]``: ``arccos(cos(x_i, x_j)) / pi``, summed over the selected tokens."""
@@ -61,15 +62,12 @@ class Angular(SetCriterion):
         starts = [first for first in removable if first + n - 1 <= removable[-1]]
         if not starts:
             raise UserError(f"angular removes {n} contiguous layers, and only {len(removable)} may go")
+        broken = {start: self.staying.broken_by(range(start, start + n)) for start in starts}
+        starts = [start for start in starts if not broken[start]]
+        if not starts:
+            raise UserError(f"angular removes {n} contiguous layers, and no {n} can go: {next(iter(broken.values()))}")
         first = min(starts, key=lambda start: (float(self._distances[start, start + n]), start))
         return list(range(first, first + n))
-
-    def _picked(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
-        rows = []
-        for index in range(batch.size):
-            positions = chosen_positions(batch, index, states.shape[1], self._positions, last=self._last)
-            rows.append(states[index, positions.to(states.device)].cpu())
-        return torch.cat(rows)
 
 
 CRITERION = Angular

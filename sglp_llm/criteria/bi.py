@@ -6,6 +6,8 @@ import torch
 
 from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine import Batch, Need
+from sglp_llm.engine.totals import LayerTotals
+from sglp_llm.method.exact import exact
 from sglp_llm.processes import Processes
 
 
@@ -16,20 +18,21 @@ class BlockInfluence(ScoreCriterion):
 
     def __init__(self, num_layers: int, seed: int = 0) -> None:
         super().__init__(num_layers, seed)
-        self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum and number of cosines
+        self._cosines, self._tokens = LayerTotals(num_layers), [0] * num_layers
+        self._scores = [0.0] * num_layers
 
     def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
         cosine = torch.nn.functional.cosine_similarity(entering.float(), leaving.float(), dim=-1)
-        if batch.mask is not None:
-            cosine = cosine[batch.mask.to(cosine.device)]
-        self._totals[layer, 0] += cosine.sum(dtype=torch.float64).cpu()
-        self._totals[layer, 1] += cosine.numel()
+        self._cosines.add(layer, exact(batch.real(cosine)).sum())
+        self._tokens[layer] += sum(batch.positions(cosine.shape[1]))
 
     def on_pass_end(self, processes: Processes) -> None:
-        self._totals = processes.sum(self._totals)
+        tokens = torch.tensor(self._tokens, dtype=torch.float64)
+        cosines, tokens = processes.sum(torch.stack([self._cosines.on_host(), tokens]))
+        self._scores = (1 - cosines / tokens).tolist()
 
     def scores(self) -> list[float]:
-        return [1 - cosines / tokens for cosines, tokens in self._totals.tolist()]
+        return self._scores
 
 
 CRITERION = BlockInfluence

@@ -6,6 +6,8 @@ import torch
 
 from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine import Batch, Need
+from sglp_llm.engine.totals import LayerTotals
+from sglp_llm.method.exact import exact
 from sglp_llm.processes import Processes
 
 
@@ -24,22 +26,23 @@ class Fisher(ScoreCriterion):
 
     def __init__(self, num_layers: int, seed: int = 0) -> None:
         super().__init__(num_layers, seed)
-        self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum over sequences, number of sequences
+        self._sums, self._sequences = LayerTotals(num_layers), [0] * num_layers
+        self._scores = [0.0] * num_layers
 
     def on_state_gradient(
         self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor, gradient: torch.Tensor
     ) -> None:
-        slopes = (gradient.double() * (leaving.double() - entering.double()))[0]
-        if batch.mask is not None:
-            slopes = slopes[batch.mask[0].to(slopes.device)]
-        self._totals[layer, 0] += slopes.sum(dim=0).square().sum().cpu() / 2
-        self._totals[layer, 1] += 1
+        slopes = batch.real(exact(gradient) * (exact(leaving) - exact(entering)))
+        self._sums.add(layer, slopes.sum(dim=1).square().sum() / 2)
+        self._sequences[layer] += batch.size
 
     def on_pass_end(self, processes: Processes) -> None:
-        self._totals = processes.sum(self._totals)
+        counts = torch.tensor(self._sequences, dtype=torch.float64)
+        sums, counts = processes.sum(torch.stack([self._sums.on_host(), counts]))
+        self._scores = (sums / counts).tolist()
 
     def scores(self) -> list[float]:
-        return [total / count for total, count in self._totals.tolist()]
+        return self._scores
 
 
 CRITERION = Fisher

@@ -6,7 +6,9 @@ import torch
 
 from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine import Batch, Need
+from sglp_llm.engine.totals import LayerTotals
 from sglp_llm.errors import UserError
+from sglp_llm.method.exact import exact
 from sglp_llm.processes import Processes
 
 
@@ -33,27 +35,28 @@ class Gate(ScoreCriterion):
         if order not in (1, 2):
             raise UserError(f"order of gate is 1 or 2, not {order!r}")
         self._order = order
-        self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum over sequences, number of sequences
+        self._sums, self._sequences = LayerTotals(num_layers), [0] * num_layers
+        self._scores = [0.0] * num_layers
 
     def on_state_gradient(
         self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor, gradient: torch.Tensor
     ) -> None:
-        gates = (gradient.double() * (leaving.double() - entering.double())).sum(-1)[0]
-        if batch.mask is not None:
-            gates = gates[batch.mask[0].to(gates.device)]
-        predictions = len(gates) - 1
+        gates = batch.real((exact(gradient) * (exact(leaving) - exact(entering))).sum(-1))
         if self._order == 1:
-            score = gates.sum().abs()
+            score = gates.sum(dim=1).abs()
         else:
-            score = (predictions / 2 * gates.square() - gates).sum()
-        self._totals[layer, 0] += score.cpu()
-        self._totals[layer, 1] += 1
+            predictions = [number - 1 for number in batch.positions(gates.shape[1])]
+            score = sum((number / 2 * own.square() - own).sum() for number, own in zip(predictions, gates, strict=True))
+        self._sums.add(layer, score.sum())
+        self._sequences[layer] += batch.size
 
     def on_pass_end(self, processes: Processes) -> None:
-        self._totals = processes.sum(self._totals)
+        counts = torch.tensor(self._sequences, dtype=torch.float64)
+        sums, counts = processes.sum(torch.stack([self._sums.on_host(), counts]))
+        self._scores = (sums / counts).tolist()
 
     def scores(self) -> list[float]:
-        return [total / count for total, count in self._totals.tolist()]
+        return self._scores
 
 
 CRITERION = Gate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine import Batch, Need
 from sglp_llm.engine.ghost import squared_norm
+from sglp_llm.engine.totals import LayerTotals
 from sglp_llm.errors import unknown
 from sglp_llm.processes import Processes
 
@@ -38,36 +38,43 @@ class GradNorm(ScoreCriterion):
         self._norm = norm
         if norm == "tensors":
             self.needs = Need.GRADIENTS  # one norm may cover several parameters together
-        self._squares: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]  # of the current sequence
-        self._sequence: list[int | None] = [None] * num_layers
-        self._totals = torch.zeros(num_layers, 2, dtype=torch.float64)  # sum and number of norms
+        self._squares: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]  # of the current sequences
+        self._first: list[int | None] = [None] * num_layers  # the first of the current sequences
+        self._norms, self._weights = LayerTotals(num_layers), LayerTotals(num_layers)
+        self._sequences, self._parameters = [0] * num_layers, [1] * num_layers
         self._means = [0.0] * num_layers
 
     def on_gradient_norm(self, layer: int, batch: Batch, name: str, squared: torch.Tensor) -> None:
-        assert batch.size == 1, "a gradient norm is that of one sequence"
-        if self._sequence[layer] != batch.first:
-            self._finish_sequence(layer)
-            self._sequence[layer] = batch.first
+        if self._first[layer] != batch.first:
+            self._finish_sequences(layer)
+            self._first[layer] = batch.first
         self._squares[layer].append(squared)
 
     def on_gradient(self, layer: int, batch: Batch, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        self.on_gradient_norm(layer, batch, name, squared_norm(gradient))
+        self.on_gradient_norm(layer, batch, name, squared_norm(gradient)[None])
 
     def on_gradients_end(self, layer: int, weights: Mapping[str, torch.Tensor], processes: Processes) -> None:
-        self._finish_sequence(layer)
-        total, count = processes.sum(self._totals[layer]).tolist()
-        self._means[layer] = total / count
+        self._finish_sequences(layer)
         if self._norm == "tensors":
-            self._means[layer] /= len(weights)
+            self._parameters[layer] = len(weights)
         if self._norm == "relative":
-            squares = [float(squared_norm(weight)) for weight in weights.values()]
-            self._means[layer] /= math.sqrt(sum(squares))
+            for weight in weights.values():
+                self._weights.add(layer, squared_norm(weight))
 
-    def _finish_sequence(self, layer: int) -> None:
+    def on_pass_end(self, processes: Processes) -> None:
+        counts = torch.tensor(self._sequences, dtype=torch.float64)
+        norms, counts = processes.sum(torch.stack([self._norms.on_host(), counts]))
+        means = norms / counts / torch.tensor(self._parameters)
+        if self._norm == "relative":
+            means /= self._weights.on_host().sqrt()
+        self._means = means.tolist()
+
+    def _finish_sequences(self, layer: int) -> None:
         if squares := self._squares[layer]:
-            stacked = torch.stack(squares)
-            norm = stacked.sqrt().sum() if self._norm == "tensors" else stacked.sum().sqrt()
-            self._totals[layer] += torch.stack([norm.cpu(), torch.ones(())])
+            stacked = torch.stack(squares)  # [parameters, sequences]
+            norms = stacked.sqrt().sum(dim=0) if self._norm == "tensors" else stacked.sum(dim=0).sqrt()
+            self._norms.add(layer, norms.sum())
+            self._sequences[layer] += len(norms)
             squares.clear()
 
     def scores(self) -> list[float]:

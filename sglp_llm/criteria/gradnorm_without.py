@@ -44,7 +44,8 @@ class GradNormWithout(ScoreCriterion):
             for layer in range(self.num_layers):
                 whole = _WholeModel()
                 with skipped(trials.model.layers, [layer]):
-                    run_pass(trials.model, trials.calibration, [whole], PassSettings(processes=trials.processes))
+                    settings = PassSettings(trials.batch_size, processes=trials.processes)
+                    run_pass(trials.model, trials.calibration, [whole], settings)
                 self._norms.append(whole.mean)
                 advance(1)
 
@@ -62,11 +63,12 @@ class _WholeModel(Observer):
 
     def on_gradient_norm(self, layer: int, batch: Batch, name: str, squared: torch.Tensor) -> None:
         known = self._squares.get(batch.first)
-        self._squares[batch.first] = squared.cpu() if known is None else known + squared.cpu()
+        self._squares[batch.first] = squared if known is None else known + squared.to(known.device)
 
     def on_pass_end(self, processes: Processes) -> None:
-        norms = [float(squared.sqrt()) for squared in self._squares.values()]
-        total, count = processes.sum(torch.tensor([sum(norms), len(norms)], dtype=torch.float64)).tolist()
+        squares = list(self._squares.values()) or [torch.zeros(0, dtype=torch.float64)]
+        norms = torch.cat(squares).sqrt().cpu()
+        total, count = processes.sum(torch.tensor([float(norms.sum()), len(norms)], dtype=torch.float64)).tolist()
         self.mean = total / count
 
 

@@ -6,6 +6,8 @@ import torch
 
 from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine import Need
+from sglp_llm.engine.totals import LayerTotals
+from sglp_llm.method.exact import exact
 
 
 class Magnitude(ScoreCriterion):
@@ -15,14 +17,15 @@ class Magnitude(ScoreCriterion):
 
     def __init__(self, num_layers: int, seed: int = 0) -> None:
         super().__init__(num_layers, seed)
-        self._sums = [0.0] * num_layers
+        self._sums = LayerTotals(num_layers)
 
     def on_weight(self, layer: int, weight: torch.Tensor) -> None:
         if weight.ndim >= 2:
-            self._sums[layer] += float(torch.linalg.vector_norm(weight.float(), ord=1, dtype=torch.float64))
+            self._sums.add(layer, exact(torch.linalg.vector_norm(weight.float(), ord=1, dim=-1)).sum())
 
     def scores(self) -> list[float]:
-        return list(self._sums)
+        scores: list[float] = self._sums.on_host().tolist()
+        return scores
 
 
 CRITERION = Magnitude

@@ -8,8 +8,9 @@ import torch
 
 from sglp_llm.criteria.base import SetCriterion
 from sglp_llm.engine import Batch, Need
-from sglp_llm.engine.representations import CKAObserver, chosen_positions
+from sglp_llm.engine.representations import ChosenStates, CKAObserver
 from sglp_llm.errors import unknown
+from sglp_llm.method.exact import exact
 from sglp_llm.processes import Processes
 
 METRICS = ("cosine", "euclidean", "cka")
@@ -45,7 +46,7 @@ class SimilarPairs(SetCriterion):
         super().__init__(num_layers, seed)
         if metric not in METRICS:
             raise unknown("metric of slp", metric, METRICS)
-        self._metric, self._positions = metric, positions
+        self._metric, self._chosen = metric, ChosenStates(positions)
         self._cka = CKAObserver(num_layers, kernel, sequences, positions) if metric == "cka" else None
         self.together = 1 if self._cka is None else self._cka.together
         self._states: list[torch.Tensor] = []  # outputs of the current batch, [tokens, hidden] each
@@ -55,17 +56,15 @@ class SimilarPairs(SetCriterion):
         if self._cka is not None:
             self._cka.on_layer(layer, batch, entering, leaving)
             return
-        rows = []
-        for index in range(batch.size):
-            positions = chosen_positions(batch, index, leaving.shape[1], self._positions)
-            rows.append(leaving[index, positions.to(leaving.device)].cpu())
-        self._states.append(torch.cat(rows))
+        self._states.append(self._chosen.of(batch, leaving))
 
     def on_batch_end(self, batch: Batch) -> None:
         if self._cka is not None:
             self._cka.on_batch_end(batch)
             return
-        states = torch.stack(self._states, dim=1).double()  # [tokens, L, hidden]
+        rows = [each.to(self._states[0].device) for each in self._states]
+        states = exact(torch.stack(rows, dim=1))  # [tokens, L, hidden]
+        self._sums = self._sums.to(states.device, non_blocking=True)
         if self._metric == "cosine":
             states = torch.nn.functional.normalize(states, dim=-1)
             self._sums += (states @ states.transpose(1, 2)).sum(dim=0)
@@ -77,7 +76,7 @@ class SimilarPairs(SetCriterion):
         if self._cka is not None:
             self._cka.on_pass_end(processes)
         else:
-            self._sums = processes.sum(self._sums)
+            self._sums = processes.sum(self._sums.cpu())
 
     def similarity(self) -> torch.Tensor:
         """``[L, L]`` float64: the mean over tokens of the metric ``cosine``.
@@ -91,11 +90,12 @@ class SimilarPairs(SetCriterion):
         similarity = self._sums if self._cka is None else self._cka.result().values
         remaining, removed = list(range(self.num_layers)), list[int]()
         while len(removed) < n:
-            pairs = [(i, j) for j in remaining if j in removable for i in remaining if i < j]
+            can_go = self.staying.following(removed, removable, f"drop {n}")
+            pairs = [(i, j) for j in can_go for i in remaining if i < j]
             if pairs:
                 later = min(pairs, key=lambda pair: (-float(similarity[pair]), pair))[1]
             else:  # only layer 0 is left to remove, and it is never the later layer of a pair
-                later = next(layer for layer in remaining if layer in removable)
+                later = can_go[0]
             remaining.remove(later)
             removed.append(later)
         return removed

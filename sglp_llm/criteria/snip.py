@@ -6,6 +6,8 @@ import torch
 
 from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine import Batch, Need
+from sglp_llm.engine.totals import LayerTotals
+from sglp_llm.method.exact import exact
 from sglp_llm.processes import Processes
 
 
@@ -24,19 +26,19 @@ class Snip(ScoreCriterion):
 
     def __init__(self, num_layers: int, seed: int = 0) -> None:
         super().__init__(num_layers, seed)
-        self._sums = torch.zeros(num_layers, dtype=torch.float64)
+        self._sums = LayerTotals(num_layers)
+        self._scores = [0.0] * num_layers
 
     def on_gradient(self, layer: int, batch: Batch, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         if weight.ndim >= 2:
             products = weight.detach().float() * gradient.float()
-            self._sums[layer] += torch.linalg.vector_norm(products, ord=1, dim=-1).sum(dtype=torch.float64).cpu()
+            self._sums.add(layer, exact(torch.linalg.vector_norm(products, ord=1, dim=-1)).sum())
 
     def on_pass_end(self, processes: Processes) -> None:
-        self._sums = processes.sum(self._sums)
+        self._scores = processes.sum(self._sums.on_host()).tolist()
 
     def scores(self) -> list[float]:
-        scores: list[float] = self._sums.tolist()
-        return scores
+        return self._scores
 
 
 CRITERION = Snip

@@ -8,7 +8,9 @@ import torch
 
 from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine import Batch, Need
+from sglp_llm.engine.totals import LayerTotals
 from sglp_llm.errors import unknown
+from sglp_llm.method.exact import exact
 from sglp_llm.processes import Processes
 
 ACCUMULATORS = ("device", "host")
@@ -33,7 +35,7 @@ class Taylor(ScoreCriterion):
             raise unknown("accumulator of taylor", accumulator, ACCUMULATORS)
         self._on_host = accumulator == "host"
         self._sums: list[dict[str, torch.Tensor]] = [{} for _ in range(num_layers)]
-        self._scores = [0.0] * num_layers
+        self._totals = LayerTotals(num_layers)
 
     def on_gradient(self, layer: int, batch: Batch, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         if weight.ndim < 2:
@@ -50,18 +52,19 @@ class Taylor(ScoreCriterion):
                 continue
             place = self._place(weight)  # also in a process without sequences
             mine = sums.pop(name) if name in sums else torch.zeros_like(weight, dtype=torch.float32, device=place)
-            self._scores[layer] += self._score(weight, processes.sum(mine))
+            self._totals.add(layer, self._score(weight, processes.sum(mine)))
 
     def scores(self) -> list[float]:
-        return self._scores
+        scores: list[float] = self._totals.on_host().tolist()
+        return scores
 
     def _place(self, tensor: torch.Tensor) -> torch.device:
         return torch.device("cpu") if self._on_host else tensor.device
 
     @staticmethod
-    def _score(weight: torch.Tensor, gradient: torch.Tensor) -> float:
+    def _score(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         products = weight.detach().to(gradient.device, torch.float32) * gradient
-        return float(torch.linalg.vector_norm(products, ord=1, dim=-1).sum(dtype=torch.float64))
+        return exact(torch.linalg.vector_norm(products, ord=1, dim=-1)).sum()
 
 
 CRITERION = Taylor

@@ -17,6 +17,8 @@ from typing import Literal
 
 import torch
 
+from sglp_llm.method.exact import exact, place_of_sums
+
 Norms = Literal["auto", "ghost", "direct", "autograd"]
 """How the norms of linear layers' weight gradients are computed: from Gram matrices of tokens (``ghost``), from the gradient
 computed block by block (``direct``), by ``autograd``, or ``auto``, the cheaper of the first two."""
@@ -30,28 +32,32 @@ def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
     Computed row by row, because a float32 sum over a whole matrix has a relative error of up to 1e-3.
     """
     rows = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
-    norm: torch.Tensor = torch.linalg.vector_norm(rows, dtype=torch.float64)
+    norm: torch.Tensor = torch.linalg.vector_norm(exact(rows))
     return norm.square()
 
 
 def linear_squared_norm(inputs: torch.Tensor, gradients: Sequence[torch.Tensor], norms: Norms = "auto") -> torch.Tensor:
-    """The squared norm of the weight gradients of all linear layers that had the same input.
+    """The squared norm of the weight gradients of all linear layers that had the same input, for each sequence of a batch.
 
     Args:
-        inputs: ``[tokens, in]``.
-        gradients: The gradient of each linear layer's output, ``[tokens, out]``; the widths may differ.
+        inputs: ``[batch, tokens, in]``.
+        gradients: The gradient of each linear layer's output, ``[batch, tokens, out]``; the widths may differ.
         norms: ``auto``, ``ghost`` or ``direct``.
 
     Returns:
-        The sum of the weights' ``||gradient||_F^2``, a float64 scalar.
+        The sum of the weights' ``||gradient||_F^2``, ``[batch]`` float64.
     """
     assert norms != "autograd"
     if norms == "auto":
-        tokens, width_in = inputs.shape
-        widths_out = [gradient.shape[1] for gradient in gradients]
+        _, tokens, width_in = inputs.shape
+        widths_out = [gradient.shape[-1] for gradient in gradients]
         norms = "ghost" if ghost_is_cheaper(tokens, width_in, widths_out, _block(inputs.device)) else "direct"
     formula = _by_grams if norms == "ghost" else _by_pieces
-    return formula(_multipliable(inputs), [_multipliable(gradient) for gradient in gradients])
+    inputs, gradients = _multipliable(inputs), [_multipliable(gradient) for gradient in gradients]
+    if inputs.device.type == "cpu":  # one by one, so that the products of a sequence stay in the cache
+        sequences = range(len(inputs))
+        return torch.stack([formula(inputs[one], [gradient[one] for gradient in gradients]) for one in sequences])
+    return formula(inputs, gradients)
 
 
 def ghost_is_cheaper(tokens: int, width_in: int, widths_out: Sequence[int], block: int) -> bool:
@@ -72,24 +78,25 @@ def ghost_is_cheaper(tokens: int, width_in: int, widths_out: Sequence[int], bloc
 def _by_grams(inputs: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """By block columns, from the diagonal down: the Gram matrices are symmetric and never in memory as a whole."""
     block = _block(inputs.device)
-    total = torch.zeros((), dtype=torch.float64, device=inputs.device)
-    for first in range(0, len(inputs), block):
-        columns = slice(first, first + block)
-        products = _sum_of_products([(inputs[first:], inputs[columns].T)])
-        products *= _sum_of_products([(gradient[first:], gradient[columns].T) for gradient in gradients])
+    total = torch.zeros(inputs.shape[:-2], dtype=torch.float64, device=place_of_sums(inputs.device))
+    for first in range(0, inputs.shape[-2], block):
+        below, columns = (..., slice(first, None), slice(None)), (..., slice(first, first + block), slice(None))
+        products = _sum_of_products([(inputs[below], inputs[columns].mT)])
+        products *= _sum_of_products([(gradient[below], gradient[columns].mT) for gradient in gradients])
         # Within a row a float32 sum is as accurate as the entries; float64 for all entries would need a large temporary.
-        rows = products.sum(dim=-1).double()
-        total += rows[:block].sum() + 2 * rows[block:].sum()
+        rows = exact(products.sum(dim=-1))
+        total += rows[..., :block].sum(dim=-1) + 2 * rows[..., block:].sum(dim=-1)
     return total.clamp_min_(0)  # rounding can make a zero norm slightly negative
 
 
 def _by_pieces(inputs: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Some rows of each gradient at a time, so that the temporaries are small and stay in the cache."""
-    rows = max(1, _piece_elements(inputs.device) // max(1, inputs.shape[1]))
-    total = torch.zeros((), dtype=torch.float64, device=inputs.device)
+    rows = max(1, _piece_elements(inputs.device) // max(1, inputs.numel() // inputs.shape[-2]))
+    total = torch.zeros(inputs.shape[:-2], dtype=torch.float64, device=place_of_sums(inputs.device))
     for gradient in gradients:
-        for piece in gradient.T.split(rows):
-            total += squared_norm(_sum_of_products([(piece, inputs)]))
+        for piece in gradient.mT.split(rows, dim=-2):
+            formed = _sum_of_products([(piece, inputs)])
+            total += torch.linalg.vector_norm(exact(torch.linalg.vector_norm(formed, dim=-1)), dim=-1).square()
     return total
 
 
@@ -107,13 +114,16 @@ def _multipliable(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_of_products(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """``sum of a @ b``, accumulated in at least float32."""
+    """``sum of a @ b``, accumulated in at least float32; of matrices, or of batches of them."""
     total = None
     for a, b in pairs:
+        is_batch = a.ndim == 3
         if a.dtype in _HALF:  # CUDA only (see `_multipliable`), as is out_dtype
-            product = torch.mm(a, b, out_dtype=torch.float32)
+            product = (torch.bmm if is_batch else torch.mm)(a, b, out_dtype=torch.float32)
             total = product if total is None else total.add_(product)
+        elif total is None:
+            total = a @ b
         else:
-            total = a @ b if total is None else total.addmm_(a, b)
+            total = total.baddbmm_(a, b) if is_batch else total.addmm_(a, b)
     assert total is not None
     return total

@@ -13,7 +13,25 @@ from torch import nn
 from sglp_llm.engine.ghost import Norms, squared_norm
 from sglp_llm.engine.linears import WatchedLinears
 from sglp_llm.engine.observer import Batch, Need, Observer
+from sglp_llm.engine.settings import PassSettings
+from sglp_llm.engine.vectors import WatchedVectors, sequences_are_separable
+from sglp_llm.models.loading import DecoderModel
 from sglp_llm.processes import Processes
+
+
+def sequences_a_step(model: DecoderModel, needs: Need, settings: PassSettings) -> int:
+    """How many sequences a step of a pass takes: ``batch_size``, or 1 where gradients could not be told apart by sequence.
+
+    That is so for whole gradients, and for norms where `sequences_are_separable` is false: experts see the tokens of all
+    sequences mixed.
+    """
+    if Need.GRADIENTS in needs:
+        return 1
+    if Need.GRADIENT_NORMS in needs and settings.batch_size > 1:
+        has_experts = model.adapter.active_experts_key is not None
+        if settings.norms == "autograd" or has_experts or not sequences_are_separable(model.layers):
+            return 1
+    return settings.batch_size
 
 
 @contextmanager
@@ -22,6 +40,7 @@ def watched_gradients(
     observers: Sequence[Observer],
     current: list[Batch],
     norms: Norms = "auto",
+    batched: bool = False,
 ) -> Iterator[None]:
     """Inside the block a backward pass gives the observers the gradients of these decoder layers, and stores none.
 
@@ -31,8 +50,9 @@ def watched_gradients(
     Args:
         layers: Decoder layers by their index.
         observers: Those that need gradients or their norms are called.
-        current: A list with the batch of the current sequence as its only element; a new `Batch` object for each sequence.
+        current: A list with the batch of the current sequences as its only element; a new `Batch` object for each step.
         norms: How the norms of linear layers are computed. If an observer needs whole gradients, norms are taken from them.
+        batched: Whether a batch may have several sequences (see `sequences_a_step`).
     """
     whole = [observer for observer in observers if Need.GRADIENTS in observer.needs]
     of_norms = [observer for observer in observers if Need.GRADIENT_NORMS in observer.needs]
@@ -52,18 +72,23 @@ def watched_gradients(
             for observer in whole:
                 observer.on_gradient(index, current[0], name, weight.detach(), weight.grad)
             if of_norms:
-                show_norm(index, current[0], name, squared_norm(weight.grad))
+                show_norm(index, current[0], name, squared_norm(weight.grad)[None])
             weight.grad = None
 
         return hook
 
     handles: list[Any] = []
-    linears: list[WatchedLinears] = []
+    watching: list[WatchedLinears | WatchedVectors] = []
     for index, layer in layers.items():
         watched: set[str] = set()
         if not whole and norms != "autograd":
-            linears.append(WatchedLinears(layer, current, partial(show_norm, index), norms))
-            watched = linears[-1].names
+            mine: list[WatchedLinears | WatchedVectors] = [
+                WatchedLinears(layer, current, partial(show_norm, index), norms)
+            ]
+            if batched:
+                mine.append(WatchedVectors(layer, current, partial(show_norm, index)))
+            watched = {name for each in mine for name in each.names}
+            watching += mine
         for name, parameter in layer.named_parameters():
             parameter.grad = None
             parameter.requires_grad_(name not in watched)
@@ -71,10 +96,10 @@ def watched_gradients(
                 handles.append(parameter.register_post_accumulate_grad_hook(hook_for(index, name)))
     try:
         yield
-        for each in linears:
+        for each in watching:
             each.finish()
     finally:
-        for handle in [*handles, *linears]:
+        for handle in [*handles, *watching]:
             handle.remove()
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)

@@ -13,7 +13,7 @@ from sglp_llm.engine.ghost import Norms, linear_squared_norm
 from sglp_llm.engine.observer import Batch
 
 Report = Callable[[Batch, str, torch.Tensor], None]
-"""Called with the sequence, a weight's name and the squared norm of the gradients of a group of weights."""
+"""Called with the sequences, a weight's name and the squared norm of the gradients of a group of weights, ``[batch]`` float64."""
 
 
 class WatchedLinears:
@@ -25,7 +25,7 @@ class WatchedLinears:
 
     Args:
         layer: The decoder layer.
-        current: A list with the batch of the current sequence as its only element.
+        current: A list with the batch of the current sequences as its only element.
         report: Called once per group. Linear layers form a group if they had the same input, or if one of their weights was used
             with several inputs.
         norms: ``auto``, ``ghost`` or ``direct``.
@@ -106,7 +106,7 @@ class WatchedLinears:
         if any(group.gradients.values()):
             assert self._batch is not None
             with torch.no_grad():
-                squared = linear_squared_norm(*group.joined(), self._norms)
+                squared = linear_squared_norm(*group.joined(self._batch.size), self._norms)
             self._report(self._batch, next(iter(group.gradients)), squared)
 
 
@@ -129,8 +129,8 @@ class _Group:
         self.gradients.update(other.gradients)
         self.waiting += other.waiting
 
-    def joined(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The inputs ``[tokens, in]`` and each weight's output gradients ``[tokens, out]``, concatenated over inputs."""
+    def joined(self, size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The inputs and each weight's output gradients, ``[size, tokens, width]``, concatenated over inputs along the tokens."""
         gradients = []
         for of_weight in self.gradients.values():
             if of_weight:
@@ -140,12 +140,12 @@ class _Group:
                     for key, entered in self.inputs.items()
                     if key not in of_weight
                 }
-                gradients.append(_joined([(of_weight | missing)[key] for key in self.inputs]))
+                gradients.append(_joined([(of_weight | missing)[key] for key in self.inputs], size))
         inputs = [entered.detach().to(gradients[0].device) for entered in self.inputs.values()]
-        return _joined(inputs), gradients
+        return _joined(inputs, size), gradients
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Concatenates along the tokens: ``[tokens, width]``."""
-    rows = [part.flatten(0, -2) for part in parts]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+def _joined(parts: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+    """Concatenates along the tokens: ``[size, tokens, width]``. A module may flatten sequences and tokens into one dimension."""
+    rows = [part.reshape(size, -1, part.shape[-1]) for part in parts]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)

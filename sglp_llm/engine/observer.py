@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Flag, auto
 
 import torch
@@ -30,13 +30,31 @@ class Batch:
 
     Attributes:
         first: Index of the first sequence in the calibration set.
-        size: Number of sequences; always 1 in a pass with a backward pass.
-        mask: ``[size, tokens]`` bool, False at padding; ``None`` when there is no padding.
+        size: Number of sequences; 1 in a pass that shows whole gradients.
+        mask: ``[size, tokens]`` bool on the host, False at padding; ``None`` when there is no padding.
     """
 
     first: int
     size: int
     mask: torch.Tensor | None
+    _moved: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def mask_on(self, device: torch.device) -> torch.Tensor | None:
+        """The mask on a device; moved to each once, and nobody waits for it."""
+        if self.mask is None:
+            return None
+        if device not in self._moved:
+            self._moved[device] = self.mask.to(device, non_blocking=True)
+        return self._moved[device]
+
+    def real(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of every position, ``[size, tokens, ...]``, with 0 at padding."""
+        mask = self.mask_on(values.device)
+        return values if mask is None else torch.where(mask.view(*mask.shape, *[1] * (values.ndim - 2)), values, 0)
+
+    def positions(self, tokens: int) -> list[int]:
+        """The number of real positions of each sequence of so many tokens, padding included."""
+        return [tokens] * self.size if self.mask is None else self.mask.sum(dim=1).tolist()
 
 
 class Observer:
@@ -45,7 +63,8 @@ class Observer:
     Hidden states arrive batch by batch, and within a batch layer by layer, front to back. The order of gradients depends on the
     engine; ``on_gradients_end`` of a layer follows all gradients of that layer.
 
-    Layers of one model may be on different devices, so reduce each layer on its own device and move the small result.
+    Layers of one model may be on different devices, so reduce each layer on its own device. Moving a number to the host waits for
+    the device: add up there (`sglp_llm.engine.totals.LayerTotals`), and move what is left at the end.
 
     Attributes:
         needs: What it needs from the pass.
@@ -71,7 +90,7 @@ class Observer:
         """
 
     def on_gradient_norm(self, layer: int, batch: Batch, name: str, squared: torch.Tensor) -> None:
-        """The square of that gradient's Frobenius norm, a float64 scalar (`Need.GRADIENT_NORMS`).
+        """The square of that gradient's Frobenius norm for each sequence, ``[batch]`` float64 (`Need.GRADIENT_NORMS`).
 
         Cheaper than `on_gradient`, because the gradient itself need not be computed. One call may cover several parameters of the
         layer, under the name of the first: only the sum over all calls for a layer and a sequence is defined.
@@ -80,9 +99,9 @@ class Observer:
     def on_state_gradient(
         self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor, gradient: torch.Tensor
     ) -> None:
-        """The gradient of one sequence's mean loss with respect to the states leaving a layer (`Need.STATE_GRADIENTS`).
+        """The gradient of each sequence's mean loss with respect to the states leaving a layer (`Need.STATE_GRADIENTS`).
 
-        All three are ``[1, tokens, hidden]``; the gradient is freed when this returns.
+        All three are ``[batch, tokens, hidden]``; the gradient is freed when this returns.
         """
 
     def on_gradients_end(self, layer: int, weights: Mapping[str, torch.Tensor], processes: Processes) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sglp_llm.calibration import CalibrationSet
-from sglp_llm.engine.gradients import end_gradients, watched_gradients
+from sglp_llm.engine.gradients import end_gradients, sequences_a_step, watched_gradients
 from sglp_llm.engine.loss import not_finite, sequence_loss
 from sglp_llm.engine.modes import entering_states, leaving_states
 from sglp_llm.engine.observer import Batch, Need, Observer
@@ -30,9 +30,9 @@ def run_pass(
 ) -> float | None:
     """Gives the observers what they need: one forward pass, and one backward pass if gradients are needed.
 
-    With gradients each step is one sequence. A decoder layer's gradients are passed on and freed as soon as autograd has computed
-    them; embeddings, final norm and head get no gradient. Without gradients each step is a batch, and the head does not run. If
-    no observer needs hidden states or gradients, nothing runs. Each process takes its share of the sequences.
+    A step is a batch, or one sequence where gradients need it (`sequences_a_step`). A decoder layer's gradients are passed on and
+    freed as soon as autograd has computed them; embeddings, final norm and head get no gradient. Without gradients the head does
+    not run. If no observer needs hidden states or gradients, nothing runs. Each process takes its share of the sequences.
 
     Returns:
         The mean loss of the calibration sequences in nats per token if there was a backward pass, otherwise ``None``.
@@ -51,8 +51,8 @@ def run_pass(
     loss = None
     if differentiate or Need.HIDDEN_STATES in needs:
         if differentiate:
-            settings = replace(settings, batch_size=1)
             _refuse_offloaded(model)
+            settings = replace(settings, batch_size=sequences_a_step(model, needs, settings))
         loss_sum = _run(model, calibration, observers, needs, settings)
         if differentiate:
             total = settings.processes.sum(torch.tensor(loss_sum, dtype=torch.float64))
@@ -86,21 +86,25 @@ def _run(
             stack.enter_context(_state_gradient_hooks(model.layers, observers, current))
         if differentiate:
             stack.enter_context(frozen(model.model))
-            stack.enter_context(watched_gradients(dict(enumerate(model.layers)), observers, current, settings.norms))
+            layers, batched = dict(enumerate(model.layers)), settings.batch_size > 1
+            stack.enter_context(watched_gradients(layers, observers, current, settings.norms, batched))
         stack.enter_context(torch.enable_grad() if differentiate else torch.inference_mode())
         advance = stack.enter_context(settings.progress("Analysing", len(share)))
         for batch, ids, mask in batches(calibration, settings.batch_size, model.input_device, share):
             current[:] = [batch]
             if differentiate:
                 logits = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                loss = sequence_loss(logits, ids, mask).sum()
-                loss_value = loss.item()
-                if not torch.isfinite(loss.detach()):
-                    raise _not_finite(model, batch.first, loss_value, ids, mask)
-                loss_sum += loss_value
+                losses = sequence_loss(logits, ids, mask)
+                values = losses.tolist()  # the one wait for the device in a step
+                for index, value in enumerate(values):
+                    if not math.isfinite(value):
+                        one = slice(index, index + 1)
+                        own_mask = None if mask is None else mask[one]
+                        raise _not_finite(model, batch.first + index, value, ids[one], own_mask)
+                loss_sum += sum(values)
                 del logits  # tokens x vocabulary: freed before the backward pass needs memory
-                loss.backward()
-                del loss
+                losses.sum().backward()
+                del losses
             else:
                 model.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
             for observer in watching:
@@ -116,25 +120,36 @@ def batches(
     share = range(len(calibration.input_ids)) if share is None else share
     for first in share[::batch_size]:
         end = min(first + batch_size, share.stop)
-        ids, mask = calibration.input_ids[first:end].to(device), calibration.mask[first:end].to(device)
+        ids, mask = calibration.input_ids[first:end].to(device, non_blocking=True), calibration.mask[first:end]
         # Without a mask transformers uses its fast causal attention.
-        padded = None if mask.all() else mask
-        yield Batch(first, len(ids), padded), ids, padded
+        batch = Batch(first, len(ids), None if mask.all() else mask)
+        yield batch, ids, batch.mask_on(device)
 
 
 def show_weights(index: int, layer: nn.Module, observers: Sequence[Observer]) -> None:
-    """Passes a decoder layer's parameters to the observers that need weights."""
-    for weight in layer.parameters():
-        for observer in observers:
-            if Need.WEIGHTS in observer.needs:
-                observer.on_weight(index, weight.detach())
+    """Passes a decoder layer's parameters to the observers that need weights.
+
+    Raises:
+        UserError: accelerate keeps the layer out of memory.
+    """
+    watching = [observer for observer in observers if Need.WEIGHTS in observer.needs]
+    for weight in layer.parameters() if watching else ():
+        if weight.is_meta:
+            raise UserError(
+                f"decoder layer {index} was offloaded, and its weights are to be looked at: use --engine streamed, "
+                "or a larger machine"
+            )
+        for observer in watching:
+            observer.on_weight(index, weight.detach())
 
 
 @contextmanager
 def _layer_hooks(layers: nn.ModuleList, watching: Sequence[Observer], current: list[Batch]) -> Iterator[None]:
     def hook_for(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            entering, leaving = entering_states(args, kwargs).detach(), leaving_states(output).detach()
+            leaving = leaving_states(output).detach()
+            # accelerate moves the arguments to the layer's device behind the hooks.
+            entering = entering_states(args, kwargs).detach().to(leaving.device)
             with torch.no_grad():
                 for observer in watching:
                     observer.on_layer(index, current[0], entering, leaving)
@@ -160,7 +175,7 @@ def _state_gradient_hooks(layers: nn.ModuleList, observers: Sequence[Observer], 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             leaving = leaving_states(output)
             # Detached, because the graph holds the hook: a hook that held the graph would be a cycle that is never freed.
-            around = entering_states(args, kwargs).detach(), leaving.detach()
+            around = entering_states(args, kwargs).detach().to(leaving.device), leaving.detach()
 
             def arrived(gradient: torch.Tensor) -> None:
                 for observer in watching:
@@ -213,6 +228,6 @@ def _not_finite(
             if not broken and not torch.isfinite(leaving).all():
                 broken.append(layer)
 
-    with _layer_hooks(model.layers, [Finder()], [Batch(sequence, 1, mask)]), torch.no_grad():
+    with _layer_hooks(model.layers, [Finder()], [Batch(sequence, 1, None)]), torch.no_grad():
         model.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     return not_finite(loss, sequence, broken[0] if broken else None)

@@ -14,7 +14,7 @@ class PassSettings:
     """Settings of a pass. The results do not depend on them, except for rounding.
 
     Attributes:
-        batch_size: Sequences per forward pass; always one if there is a backward pass.
+        batch_size: Sequences per step; one where an observer needs whole gradients (see `gradients.sequences_a_step`).
         progress: Reports finished sequences, or finished layers of a streamed model.
         processes: The processes that share the sequences.
         norms: How the norms of gradients are computed if no observer needs whole gradients.

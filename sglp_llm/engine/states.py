@@ -1,4 +1,4 @@
-"""Storage for hidden states between decoder layers: in host memory, or on disk."""
+"""Storage for hidden states between decoder layers: on the device while there is room, in host memory, or on disk."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ import torch
 
 from sglp_llm.engine.observer import Batch
 from sglp_llm.errors import UserError
+from sglp_llm.models.devices import free_on
+
+DEVICE_SHARE = 0.25
+"""Share of a device's free memory that stored hidden states may take; the rest is for computing."""
 
 
 class StateStore:
-    """Stores tensors by slot (a decoder layer, a stream, a set of removed layers) and batch, in host memory.
+    """Stores tensors by slot (a decoder layer, a stream, a set of removed layers) and batch.
+
+    They stay on the device while there is room, and go to host memory after that. There they are in pinned memory, and are
+    copied by a stream of their own, so that nobody waits for a copy.
 
     Args:
         device: The device that `get` returns them on.
@@ -26,22 +33,62 @@ class StateStore:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept: dict[Hashable, dict[int, torch.Tensor]] = defaultdict(dict)
+        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._room = int(DEVICE_SHARE * (free_on(device) or 0))
+        self._used: dict[int, int] = {}  # how often each tensor on the device is stored, by its id
 
     def put(self, slot: Hashable, batch: Batch, states: torch.Tensor) -> None:
         """Stores a tensor, replacing an earlier one. It must not be modified in-place afterwards."""
-        self._kept[slot][batch.first] = states.detach().cpu()
+        self._forget_tensor(self._kept[slot].pop(batch.first, None))
+        self._kept[slot][batch.first] = self._placed(states.detach())
 
     def get(self, slot: Hashable, batch: Batch) -> torch.Tensor:
         """The stored tensor, on the device."""
-        return self._kept[slot][batch.first].to(self._device, non_blocking=True)
+        kept = self._kept[slot][batch.first]
+        if self._copying is None or kept.is_cuda:
+            return kept.to(self._device)
+        with torch.cuda.stream(self._copying):
+            states = kept.to(self._device, non_blocking=True)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._copying)
+        states.record_stream(computing)
+        return states
 
     def share(self, slot: Hashable, other: Hashable) -> None:
         """Makes ``other`` a copy of ``slot`` without copying tensors: a later `put` into one does not affect the other."""
         self._kept[other] = dict(self._kept[slot])
+        for kept in self._kept[other].values():
+            if id(kept) in self._used:
+                self._used[id(kept)] += 1
 
     def drop(self, slot: Hashable) -> None:
         """Deletes a slot."""
-        self._kept.pop(slot, None)
+        for kept in self._kept.pop(slot, {}).values():
+            self._forget_tensor(kept)
+
+    def _placed(self, states: torch.Tensor) -> torch.Tensor:
+        if self._copying is None:
+            return states.cpu()
+        size = states.numel() * states.element_size()
+        if size <= self._room:
+            self._room -= size
+            states = states.to(self._device)
+            self._used[id(states)] = self._used.get(id(states), 0) + 1
+            return states
+        host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+        self._copying.wait_stream(torch.cuda.current_stream(states.device))
+        with torch.cuda.stream(self._copying):
+            host.copy_(states, non_blocking=True)
+        states.record_stream(self._copying)
+        return host
+
+    def _forget_tensor(self, kept: torch.Tensor | None) -> None:
+        if kept is None or id(kept) not in self._used:
+            return
+        self._used[id(kept)] -= 1
+        if not self._used[id(kept)]:
+            del self._used[id(kept)]
+            self._room += kept.numel() * kept.element_size()
 
 
 class DiskStore(StateStore):

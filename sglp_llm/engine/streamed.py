@@ -16,7 +16,7 @@ from torch import nn
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.ghost import Norms
-from sglp_llm.engine.gradients import end_gradients, watched_gradients
+from sglp_llm.engine.gradients import end_gradients, sequences_a_step, watched_gradients
 from sglp_llm.engine.head import loss_and_gradient
 from sglp_llm.engine.heap import trim
 from sglp_llm.engine.loss import not_finite
@@ -92,7 +92,8 @@ def run_streamed(
     share = settings.processes.share(
         len(calibration.input_ids), math.lcm(*(observer.together for observer in observers))
     )
-    steps = steps_of(model, calibration, 1 if differentiate else settings.batch_size, share) if forward else []
+    size = sequences_a_step(model, needs, settings)
+    steps = steps_of(model, calibration, size, share) if forward else []
     replays = Replays(model)
     work = model.num_layers * ((1 if forward else 0) + (2 if differentiate else 0))
     loss = None
@@ -113,14 +114,13 @@ def run_streamed(
         _show_states(model, steps, store, observers)
         trim()  # returns the memory of CKA's kernel matrices before the head needs it
         if differentiate:
-            loss_sum = _loss(model, steps, replays, store)
-            total = settings.processes.sum(torch.tensor(loss_sum, dtype=torch.float64))
+            total = settings.processes.sum(_loss(model, steps, replays, store))
             loss = float(total) / len(calibration.input_ids)
             store.drop(model.num_layers)
             model.weights.rest()
             trim()
             for index, layer in layers_in_turn(model, range(model.num_layers - 1, -1, -1)):
-                _backward(index, layer, steps, replays, store, observers, settings.norms)
+                _backward(index, layer, steps, replays, store, observers, settings.norms, size > 1)
                 store.drop(index)
                 end_gradients(index, layer, observers, settings.processes)
                 advance(2)
@@ -176,16 +176,20 @@ def _show_states(model: DecoderModel, steps: Sequence[Step], store: StateStore, 
             observer.on_batch_end(step.batch)
 
 
-def _loss(model: DecoderModel, steps: Sequence[Step], replays: Replays, store: StateStore) -> float:
-    """The sum of the sequences' losses; stores their gradients with respect to the states leaving the last layer."""
-    total = 0.0
+def _loss(model: DecoderModel, steps: Sequence[Step], replays: Replays, store: StateStore) -> torch.Tensor:
+    """The sum of the sequences' losses, float64; stores their gradients with respect to the states leaving the last layer."""
+    found = [torch.zeros(0, dtype=torch.float64)]
     for step in steps:
-        loss, gradient = loss_and_gradient(replays.of(step), store.get(model.num_layers, step.batch))
-        if not math.isfinite(loss):
-            raise _not_finite(model, step, store, loss)
+        losses, gradient = loss_and_gradient(replays.of(step), store.get(model.num_layers, step.batch))
         store.put(_LOSS, step.batch, gradient)
-        total += loss
-    return total
+        found.append(losses)
+    losses = torch.cat([each.to(found[-1].device) for each in found]).cpu()
+    sequences = (step.batch.first + index for step in steps for index in range(step.batch.size))
+    for sequence, loss in zip(sequences, losses.tolist(), strict=True):
+        if not math.isfinite(loss):
+            step = next(step for step in steps if sequence < step.batch.first + step.batch.size)
+            raise _not_finite(model, step, sequence, store, loss)
+    return losses.sum()
 
 
 def _backward(
@@ -196,10 +200,11 @@ def _backward(
     store: StateStore,
     observers: Sequence[Observer],
     norms: Norms,
+    batched: bool,
 ) -> None:
     current: list[Batch] = []
     watching = [observer for observer in observers if Need.STATE_GRADIENTS in observer.needs]
-    with watched_gradients({index: layer}, observers, current, norms), torch.enable_grad():
+    with watched_gradients({index: layer}, observers, current, norms, batched), torch.enable_grad():
         for step in steps:
             current[:] = [step.batch]
             entering = store.get(index, step.batch).detach().requires_grad_(True)
@@ -213,6 +218,7 @@ def _backward(
             store.put(_LOSS, step.batch, entering.grad)
 
 
-def _not_finite(model: DecoderModel, step: Step, store: StateStore, loss: float) -> UserError:
-    states = ((index, store.get(index + 1, step.batch)) for index in range(model.num_layers))
-    return not_finite(loss, step.batch.first, next((i for i, leaving in states if not leaving.isfinite().all()), None))
+def _not_finite(model: DecoderModel, step: Step, sequence: int, store: StateStore, loss: float) -> UserError:
+    row = sequence - step.batch.first
+    states = ((index, store.get(index + 1, step.batch)[row]) for index in range(model.num_layers))
+    return not_finite(loss, sequence, next((i for i, leaving in states if not leaving.isfinite().all()), None))

@@ -174,7 +174,7 @@ def benchmark(
 
 def ratios(over: Measured, under: Measured) -> Measured:
     """The ratio of one quantity of two models that were measured in turns, repeat by repeat."""
-    return _measured([value / base for value, base in zip(over.values, under.values, strict=True)])
+    return measured([value / base for value, base in zip(over.values, under.values, strict=True)])
 
 
 def greedy(model: DecoderModel, prompt: torch.Tensor, new_tokens: int, devices: Sequence[torch.device] = ()) -> Greedy:
@@ -205,14 +205,14 @@ def greedy(model: DecoderModel, prompt: torch.Tensor, new_tokens: int, devices: 
 def random_prompts(decoder: DecoderModel, batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
     """Token ids ``[batch, tokens]`` on the model's input device."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(int(decoder.model.config.vocab_size), (batch, tokens), generator=generator)
+    ids = torch.randint(int(decoder.config.vocab_size), (batch, tokens), generator=generator)
     device = decoder.input_device
     # Where embeddings are offloaded, accelerate moves them to the ids' device.
     return ids.to(torch.device("cpu") if device.type == "meta" else device)
 
 
 def _check_positions(opened: OpenedModel, settings: BenchmarkSettings) -> None:
-    limit = getattr(opened.config, "max_position_embeddings", None)
+    limit = getattr(opened.text_config, "max_position_embeddings", None)
     if limit is not None and settings.prompt_len + settings.new_tokens > limit:
         raise UserError(
             f"{opened.identity.name}: {settings.prompt_len} prompt tokens and {settings.new_tokens} new ones are more than "
@@ -261,11 +261,12 @@ def _speed(batch: int, seconds: Sequence[tuple[float, float]], settings: Benchma
     prompt, rest = batch * settings.prompt_len, batch * (settings.new_tokens - 1)
     return Speed(
         batch=batch,
-        first_token_seconds=_measured([first for first, _ in seconds]),
-        prefill_tokens_per_second=_measured([prompt / first for first, _ in seconds]),
-        decode_tokens_per_second=_measured([rest / after for _, after in seconds]),
+        first_token_seconds=measured([first for first, _ in seconds]),
+        prefill_tokens_per_second=measured([prompt / first for first, _ in seconds]),
+        decode_tokens_per_second=measured([rest / after for _, after in seconds]),
     )
 
 
-def _measured(values: Sequence[float]) -> Measured:
+def measured(values: Sequence[float]) -> Measured:
+    """The quantity over the repeats, from its values."""
     return Measured(median(values), min(values), max(values), tuple(values))

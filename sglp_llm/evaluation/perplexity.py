@@ -73,7 +73,7 @@ def window_losses(
         for batch in windows.input_ids.split(batch_size):
             input_ids = batch.to(_input_device(model))
             logits = model(input_ids=input_ids, use_cache=False).logits
-            means.append(token_nll(logits, input_ids).double().mean(dim=1).cpu())
+            means.append(token_nll(logits, input_ids).cpu().double().mean(dim=1))
             advance(len(batch))
     return torch.cat(means)
 

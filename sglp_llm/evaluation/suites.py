@@ -16,6 +16,7 @@ from sglp_llm.calibration.cache import cache_folder
 from sglp_llm.errors import UserError, unknown
 from sglp_llm.plan.shipped import shipped_suites
 from sglp_llm.plan.yaml_files import read_yaml, record_from_dict
+from sglp_llm.small_files import read_bytes
 
 DATA_VARIABLE = "SGLP_EVAL_DATA"
 
@@ -148,7 +149,7 @@ def local_files(task: str, config: Mapping[str, Any], data: Path | None) -> list
 def _generated(script: Path) -> Path:
     """The folder with what the script writes, kept outside the repository and named after the script's content."""
     cache = cache_folder()
-    folder = cache / f"{script.stem}-{hashlib.sha256(script.read_bytes()).hexdigest()[:12]}"
+    folder = cache / f"{script.stem}-{hashlib.sha256(read_bytes(script, 'script')).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)

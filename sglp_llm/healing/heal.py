@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from sglp_llm.analysis import software_versions
 from sglp_llm.calibration import TrainingSequences, check_spec, named_text
 from sglp_llm.checkpoint import atomic_folder, check_output
+from sglp_llm.checkpoint.lock import lock_beside, only_run
 from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
-from sglp_llm.errors import UserError
+from sglp_llm.errors import UserError, disk_of
 from sglp_llm.healing.keeping import Run, Training
 from sglp_llm.healing.matching import matched_in, matched_layers
 from sglp_llm.healing.opening import HealingModels, open_models
@@ -27,6 +29,7 @@ from sglp_llm.healing.preparing import (
     timed_steps,
     with_train_chosen,
     work_folder,
+    work_folder_of,
 )
 from sglp_llm.healing.reading import NotTrained, read_text
 from sglp_llm.healing.trained import Trained, check_peft, make_trainable
@@ -75,7 +78,8 @@ def heal(
         **settings: Single settings that replace the recipe's: ``tokens=20_000``, ``train="lora"``, ...
 
     Raises:
-        UserError: Something in the models, the text or the settings is wrong.
+        UserError: Something in the models, the text or the settings is wrong; another run writes the output; the disk is full; or
+            the models' files have changed meanwhile.
         NotTrained: Training made nothing better, or there is too little text to see whether it does.
         VerificationError: The reload check failed; nothing is left at ``output``.
     """
@@ -84,64 +88,68 @@ def heal(
     recipe = (recipe or HealingRecipe()).with_changes(**settings)
     if recipe.tokens is recipe.minutes is recipe.epochs is None:
         recipe = replace(recipe, tokens=DEFAULT_TOKENS)
-    with processes.failing_together():
-        check_output(output, overwrite)
-        recipe = replace(recipe, data=named_text(recipe.data))
-        check_healing(recipe, processes)
-        if keep_adapter and recipe.train == "auto":
-            recipe = replace(recipe, train="lora")
-        if keep_adapter and recipe.train != "lora":
-            raise UserError(f"keep_adapter is about LoRA, and train is {recipe.train}: leave it out")
-        work = work_folder(output, resume)
-        models = open_models(model, output, recipe, tokenizer, processes)
-        decoder = models.student.load()
-        recipe = with_train_chosen(models, recipe, work, processes)
-        pairs = matched_layers(models.plan, recipe)
-        trained = make_trainable(decoder, recipe, models.plan)
-        with timed(seconds, "teacher"):
-            online, batch_size = teacher_in_memory(models, recipe, trained, processes)
-        if models.teacher is not None and online is None:
-            check_may_be_stored(recipe)
-            recipe = replace(recipe, store=True, top_k=recipe.top_k or DEFAULT_TOP_K)
-        steps = timed_steps(models, recipe, trained, online, batch_size, work, processes)
-        with timed(seconds, "text"):
-            sequences, held_out, steps = read_text(models, recipe, steps, progress)
-        begin(work, models, sequences, recipe, steps)
-        with timed(seconds, "teacher"):
-            teacher = online or teacher_on_disk(models, recipe, sequences, work, progress, processes)
-        run = Run(work, batch_size, in_bfloat16(recipe), resume, report_to, progress, processes)
-        with timed(seconds, "training"):
-            matched = matched_in(decoder, online, pairs)
-            training = train(trained, teacher, sequences, held_out, recipe, steps, run, matched)
-    record = _record(models, sequences, held_out, recipe, trained, training)
-    if training.best_step == 0:
-        if processes.is_main:
-            shutil.rmtree(work, ignore_errors=True)  # going on would end in the same way
-        reason = training.stopped or "the held-out loss never fell"
-        raise NotTrained(
-            f"healing made nothing better ({reason}): lower learning_rate, or give other text; nothing is written"
-        )
-    if not processes.is_main:
-        return HealReport(str(output), record, training.log, 0, None, seconds)
-    del teacher, online
-    if models.teacher is not None:
-        models.teacher.release()
-    with atomic_folder(output, overwrite) as folder:
-        with timed(seconds, "export"):
-            if keep_adapter:
-                trained.save_adapter(folder / "adapter")
-            values = export(models, trained, folder, progress)
-            write_papers(models, folder, record, recipe, work)
-        verification = None
-        if verify:
-            with timed(seconds, "reload check"):
-                ids = sequences.input_ids[held_out.start : held_out.stop]
-                expected = expected_logits(decoder, (), ids, values)
-                found = verify_checkpoint(folder, expected, torch.float32, decoder.input_device)
-                verification = asdict(found)
-        written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix == ".safetensors")
-    shutil.rmtree(work, ignore_errors=True)
-    return HealReport(str(output), record, training.log, written, verification, seconds)
+    with ExitStack() as held:
+        with processes.failing_together(), disk_of(work_folder_of(output)), ExitStack() as files:
+            check_output(output, overwrite)
+            if processes.is_main:
+                held.enter_context(only_run(lock_beside(output), output))
+            recipe = replace(recipe, data=named_text(recipe.data))
+            check_healing(recipe, processes)
+            if keep_adapter and recipe.train == "auto":
+                recipe = replace(recipe, train="lora")
+            if keep_adapter and recipe.train != "lora":
+                raise UserError(f"keep_adapter is about LoRA, and train is {recipe.train}: leave it out")
+            work = work_folder(output, resume)
+            models = open_models(model, output, recipe, tokenizer, processes)
+            files.enter_context(models.unchanged_files())
+            decoder = models.student.load()
+            recipe = with_train_chosen(models, recipe, work, processes)
+            pairs = matched_layers(models.plan, recipe)
+            trained = make_trainable(decoder, recipe, models.plan)
+            with timed(seconds, "teacher"):
+                online, batch_size = teacher_in_memory(models, recipe, trained, processes)
+            if models.teacher is not None and online is None:
+                check_may_be_stored(recipe)
+                recipe = replace(recipe, store=True, top_k=recipe.top_k or DEFAULT_TOP_K)
+            steps = timed_steps(models, recipe, trained, online, batch_size, work, processes)
+            with timed(seconds, "text"):
+                sequences, held_out, steps = read_text(models, recipe, steps, progress)
+            begin(work, models, sequences, recipe, steps)
+            with timed(seconds, "teacher"):
+                teacher = online or teacher_on_disk(models, recipe, sequences, work, progress, processes)
+            run = Run(work, batch_size, in_bfloat16(recipe), resume, report_to, progress, processes)
+            with timed(seconds, "training"):
+                matched = matched_in(decoder, online, pairs)
+                training = train(trained, teacher, sequences, held_out, recipe, steps, run, matched)
+        record = _record(models, sequences, held_out, recipe, trained, training)
+        if training.best_step == 0:
+            if processes.is_main:
+                shutil.rmtree(work, ignore_errors=True)  # going on would end in the same way
+            reason = training.stopped or "the held-out loss never fell"
+            raise NotTrained(
+                f"healing made nothing better ({reason}): lower learning_rate, or give other text; nothing is written"
+            )
+        if not processes.is_main:
+            return HealReport(str(output), record, training.log, 0, None, seconds)
+        del teacher, online
+        if models.teacher is not None:
+            models.teacher.release()
+        with atomic_folder(output, overwrite) as folder, models.student.unchanged_files():
+            with timed(seconds, "export"):
+                if keep_adapter:
+                    trained.save_adapter(folder / "adapter")
+                values = export(models, trained, folder, progress)
+                write_papers(models, folder, record, recipe, work)
+            verification = None
+            if verify:
+                with timed(seconds, "reload check"):
+                    ids = sequences.input_ids[held_out.start : held_out.stop]
+                    expected = expected_logits(decoder, (), ids, values)
+                    found = verify_checkpoint(folder, expected, torch.float32, decoder.input_device)
+                    verification = asdict(found)
+            written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix == ".safetensors")
+        shutil.rmtree(work, ignore_errors=True)
+        return HealReport(str(output), record, training.log, written, verification, seconds)
 
 
 def check_healing(recipe: HealingRecipe, processes: Processes = ALONE) -> None:

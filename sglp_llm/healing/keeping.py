@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
+from sglp_llm.checkpoint.publish_file import replace_text
 from sglp_llm.plan.healing_recipe import LOG_FILE_NAME
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
+from sglp_llm.small_files import read_json, read_json_lines
 from sglp_llm.tensor_files.tensors import read_tensors, write_tensors
 
 DIVERGED = 0.1
@@ -78,6 +82,27 @@ class Run:
     processes: Processes = ALONE
 
 
+def last_checkpoint(run: Run) -> Path | None:
+    """The last checkpoint that is whole; later ones, which a kill or a full disk cut short, are removed.
+
+    The Trainer writes ``trainer_state.json`` last.
+    """
+    checkpoints = {int(path.name.split("-")[1]): path for path in run.folder.glob("checkpoint-*")}
+    for _, path in sorted(checkpoints.items(), reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        break
+    else:
+        path = None
+    run.processes.wait()  # none is removed while another process looks for it
+    for step, other in checkpoints.items():
+        if run.processes.is_main and (path is None or step > int(path.name.split("-")[1])):
+            shutil.rmtree(other, ignore_errors=True)
+    return path
+
+
 class Keeper(TrainerCallback):
     """Keeps the log and the weights with the lowest held-out loss, on disk, and stops a run that diverges."""
 
@@ -94,8 +119,8 @@ class Keeper(TrainerCallback):
         """Forgets what an earlier run has left, or takes it up."""
         state, log = self._file(_STATE_FILE_NAME), self._file(LOG_FILE_NAME)
         if self._run.resume:
-            self._state = json.loads(state.read_text(encoding="utf-8"))
-            self._log = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+            self._state = read_json(state, "state of a training")
+            self._log = read_json_lines(log, "log of a training")
         elif self._run.processes.is_main:
             for file in (state, log, self._file(_BEST_FILE_NAME)):
                 file.unlink(missing_ok=True)
@@ -161,6 +186,4 @@ class Keeper(TrainerCallback):
 
     def _write(self, name: str, text: str) -> None:
         if self._run.processes.is_main:
-            partial = self._file(name + ".partial")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self._file(name))
+            replace_text(self._file(name), text)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sglp_llm.analysis import open_model
+from sglp_llm.checkpoint.export import check_carried
 from sglp_llm.errors import UserError
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import PLAN_FILE_NAME, Recipe, load_plan
@@ -28,6 +31,12 @@ class HealingModels:
     student: OpenedModel
     plan: PrunePlan | None
     teacher: OpenedModel | None
+
+    @contextmanager
+    def unchanged_files(self) -> Iterator[None]:
+        """See `OpenedModel.unchanged_files`, for both."""
+        with self.student.unchanged_files(), nullcontext() if self.teacher is None else self.teacher.unchanged_files():
+            yield
 
 
 def open_models(
@@ -51,6 +60,7 @@ def open_models(
         raise UserError(f"{model}: healing needs safetensors files, and this is a {student.source.format} checkpoint")
     student.source.check_apart(output)
     folder = student.source.path
+    check_carried(folder)
     plan = load_plan(folder) if (folder / PLAN_FILE_NAME).is_file() else None
     if plan is not None and len(plan.kept) != student.num_layers:
         raise UserError(

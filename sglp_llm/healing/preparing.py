@@ -10,6 +10,7 @@ from typing import get_args
 import torch
 
 from sglp_llm.calibration import TrainingSequences
+from sglp_llm.checkpoint.publish_file import replace_text
 from sglp_llm.errors import UserError
 from sglp_llm.healing.opening import HealingModels
 from sglp_llm.healing.planning import (
@@ -28,6 +29,7 @@ from sglp_llm.healing.trained import Trained
 from sglp_llm.plan.healing_recipe import HealingRecipe
 from sglp_llm.processes import Processes
 from sglp_llm.progress import Progress
+from sglp_llm.small_files import read_text
 from sglp_llm.trials import Journal
 
 _STEPS_FILE_NAME = "steps"
@@ -80,7 +82,7 @@ def with_train_chosen(models: HealingModels, recipe: HealingRecipe, work: Path, 
         return recipe
     kept = work / _TRAIN_FILE_NAME
     names = get_args(Train)
-    chosen = kept.read_text(encoding="utf-8") if kept.exists() else fitting_train(models, recipe)
+    chosen = read_text(kept) if kept.exists() else fitting_train(models, recipe)
     # An interrupted run that was given another choice is refused by its settings.
     index = names.index(chosen) if chosen in names else names.index("full")
     return replace(recipe, train=names[processes.agreed(index)])
@@ -104,7 +106,7 @@ def timed_steps(
         return None
     kept = work / _STEPS_FILE_NAME
     if kept.exists():
-        return int(kept.read_text(encoding="utf-8"))
+        return int(read_text(kept))
     steps = steps_in(60 * recipe.minutes, trained.model, teacher, recipe, batch_size, models.student.config)
     return processes.agreed(steps)
 
@@ -160,8 +162,8 @@ def begin(work: Path, models: HealingModels, sequences: TrainingSequences, recip
         work / "setting",
         {**models.student.setting, "teacher": teacher, "data_hash": sequences.hash, **settings, "steps": steps},
     )
-    (work / _STEPS_FILE_NAME).write_text(str(steps), encoding="utf-8")
-    (work / _TRAIN_FILE_NAME).write_text(recipe.train, encoding="utf-8")
+    replace_text(work / _STEPS_FILE_NAME, str(steps))
+    replace_text(work / _TRAIN_FILE_NAME, recipe.train)
 
 
 def teacher_on_disk(

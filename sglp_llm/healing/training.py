@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from sglp_llm.calibration.sampling import seed_of
 from sglp_llm.calibration.training import TrainingSequences
-from sglp_llm.healing.keeping import Keeper, Run, Training
+from sglp_llm.healing.keeping import Keeper, Run, Training, last_checkpoint
 from sglp_llm.healing.loss import divergence, hidden_state_loss, next_token_loss, sampled_positions
 from sglp_llm.healing.matching import NOTHING_MATCHED, Matched, outputs_of
 from sglp_llm.healing.on_policy import continued, is_on_policy, new_tokens
@@ -64,13 +63,13 @@ def train(
         matched: Layers for the hidden-state loss, with a teacher in memory.
     """
     order = _order([number for number in range(len(sequences.input_ids)) if number not in held_out], recipe, steps)
-    checkpoint = get_last_checkpoint(str(run.folder)) if run.resume else None
+    checkpoint = last_checkpoint(run) if run.resume else None
     run = replace(run, resume=checkpoint is not None)
     trainer = _Distiller(trained, teacher, sequences, held_out, recipe, order, steps, run, matched)
     trainer.keeper.begin()
     with run.progress("Healing", steps * recipe.sequences * sequences.input_ids.shape[1]) as advance:
         trainer.add_callback(_Report(advance, recipe.sequences * sequences.input_ids.shape[1]))
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     # Otherwise the model would go on computing in bfloat16, and in a wrapper that nobody can save.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     return trainer.keeper.result(steps)

@@ -26,6 +26,7 @@ from sglp_llm.records import HealingRecord, PrunePlan
 from sglp_llm.report.html import write_report
 from sglp_llm.report.loss_curve import plot_losses
 from sglp_llm.report.model_card import write_model_card
+from sglp_llm.small_files import carried_files, copy_file, read_json_lines
 
 
 def export(models: HealingModels, trained: Trained, folder: Path, progress: Progress) -> dict[str, torch.Tensor]:
@@ -59,14 +60,12 @@ def write_papers(models: HealingModels, folder: Path, record: HealingRecord, rec
     assert models.student.source is not None
     source = models.student.source.path
     plan_tensors = Path(PLAN_FILE_NAME).with_suffix(TENSORS_SUFFIX).name
-    for name in (PLAN_FILE_NAME, plan_tensors, RECIPE_FILE_NAME):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    for file in carried_files(source, (PLAN_FILE_NAME, plan_tensors, RECIPE_FILE_NAME)):
+        copy_file(file, folder)
     save_healing_recipe(recipe, folder / HEALING_RECIPE_FILE_NAME)
     (folder / HEALING_FILE_NAME).write_text(json.dumps(record.to_dict(), indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(work / LOG_FILE_NAME, folder / LOG_FILE_NAME)
-    log = [json.loads(line) for line in (work / LOG_FILE_NAME).read_text(encoding="utf-8").splitlines()]
-    plot_losses(log, folder)
+    plot_losses(read_json_lines(work / LOG_FILE_NAME, "log of a training"), folder)
     if models.plan is not None and models.plan.source is not None:
         write_model_card(folder / "README.md", models.plan, models.student.card, record.to_dict())
         write_report(folder)

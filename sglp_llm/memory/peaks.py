@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from sglp_llm.adapters import text_config
 from sglp_llm.engine import Need
 from sglp_llm.errors import UserError
 from sglp_llm.memory.dry_run import DryRun
@@ -83,7 +84,8 @@ def plan_memory(config: PretrainedConfig, dtype: torch.dtype, work: Work, on_dev
     try:
         dry = DryRun(config, dtype)
         counts = count_parameters(dry.model, dry.layers)
-        model = _Model(counts, len(dry.layers), config.hidden_size, config.vocab_size, dtype.itemsize)
+        text = text_config(config)
+        model = _Model(counts, len(dry.layers), text.hidden_size, text.vocab_size, dtype.itemsize)
         return MemoryPlan(_resident(dry, model, work, on_device), _streamed(dry, model, work, on_device))
     except Exception as error:  # a configuration that fits no model fails anywhere in transformers or torch
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

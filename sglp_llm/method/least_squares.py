@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sglp_llm.method.exact import exact, place_of_sums
 from sglp_llm.processes import Processes
 
 RIDGES = tuple(10.0**power for power in range(-5, 2))
@@ -38,6 +39,7 @@ class NormalEquations(ABC):
     """
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        device = place_of_sums(device)
         self.gram = torch.zeros(*shape, dtype=torch.float64, device=device)
         self.cross = torch.zeros_like(self.gram)
         self.start = torch.zeros((), dtype=torch.float64, device=device)
@@ -52,7 +54,7 @@ class NormalEquations(ABC):
             target: y, ``[rows, D]``.
         """
         for rows in zip(part.split(_ROWS), whole.split(_ROWS), target.split(_ROWS), strict=True):
-            self._add(*(each.double() for each in rows))
+            self._add(*(exact(each) for each in rows))
 
     def _add(self, part: Tensor, whole: Tensor, target: Tensor) -> None:
         norms = target.square().sum(dim=1, keepdim=True)
@@ -107,7 +109,7 @@ class MatrixEquations(NormalEquations):
     def __init__(self, width: int, device: torch.device, outputs: int | None = None) -> None:
         super().__init__((width, width), device)
         if outputs is not None:
-            self.cross = torch.zeros(width, outputs, dtype=torch.float64, device=device)
+            self.cross = torch.zeros(width, outputs, dtype=torch.float64, device=self.gram.device)
 
     @property
     def unit(self) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from sglp_llm.errors import UserError, unknown
+from sglp_llm.method.exact import exact
 from sglp_llm.processes import Processes
 from sglp_llm.records import SimilarityMatrix
 
@@ -42,7 +43,7 @@ def gram_matrix(rows: torch.Tensor, kernel: str) -> torch.Tensor:
     Returns:
         ``[n, n]`` float64.
     """
-    rows = rows.to(torch.float64)
+    rows = exact(rows)
     if kernel == "cosine":
         rows = torch.nn.functional.normalize(rows, dim=1)
     gram = rows @ rows.T
@@ -92,8 +93,8 @@ class CKAAccumulator:
             raise UserError(
                 f"CKA needs at least 4 tokens a minibatch, not {representations[0].shape[0]}: use longer sequences"
             )
-        device = representations[0].device
-        grams = torch.stack([gram_matrix(rows, self.kernel).to(device) for rows in representations])
+        each = [gram_matrix(rows, self.kernel) for rows in representations]
+        grams = torch.stack([gram.to(each[0].device) for gram in each])
         hsic, scale = hsic_matrix(grams).cpu(), grams.square().mean(dim=(1, 2)).cpu()
         for layer in range(len(representations)):
             if not torch.isfinite(hsic[layer, layer]):

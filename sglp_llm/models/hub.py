@@ -25,13 +25,14 @@ _SMALL_FILES = [
 _NOT_NEEDED = ["*/*", "model.*.safetensors"]
 
 
-def download(repo: str, revision: str | None, weights: bool = True) -> tuple[Path, str]:
+def download(repo: str, revision: str | None, weights: bool = True, tokenizer: bool = False) -> tuple[Path, str]:
     """Downloads a checkpoint into the Hub's cache: safetensors files where there are any, otherwise PyTorch ``.bin`` files.
 
     Args:
         repo: ``OWNER/NAME``.
         revision: Branch, tag or commit.
         weights: False downloads the configuration alone.
+        tokenizer: Downloads the small files alone, those of the tokenizer among them.
 
     Returns:
         The local folder, and the commit it holds.
@@ -50,11 +51,11 @@ def download(repo: str, revision: str | None, weights: bool = True) -> tuple[Pat
     at = f" at revision {revision!r}" if revision else ""
     try:
         for files in (["model*.safetensors"], ["pytorch_model*.bin"]):
-            wanted = _SMALL_FILES + files if weights else ["config.json"]
+            wanted = _SMALL_FILES + ([] if tokenizer else files) if weights else ["config.json"]
             folder = Path(
                 snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_NEEDED)
             )
-            if not weights or any(folder.glob(files[0])):
+            if tokenizer or not weights or any(folder.glob(files[0])):
                 break
     except HFValidationError:
         raise UserError(

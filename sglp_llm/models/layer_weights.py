@@ -56,6 +56,7 @@ class LayerWeights:
         self._path = source.adapter.layers
         self._layers = model.get_submodule(self._path)
         self._conversions = get_model_conversion_mapping(model)
+        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._empty = [dict(layer.named_parameters()) for layer in self._layers]
         self._present: set[int] = set()
         self._replaced: dict[str, torch.Tensor] = {}
@@ -126,7 +127,7 @@ class LayerWeights:
         self._bring(index)
         for name, parameter in self._empty[index].items():
             if (value := self._replaced.get(self._path_of(index, name))) is not None:
-                value = value.to(self._device, self._model.dtype)
+                value = self._sent({name: value.to(self._model.dtype)})[name]
                 _set(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         self._check((f"layer {index}: {name}", parameter) for name, parameter in layer.named_parameters())
 
@@ -148,7 +149,7 @@ class LayerWeights:
         )
         with _no_progress_bar, torch.inference_mode(False):
             outside = self._outside if index is None else None
-            tensors = {entry.name: mapped_tensor(entry, outside) for entry in self._entries[index]}
+            tensors = self._sent({entry.name: mapped_tensor(entry, outside) for entry in self._entries[index]})
             report, _ = convert_and_load_state_dict_in_model(self._model, tensors, settings)
         if report.conversion_errors:
             name, error = next(iter(report.conversion_errors.items()))
@@ -161,6 +162,21 @@ class LayerWeights:
                 f"{self._name}: tensor {tensor!r} has the shape {list(stored)}, and {list(expected)} by the configuration"
             )
         self.unused_tensors |= report.unexpected_keys
+
+    def _sent(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors in host memory on the device, where there is one: from pinned memory, by a stream of their own.
+
+        On the default stream a copy would wait for everything that the device has yet to compute, and the other way round.
+        """
+        if self._copying is None:
+            return tensors
+        computing = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._copying):
+            sent = {name: each.pin_memory().to(self._device, non_blocking=True) for name, each in tensors.items()}
+        self._copying.synchronize()
+        for each in sent.values():  # their memory must not be used again while the layer computes
+            each.record_stream(computing)
+        return sent
 
     def _check(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         if missing := [name for name, parameter in parameters if parameter.device.type == "meta"]:

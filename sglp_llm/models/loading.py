@@ -10,16 +10,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from sglp_llm.adapters import DecoderAdapter, adapter_of
+from sglp_llm.adapters import DecoderAdapter, adapter_of, auto_class, text_config
 from sglp_llm.errors import UserError
+from sglp_llm.models.devices import own_device
+from sglp_llm.models.hub import download
 from sglp_llm.models.layer_weights import LayerWeights
 from sglp_llm.models.source import Source
+from sglp_llm.small_files import check_regular_files
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+_SLACK = 10**6  # parameters: what some types initialise, and do not store
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
@@ -29,7 +34,7 @@ class DecoderModel:
     """A causal language model, with access to its decoder layers.
 
     Attributes:
-        model: Any transformers ``...ForCausalLM`` of a known family.
+        model: Any transformers ``...ForCausalLM``, or a multimodal wrapper of one.
         adapter: The family's adapter.
         unused_tensors: Names of the checkpoint's tensors that transformers does not use, such as the causal masks that old
             releases stored.
@@ -49,14 +54,28 @@ class DecoderModel:
         return layers
 
     @property
+    def config(self) -> Any:
+        """The configuration of the decoder; of a multimodal wrapper the nested one."""
+        return text_config(self.model.config)
+
+    @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)
 
     @property
     def input_device(self) -> torch.device:
-        """Where token ids must be."""
+        """Where token ids must be.
+
+        Raises:
+            UserError: accelerate keeps the input embeddings out of memory.
+        """
         weight: torch.Tensor = self.model.get_input_embeddings().weight
+        if weight.is_meta:
+            raise UserError(
+                "the model does not fit: its input embeddings were offloaded; use --engine streamed, --dtype bfloat16, or a "
+                "larger machine"
+            )
         return weight.device
 
     @property
@@ -73,7 +92,7 @@ def wrap_model(model: PreTrainedModel) -> DecoderModel:
     """
     adapter = adapter_of(model.config)
     for key, reason in adapter.refuse.items():
-        if getattr(model.config, key, None):
+        if getattr(text_config(model.config), key, None):
             raise UserError(f"{key} is set, and such a model cannot be pruned: {reason}")
     return DecoderModel(model, adapter)
 
@@ -95,12 +114,13 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     folder = source.path
     if source.format == "gguf":
         folder = source.path.parent
-        options |= {"gguf_file": source.path.name, "dtype": DTYPES.get(dtype, torch.float32)}
+        options |= {"gguf_file": source.path.name, "dtype": DTYPES.get(dtype, torch.float32), "config": source.config}
     name = source.identity.name
+    check_size(source)
     try:
         # Otherwise the exception only says that sizes do not match, and refers to a report that is logged elsewhere.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model, report = auto_class(source.config).from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # torch, pickle, safetensors and transformers each have their own for a damaged file
         if source.format == "bin" and isinstance(error, pickle.UnpicklingError | RuntimeError | EOFError):
             # torch's own message advises to load with weights_only=False, which would run what is in the file.
@@ -113,11 +133,31 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
         raise UserError(
             f"{name}: tensor {tensor!r} has the shape {list(stored)}, and {list(expected)} by the configuration"
         )
+    vars(model.config).pop("auto_map", None)  # it would be saved with the model, and name code that is not
     if source.format == "gguf":
         model = _dequantised(model)
     if device_map is None and torch.cuda.is_available():
-        model = model.to("cuda")
+        model = model.to(own_device())
     return DecoderModel(model.eval(), source.adapter, frozenset(report["unexpected_keys"]))
+
+
+def check_size(source: Source) -> None:
+    """Checks that the files can hold the model of the configuration, before memory is taken for it.
+
+    Raises:
+        UserError: They are too small, or transformers cannot make such a model.
+    """
+    name = source.identity.name
+    try:
+        with torch.device("meta"):
+            model = auto_class(source.config).from_config(source.config)
+    except Exception as error:  # each type's own code
+        raise UserError(f"{name}: transformers cannot make a model of the configuration ({_one_line(error)})") from None
+    needed, stored = sum(parameter.numel() for parameter in model.parameters()), source.most_parameters
+    if needed > 2 * stored + _SLACK:
+        raise UserError(
+            f"{name}: the configuration is that of a model of {needed} parameters, and the files hold at most {stored}"
+        )
 
 
 def check_streamable(source: Source) -> None:
@@ -149,11 +189,13 @@ def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = No
     from accelerate import init_empty_weights
 
     check_streamable(source)
+    check_size(source)
     # Buffers are real: rotary frequencies and embedding scales are in no file.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(source.config, dtype=DTYPES.get(dtype) or checkpoint_dtype(source))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights = LayerWeights(source, model.eval(), device, scratch)
+        model = auto_class(source.config).from_config(
+            source.config, dtype=DTYPES.get(dtype) or checkpoint_dtype(source)
+        )
+    weights = LayerWeights(source, model.eval(), own_device(), scratch)
     return DecoderModel(model, source.adapter, weights.unused_tensors, weights)
 
 
@@ -198,12 +240,34 @@ def load_tokenizer(source: Source) -> Any:
         raise UserError(f"{source.identity.name}: there is no tokenizer in the folder (tokenizer.json and others)")
     if source.format == "gguf":
         folder, options = source.path.parent, {"gguf_file": source.path.name}
+    return _tokenizer(folder, source.identity.name, **options)
+
+
+def find_tokenizer(name: str | Path) -> Any:
+    """Loads the tokenizer of a folder, or of a model on the Hub; weights are not downloaded.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    path = Path(name).expanduser()
+    return _tokenizer(path if path.is_dir() else download(str(name), None, tokenizer=True)[0], str(name))
+
+
+def _tokenizer(folder: Path, name: str, **options: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
+        check_regular_files(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        tokenizer("a")  # some damage is seen on the first use
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(
-            f"{source.identity.name}: transformers cannot load the tokenizer ({_one_line(error)})"
-        ) from None
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{name}: the tokenizer needs remote code (auto_map), which is not run: name another one with --tokenizer, "
+                "or give token ids as the calibration, in Python"
+            ) from None
+        raise UserError(f"{name}: transformers cannot load the tokenizer ({_one_line(error)})") from None
+    return tokenizer
 
 
 def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
@@ -213,7 +277,7 @@ def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
     config = model.config
     del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        plain = auto_class(config).from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config

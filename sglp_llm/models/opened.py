@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from sglp_llm.adapters import text_config
 from sglp_llm.errors import UserError
+from sglp_llm.method.staying import Staying
 from sglp_llm.models.footprint import footprint_of
 from sglp_llm.models.loading import (
     DecoderModel,
@@ -21,6 +24,7 @@ from sglp_llm.models.loading import (
     wrap_model,
 )
 from sglp_llm.models.source import Source, find_source, fingerprint
+from sglp_llm.models.staying import staying_of
 from sglp_llm.records import Footprint, ModelIdentity
 
 
@@ -95,13 +99,31 @@ class OpenedModel:
         """Identifies the model in a journal; includes the name, because fine-tuned copies share a fingerprint."""
         return {"model": self.identity.name, "fingerprint": self.identity.fingerprint, "revision": self.revision}
 
+    def unchanged_files(self) -> AbstractContextManager[None]:
+        """A block in which the files must stay as they were when the model was opened; a live model has none.
+
+        Raises:
+            UserError: One has changed or is gone, at the end of the block or in place of the error that came of it.
+        """
+        return self.source.files.staying() if self.source else nullcontext()
+
+    @property
+    def staying(self) -> Staying:
+        """Which of its layers must stay."""
+        return staying_of(self.config, self.adapter, self.num_layers)
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the decoder; of a multimodal wrapper the nested one."""
+        return text_config(self.config)
+
     def check_tokens(self, input_ids: torch.Tensor) -> None:
         """Checks that token ids, ``[sequences, tokens]``, are in the model's vocabulary.
 
         Raises:
             UserError: One is not: the tokenizer is not the model's.
         """
-        vocabulary = int(self.config.vocab_size)
+        vocabulary = int(self.text_config.vocab_size)
         if (highest := int(input_ids.max())) >= vocabulary:
             raise UserError(
                 f"{self.identity.name}: the tokenizer does not belong to the model: "

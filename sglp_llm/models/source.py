@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sglp_llm.adapters import DecoderAdapter, adapter_names, adapter_of, get_adapter
+from sglp_llm.adapters import DecoderAdapter, adapter_names, adapter_of, get_adapter, text_config
 from sglp_llm.adapters.structure.config_keys import PREDICTORS
+from sglp_llm.adapters.structure.gguf_keys import WINDOWS
+from sglp_llm.adapters.structure.wrappers import TEXT_KEY
 from sglp_llm.errors import UserError
+from sglp_llm.models.gguf_header import check_gguf
 from sglp_llm.models.hub import download
+from sglp_llm.models.unchanged import FileStates
+from sglp_llm.plan.plan_fields import MOST_LAYERS
 from sglp_llm.records import ModelIdentity
+from sglp_llm.small_files import check_regular_files, read_json
 from sglp_llm.tensor_files import CheckpointIndex, read_index
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# Keys of the number of layers, of experts, and of what else is built one by one.
+_COUNTS_PARTS = re.compile(r"layers?$|experts?$|blocks?$|^depth$|codebooks?$|_group$|^n_shared|predict", re.IGNORECASE)
+# Keys of the width of a matrix.
+_WIDTHS = re.compile(r"hidden|vocab|inter|head|embd|inner|d_model|ffn|feed|dim$|rank", re.IGNORECASE)
+MOST_WIDTH = 2**24
 # Configuration keys that describe the software or the run, not the model.
 _VOLATILE_KEYS = {"transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "auto_map"}
 _VOLATILE_KEYS |= {"quantization_config"}
@@ -41,6 +54,7 @@ class Source:
         adapter: The family's adapter.
         index: Location of every tensor; ``None`` unless the weights are safetensors.
         predictor_layers: Number of layers for multi-token prediction that are stored behind the decoder layers.
+        files: The files as they were before the first was read.
     """
 
     identity: ModelIdentity
@@ -52,11 +66,25 @@ class Source:
     adapter: DecoderAdapter
     index: CheckpointIndex | None
     predictor_layers: int = 0
+    files: FileStates = field(default_factory=FileStates)
 
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
-        return int(getattr(self.config, self.adapter.depth_key))
+        return int(getattr(self.text_config, self.adapter.depth_key))
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the decoder; of a multimodal wrapper the nested one."""
+        return text_config(self.config)
+
+    @property
+    def most_parameters(self) -> int:
+        """The largest number of parameters that the files can hold: GGUF has types of less than two bits."""
+        if self.index is not None:
+            return sum(entry.num_elements for entry in self.index.tensors.values())
+        files = [self.path] if self.path.is_file() else self.path.glob("pytorch_model*.bin")
+        return (8 if self.format == "gguf" else 1) * sum(file.stat().st_size for file in files)
 
     def check_apart(self, output: Path) -> None:
         """Checks that writing to ``output`` cannot change the source.
@@ -81,7 +109,9 @@ def find_source(name: str | Path, revision: str | None = None) -> Source:
             code, multimodal, or of a family without an adapter.
     """
     path, revision = _locate(name, revision, weights=True)
-    return _gguf_source(path, str(name)) if path.is_file() else _folder_source(path, str(name), revision)
+    files = FileStates.of(path)
+    source = _gguf_source(path, str(name)) if path.is_file() else _folder_source(path, str(name), revision)
+    return replace(source, files=files)
 
 
 def find_config(name: str | Path, revision: str | None = None) -> tuple[PretrainedConfig, bool]:
@@ -103,6 +133,18 @@ def find_config(name: str | Path, revision: str | None = None) -> tuple[Pretrain
     return _checked_config(_raw_config(path), path, str(name))[0], False
 
 
+def depth_of(config: PretrainedConfig, adapter: DecoderAdapter, name: str) -> int:
+    """The number of decoder layers that a configuration says.
+
+    Raises:
+        UserError: It is no such number.
+    """
+    depth = getattr(text_config(config), adapter.depth_key, None)
+    if type(depth) is not int or not 1 <= depth <= MOST_LAYERS:
+        raise UserError(f"{name}: {adapter.depth_key} must be a whole number in 1..{MOST_LAYERS}, not {depth!r}")
+    return depth
+
+
 def find_depth(name: str | Path, revision: str | None = None) -> int:
     """The number of decoder layers of a model that can be pruned, from its configuration.
 
@@ -110,7 +152,7 @@ def find_depth(name: str | Path, revision: str | None = None) -> int:
         UserError: See `find_config`.
     """
     config, _ = find_config(name, revision)
-    return int(getattr(config, adapter_of(config).depth_key))
+    return depth_of(config, _adapter_of(config, str(name)), str(name))
 
 
 def _locate(name: str | Path, revision: str | None, weights: bool) -> tuple[Path, str | None]:
@@ -121,7 +163,9 @@ def _locate(name: str | Path, revision: str | None, weights: bool) -> tuple[Path
         raise UserError(f"{name}: there is no such folder or file")
     if local and revision is not None:
         raise UserError(f"{name}: a revision is for models on the Hub, and this is a local path")
-    return (path, revision) if local else download(str(name), revision, weights)
+    path, revision = (path, revision) if local else download(str(name), revision, weights)
+    check_regular_files(*((path,) if path.is_dir() else (path.parent, "*.json")))
+    return path, revision
 
 
 def fingerprint(config: PretrainedConfig, tensors: Iterable[tuple[str, str, Iterable[int]]]) -> str:
@@ -168,32 +212,48 @@ def _gguf_source(path: Path, name: str) -> Source:
 
     if path.suffix != ".gguf":
         raise UserError(f"{path}: expected a folder or a .gguf file")
+    check_gguf(path)
     try:
-        tensors = [(t.name, t.tensor_type.name, [int(n) for n in t.shape]) for t in GGUFReader(path).tensors]
+        reader = GGUFReader(path)
+        tensors = [(t.name, t.tensor_type.name, [int(n) for n in t.shape]) for t in reader.tensors]
+        with_window = next((f.contents() for key, f in reader.fields.items() if key.endswith(f".{WINDOWS}")), None)
     except Exception as error:  # the reader trusts its input: damage surfaces as any kind of exception
         raise UserError(f"{path}: not a whole GGUF file ({' '.join(str(error).split())})") from None
     config = _resolved_config(path.parent, name, gguf_file=path.name)
+    if isinstance(with_window, list) and len(with_window) == len(getattr(config, "layer_types", None) or ()):
+        # transformers derives them from the depth, which is wrong once layers were removed.
+        config.layer_types = ["sliding_attention" if flag else "full_attention" for flag in with_window]
     adapter = _adapter_of(config, name)
     _refuse_settings(config.to_dict(), adapter, name)
+    depth_of(config, adapter, name)
     identity = ModelIdentity(name, config.model_type, fingerprint(config, tensors))
     return Source(identity, None, path, "gguf", {}, config, adapter, None)
 
 
 def _raw_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    if not file.exists():
+    if not os.path.lexists(file):
         if (folder / "adapter_config.json").exists():
             raise UserError(
                 f"{folder}: a PEFT adapter, not a model; merge it into its base model first (`merge_and_unload`)"
             )
         raise UserError(f"{folder}: no config.json; expected the folder of a transformers checkpoint")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a JSON file ({error})") from None
+    raw = read_json(file, "configuration")
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UserError(f"{file}: no model_type; expected the configuration of a transformers model")
+    _refuse_counts(raw, file)
     return raw
+
+
+def _refuse_counts(raw: Mapping[str, Any], file: Path) -> None:
+    """Refuses numbers of parts that no model has, before transformers makes a list of so many."""
+    for key, value in raw.items():
+        if type(value) is int and abs(value) > MOST_LAYERS and _COUNTS_PARTS.search(key):
+            raise UserError(f"{file}: {key} is {value}, and no model has more than {MOST_LAYERS}")
+        if type(value) is int and abs(value) > MOST_WIDTH and _WIDTHS.search(key):
+            raise UserError(f"{file}: {key} is {value}, and no model is wider than {MOST_WIDTH}")
+        if type(value) is int and abs(value) >= 2**63 and not key.endswith("length"):
+            raise UserError(f"{file}: {key} is a number of {len(str(abs(value)))} digits, which no model has")
 
 
 def _checked_config(raw: Mapping[str, Any], folder: Path, name: str) -> tuple[PretrainedConfig, DecoderAdapter]:
@@ -209,7 +269,7 @@ def _checked_config(raw: Mapping[str, Any], folder: Path, name: str) -> tuple[Pr
         return _resolved_config(folder, name), written
     config = _resolved_config(folder, name)
     adapter = _adapter_of(config, name)
-    _refuse_settings(raw, adapter, name)
+    _refuse_settings(raw if text_config(config) is config else text_config(config).to_dict(), adapter, name)
     return config, adapter
 
 
@@ -238,20 +298,27 @@ def _refuse_form(raw: Mapping[str, Any], adapter: DecoderAdapter | None, name: s
                 f"{name}: the checkpoint needs remote code (auto_map: {', '.join(classes)}), which is not run; "
                 "use a conversion to a model family of transformers"
             )
-    if wrapped := [key for key in ("text_config", "vision_config", "audio_config") if key in raw]:
+    wrapped = [key for key in ("text_config", "vision_config", "audio_config") if key in raw]
+    if wrapped and not _loads_images(model_type):
         text = raw.get("text_config")
         inner = text.get("model_type", f"{model_type}_text") if isinstance(text, dict) else f"{model_type}_text"
         raise UserError(
-            f"{name}: {model_type!r} is a multimodal wrapper (it has {', '.join(wrapped)}); "
+            f"{name}: {model_type!r} is a multimodal wrapper (it has {', '.join(wrapped)}), but no model of images and text; "
             f"save its text model ({inner}) as a checkpoint of its own and point at that"
         )
 
 
+def _loads_images(model_type: str) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
 def _refuse_type(model_type: str, name: str) -> None:
-    """Refuses a type of which transformers has no causal language model."""
+    """Refuses a type of which transformers has no causal language model, nor one of images and text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _loads_images(model_type):
         near = get_close_matches(model_type.lower(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1, cutoff=0.5)
         raise UserError(
             f"{name}: unknown model family (model_type) {model_type!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
@@ -261,9 +328,16 @@ def _refuse_type(model_type: str, name: str) -> None:
 
 def _refuse_architecture(raw: Mapping[str, Any], name: str) -> None:
     """Refuses a classifier or a bare decoder: without a language model head, transformers would initialise a random one."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
-    causal = _as_list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[raw["model_type"]])
+    mappings = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    is_wrapped = TEXT_KEY in raw or "vision_config" in raw
+    model_type = raw["model_type"]
+    of_type = mappings[is_wrapped].get(model_type) or mappings[not is_wrapped][model_type]
+    causal = _as_list(of_type)
     named = [str(architecture) for architecture in _as_list(raw.get("architectures") or [])]
     if named and not set(named) & set(causal):
         raise UserError(
@@ -282,7 +356,7 @@ def _resolved_config(folder: Path, name: str, **options: str) -> PretrainedConfi
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, **options)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # transformers validates with exceptions of many libraries; all mean that it is invalid
         raise UserError(
             f"{name}: transformers cannot read the configuration ({' '.join(str(error).split())[:300]})"
@@ -291,8 +365,9 @@ def _resolved_config(folder: Path, name: str, **options: str) -> PretrainedConfi
 
 def _check_layers(index: CheckpointIndex, adapter: DecoderAdapter, config: PretrainedConfig, name: str) -> int:
     """Checks that every decoder layer is there; returns how many layers for multi-token prediction follow them."""
-    num_layers = int(getattr(config, adapter.depth_key))
-    allowed = max((int(getattr(config, key, None) or 0) for key in PREDICTORS), default=0)
+    num_layers = depth_of(config, adapter, name)
+    text = text_config(config)
+    allowed = max((int(getattr(text, key, None) or 0) for key in PREDICTORS), default=0)
     matches = (adapter.layer_key_pattern.match(tensor) for tensor in index.tensors)
     stored = {int(match[2]) for match in matches if match}
     missing, extra = sorted(set(range(num_layers)) - stored), sorted(stored - set(range(num_layers)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from sglp_llm.onwards.exported import Exported
 from sglp_llm.plan import load_plan
 from sglp_llm.plan.healing_recipe import HEALING_FILE_NAME
 from sglp_llm.plan.mergekit import mergekit_yaml
+from sglp_llm.small_files import read_json
 
 MERGEKIT_FILE_NAME = "mergekit.yaml"
 
@@ -47,7 +47,9 @@ def export_mergekit(folder: Path, output: Path | None = None, overwrite: bool = 
         partial.write_text(mergekit_yaml(plan, name), encoding="utf-8")
     notes = []
     file = folder / "config.json"  # there is none after analyze
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_json(file, "configuration") if file.exists() else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: not a configuration: expected a JSON object")
     if lists := [key for key in config if key in PER_LAYER and isinstance(config[key], list)]:
         notes.append(
             f"mergekit 0.1.5 does not shorten {lists[0]} in the configuration, so that transformers 5 refuses its result; "

@@ -23,7 +23,7 @@ def given_plan(given: str, depth: Callable[[], int]) -> PrunePlan:
     Raises:
         UserError: There is no such file, or what it says is no plan for a model of that depth.
     """
-    if re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", given):
+    if re.fullmatch(r"\s*[0-9]{1,9}(\s*,\s*[0-9]{1,9})*\s*", given):
         return plan_from_indices(depth(), map(int, given.split(",")))
     path = Path(given).expanduser()
     if path.suffix in (".yaml", ".yml"):

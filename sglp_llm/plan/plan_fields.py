@@ -8,6 +8,9 @@ from typing import Any
 from sglp_llm.errors import UserError
 from sglp_llm.records import Footprint, ModelIdentity, Segment, SimilarityMatrix
 
+MOST_LAYERS = 10_000
+"""The deepest model that a plan can be for; the deepest ones that are published have some hundred decoder layers."""
+
 
 def checked_indices(value: object, num_layers: int, where: str) -> set[int]:
     """Layer indices, each in ``0..num_layers - 1`` and given once.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglp_llm.errors import UserError, unknown
 from sglp_llm.plan.plan_fields import (
+    MOST_LAYERS,
     checked_indices,
     footprint_of,
     identity_of,
@@ -23,11 +24,14 @@ from sglp_llm.plan.plan_fields import (
     typed,
 )
 from sglp_llm.records import PrunePlan
+from sglp_llm.small_files import read_json
 
 if TYPE_CHECKING:
     import torch
 
 PLAN_SCHEMA_VERSION = 1
+MOST_PLAN_BYTES = 2**26
+"""The largest plan, most of it the similarity matrix: about 20 bytes for each pair of layers."""
 PLAN_FILE_NAME = "sglp_plan.json"
 # Not .safetensors: vLLM and SGLang load every *.safetensors of a folder that has no index, and would take these for weights.
 TENSORS_SUFFIX = ".tensors"
@@ -122,17 +126,7 @@ def load_plan(path: str | Path) -> PrunePlan:
     file = Path(path)
     if file.is_dir():
         file = file / PLAN_FILE_NAME
-    try:
-        data = json.loads(file.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
-    except FileNotFoundError:
-        raise UserError(f"{file}: there is no such plan file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot read the plan ({error})") from None
-    except RecursionError:
-        raise UserError(f"{file}: not a JSON file that can be read (nested too deeply)") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not a JSON file ({error})") from None
-    return plan_from_dict(data, str(file), file.parent)
+    return plan_from_dict(read_json(file, "plan file", MOST_PLAN_BYTES), str(file), file.parent)
 
 
 def plan_from_dict(data: object, where: str = "plan", folder: Path | None = None) -> PrunePlan:
@@ -157,6 +151,8 @@ def plan_from_dict(data: object, where: str = "plan", folder: Path | None = None
     num_layers = fields.get("num_layers")
     if type(num_layers) is not int or num_layers < 1:
         raise UserError(f"{where}: num_layers must be a positive whole number, not {num_layers!r}")
+    if num_layers > MOST_LAYERS:
+        raise UserError(f"{where}: num_layers is {num_layers}, and no model has more than {MOST_LAYERS}")
     optional = {key: value for key, value in fields.items() if value is not None}
     plan = PrunePlan(
         num_layers=num_layers,
@@ -205,7 +201,9 @@ def check_replaced(plan: PrunePlan, where: str) -> None:
         UserError: One does not; the message begins with ``where``.
     """
     for name in plan.replaced:
-        found = re.search(r"\.(\d+)\.", name)  # in every family the first number on the path is the layer's
+        found = re.search(
+            r"\.(0|[1-9][0-9]{0,8})\.", name
+        )  # in every family the first number on the path is the layer's
         if found is None or int(found[1]) >= plan.num_layers:
             raise UserError(
                 f"{where}: replaced: {name!r} is not the name of a parameter of layers 0..{plan.num_layers - 1}"

@@ -209,6 +209,11 @@ def recipe_from_dict(data: object, where: str = "recipe") -> Recipe:
             raise UserError(
                 f"{where}: segments_rule finds the number of segments, and num_segments gives it: leave out one"
             )
+    for key in ("journal", "scratch"):
+        if getattr(recipe, key) == "":  # it would be the current folder
+            raise UserError(
+                f"{where}: {key} must name a folder, and is empty: leave it out, or write . for the current one"
+            )
     if not 0 < recipe.held_out < 1:
         raise UserError(f"{where}: held_out must be between 0 and 1, not {recipe.held_out!r}")
     if not recipe.min_drop >= 0:

@@ -19,6 +19,9 @@ DEFAULT_PRESET = "fast"
 UNTRAINED_PRESET = "closed-form"
 """`DEFAULT_PRESET` without its training."""
 
+UNCHANGED_PRESET = "paper"
+"""The preset for an output that keeps the weights of the kept layers as they are."""
+
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes' files by name, sorted."""
@@ -55,18 +58,18 @@ def preset_settings(name: str | None) -> dict[str, Any]:
     return settings
 
 
-def preset_or_default(name: str | None, settings: Mapping[str, Any], trainable: bool = True) -> str | None:
+def preset_or_default(name: str | None, settings: Mapping[str, Any], default: str = DEFAULT_PRESET) -> str | None:
     """The preset of a run without a recipe and without a plan.
 
     Args:
         name: The preset that was asked for, if any.
         settings: The single settings that were given, ``None`` where one was not. One that names a criterion or a compensation
             says how layers are chosen, so that no preset is needed.
-        trainable: Whether there is an original to learn from, and text to learn it on.
+        default: The preset where nothing says how.
     """
     if name is not None or any(settings.get(key) is not None for key in ("criterion", "compensate")):
         return name
-    return DEFAULT_PRESET if trainable else UNTRAINED_PRESET
+    return default
 
 
 def preset_description(name: str) -> str:

@@ -12,6 +12,10 @@ from typing import Any, Literal
 import yaml
 
 from sglp_llm.errors import UserError, unknown
+from sglp_llm.small_files import checked_data, read_text
+
+MOST_YAML_BYTES = 2**17
+"""The largest YAML file: its parser takes seconds for this much."""
 
 
 def read_yaml(path: Path, kind: str) -> object:
@@ -24,11 +28,7 @@ def read_yaml(path: Path, kind: str) -> object:
     Raises:
         UserError: It cannot be read, or it is not YAML.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the {kind} ({error})") from None
-    return parse_yaml(text, str(path))
+    return parse_yaml(read_text(path, kind, MOST_YAML_BYTES), str(path))
 
 
 def parse_yaml(text: str, name: str) -> object:
@@ -39,13 +39,14 @@ def parse_yaml(text: str, name: str) -> object:
         name: Its source, for the message.
 
     Raises:
-        UserError: It is not YAML.
+        UserError: It is not YAML, or `checked_data` refuses it.
     """
     try:
-        return yaml.safe_load(text)
+        return checked_data(yaml.safe_load(text))
     except RecursionError:
         raise UserError(f"{name}: not a YAML file that can be read (nested too deeply)") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that does not exist
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        # Beside yaml's own: a date or number that does not exist, or a tag on data that it does not fit.
         raise UserError(f"{name}: not a YAML file ({' '.join(str(error).split())})") from None
 
 
@@ -63,6 +64,10 @@ def record_from_dict(cls: type, data: object, where: str) -> Any:
     """
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: expected 'key: value' lines, not {type(data).__name__}")
+    try:
+        checked_data(data)  # settings may come from a caller, or from a plan
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:
@@ -70,10 +75,23 @@ def record_from_dict(cls: type, data: object, where: str) -> Any:
     for field_ in dataclasses.fields(cls):
         if field_.name not in data and field_.default is field_.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}: the key {field_.name!r} is missing")
-    return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in data.items()})
+    return cls(**{key: converted(value, hints[key], f"{where}: {key}") for key, value in data.items()})
 
 
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def converted(value: object, hint: Any, where: str) -> Any:
+    """Checks plain data against an annotation.
+
+    Raises:
+        UserError: It is of another type, a number beyond 64 bits, or a text that no file name or setting can be.
+    """
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise UserError(f"{where} must be a number of at most 64 bits, not one of {len(str(value))} digits")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where} must be text without zero bytes, not {value!r}")
+    return _convert(value, hint, where)
 
 
 def _convert(value: object, hint: Any, where: str) -> Any:
@@ -96,7 +114,7 @@ def _convert(value: object, hint: Any, where: str) -> Any:
     allowed: list[str] = []
     for option in options:
         if typing.get_origin(option) is Literal:
-            if value in typing.get_args(option):
+            if any(type(value) is type(word) and value == word for word in typing.get_args(option)):
                 return value
             allowed += map(str, typing.get_args(option))
         elif type(value) is option or (option is type(None) and value is None):

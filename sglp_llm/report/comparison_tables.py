@@ -10,6 +10,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from sglp_llm.records import Comparison, Pair
+from sglp_llm.report.comparison_contents import COMPARISON_FILE_NAME
+from sglp_llm.report.numbers import shown
 
 
 def write_tables(comparison: Comparison, folder: Path) -> None:
@@ -18,7 +20,7 @@ def write_tables(comparison: Comparison, folder: Path) -> None:
     Wall times are in the JSON and in the last tables of the Markdown file only: everything else is the same however often the
     run was interrupted.
     """
-    (folder / "compare.json").write_text(json.dumps(asdict(comparison), indent=2) + "\n", encoding="utf-8")
+    (folder / COMPARISON_FILE_NAME).write_text(json.dumps(asdict(comparison), indent=2) + "\n", encoding="utf-8")
     (folder / "compare.csv").write_text(to_csv(comparison), encoding="utf-8")
     (folder / "pairs.csv").write_text(pairs_to_csv(comparison), encoding="utf-8")
     (folder / "compare.md").write_text(to_markdown(comparison), encoding="utf-8")
@@ -86,8 +88,8 @@ def _pairs(comparison: Comparison) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for pair in comparison.pairs:
-        difference = _shown(pair.difference, pair.difference_standard_error)
-        ratio = "" if pair.gap_ratio is None else _shown(pair.gap_ratio, pair.gap_ratio_standard_error)
+        difference = shown(pair.difference, pair.difference_standard_error)
+        ratio = "" if pair.gap_ratio is None else shown(pair.gap_ratio, pair.gap_ratio_standard_error)
         cells = (str(pair.layers_removed), pair.measurement, pair.method, pair.best, difference, ratio)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -104,10 +106,5 @@ def _values(results: Mapping[str, Mapping[str, float]], columns: list[tuple[str,
 def _line(
     method: str, number: str, layers: str, results: Mapping[str, Mapping[str, float]], columns: list[tuple[str, str]]
 ) -> str:
-    cells = [_shown(results[name][key], results[name].get(f"{key}_standard_error")) for name, key in columns]
+    cells = [shown(results[name][key], results[name].get(f"{key}_standard_error")) for name, key in columns]
     return f"| {method} | {number} | {layers} | " + " | ".join(cells) + " |"
-
-
-def _shown(value: float, error: float | None) -> str:
-    text = f"{value:.4g}" if abs(value) < 1000 else f"{value:.3g}"
-    return text if error is None else f"{text} ± {error:.2g}"

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sglp_llm.errors import UserError
 from sglp_llm.method.segmentation import layer_partitions
 from sglp_llm.method.selection import lowest_scores, segment_capacities
+from sglp_llm.method.staying import staying_from
 from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME, load_plan
 from sglp_llm.plan.healing_recipe import HEALING_FILE_NAME, LOG_FILE_NAME
-from sglp_llm.plan.published import last_part, without_local_paths
+from sglp_llm.plan.published import last_part, without_local_paths, without_paths
+from sglp_llm.plan.results import Result, read_results
 from sglp_llm.records import PrunePlan, Segment
 from sglp_llm.report.drawing import Chart, Mark, chart, shade
 from sglp_llm.sizes import show_bytes, show_count
+from sglp_llm.small_files import read_json, read_json_lines
 
 _HEAT_MAP = 400.0
 _RACES = 3
@@ -75,6 +79,7 @@ class Contents:
         gains: What each repair and the training changed.
         training: The training loss against the step, and the held-out one.
         sizes: What is told of the model before and after: a name and two numbers as text.
+        results: What was measured of the model with ``--record``; names without paths.
         choices: For every number of layers, which ones would go, and the parameters that stay; empty where no scores decide.
         settings: Names and values.
         versions: Names and versions.
@@ -93,6 +98,7 @@ class Contents:
     gains: Sequence[Gain]
     training: Mapping[str, Chart]
     sizes: Sequence[tuple[str, str, str]]
+    results: Sequence[Result]
     choices: Sequence[tuple[Sequence[int], str]]
     settings: Sequence[tuple[str, str]]
     versions: Sequence[tuple[str, str]]
@@ -123,11 +129,11 @@ def gather(folder: Path) -> Contents:
         gains=gains_of(plan, healing),
         training=_training(folder / LOG_FILE_NAME),
         sizes=sizes_of(plan),
+        results=[replace(each, name=without_paths(each.name)) for each in read_results(folder)],
         choices=_choices(plan),
         settings=[
-            (key, _short(key, value))
-            for key, value in plan.settings.items()
-            if not isinstance(value, Mapping) or len(str(value)) < 200
+            *((key, _short(key, value)) for key, value in plan.settings.items() if _is_shown(key, value)),
+            *(("layers that must stay", line) for line in limits_of(plan)),
         ],
         versions=[(key, str(value)) for key, value in plan.versions.items()],
         command=f"sglp-llm prune --recipe {RECIPE_FILE_NAME} --output NEW_FOLDER"
@@ -231,7 +237,7 @@ def _trained(record: Mapping[str, Any]) -> list[Gain]:
 def _training(file: Path) -> dict[str, Chart]:
     if not file.is_file():
         return {}
-    log = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    log = read_json_lines(file, "log of a training")
     drawn = {}
     for name, key in (("training loss", "loss"), ("held-out loss", "eval_loss")):
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
@@ -239,6 +245,11 @@ def _training(file: Path) -> dict[str, Chart]:
         if found is not None:
             drawn[name] = found
     return drawn
+
+
+def limits_of(plan: PrunePlan) -> list[str]:
+    """Which layers had to stay, and why; one line each."""
+    return staying_from(plan.settings.get("staying"), "the plan").lines
 
 
 def sizes_of(plan: PrunePlan) -> list[tuple[str, str, str]]:
@@ -263,18 +274,26 @@ def _choices(plan: PrunePlan) -> list[tuple[list[int], str]]:
     if scores is None or not plan.segments or not isinstance(protect, Mapping):
         return []
     ends = (int(protect.get("first", 0)), int(protect.get("last", 0)))
-    most = sum(segment_capacities(plan.segments, ends))
+    limits = staying_from(plan.settings.get("staying"), "the plan")
+    most = sum(segment_capacities(plan.segments, ends, limits))
     choices = []
     for count in range(most + 1):
-        gone = sorted(lowest_scores(count, plan.segments, scores, ends))
+        try:
+            gone = sorted(lowest_scores(count, plan.segments, scores, ends, limits))
+        except UserError:  # no more can go
+            break
         left = "" if plan.footprint is None else f"{show_count(plan.footprint.params_without(gone))} parameters stay"
         choices.append((gone, left))
     return choices
 
 
 def _json(file: Path) -> Mapping[str, Any]:
-    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    data = read_json(file, "record of a training") if file.is_file() else {}
     return data if isinstance(data, Mapping) else {}
+
+
+def _is_shown(key: str, value: object) -> bool:
+    return key != "staying" and (not isinstance(value, Mapping) or len(str(value)) < 200)
 
 
 def _short(key: str, value: object) -> str:

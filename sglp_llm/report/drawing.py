@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _SHADES = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis
@@ -97,24 +97,37 @@ def chart(
     if not found:
         return None
     xs, ys = [each[0][0] for each in found], [each[0][1] for each in found]
-    left, right = _range(xs)
-    low, high = _range(ys)
+    across, x_ticks = axis(xs, width, whole=all(x == int(x) for x in xs))
+    up, y_ticks = axis(ys, height)
 
-    def across(value: float) -> float:
-        return round(width * (value - left) / (right - left), 2)
+    def down(place: float) -> float:
+        return round(height - place, 2)
 
-    def down(value: float) -> float:
-        return round(height - height * (value - low) / (high - low), 2)
-
-    marks = tuple(Mark(across(x), down(y), label, segment, gone) for (x, y), label, segment, gone in found)
+    marks = tuple(Mark(across(x), down(up(y)), label, segment, gone) for (x, y), label, segment, gone in found)
     return Chart(
         width,
         height,
         marks,
         " ".join(f"{mark.x},{mark.y}" for mark in marks),
-        tuple(Tick(across(value), f"{value:g}") for value in _ticks(left, right, whole=all(x == int(x) for x in xs))),
-        tuple(Tick(down(value), f"{value:.4g}") for value in _ticks(low, high)),
+        tuple(x_ticks),
+        tuple(Tick(down(tick.place), tick.text) for tick in y_ticks),
     )
+
+
+def axis(values: Sequence[float], length: float, whole: bool = False) -> tuple[Callable[[float], float], list[Tick]]:
+    """A number line as long as the values need: where a value is on it, and the round numbers beside it.
+
+    Args:
+        values: Finite; without any the line goes from 0 to 1.
+        length: Of the line, in the drawing's units.
+        whole: Whether only whole numbers are shown beside it.
+    """
+    low, high = _range(values or [0.0, 1.0])
+
+    def along(value: float) -> float:
+        return round(length * (value - low) / (high - low), 2)
+
+    return along, [Tick(along(value), f"{value:.4g}") for value in _ticks(low, high, whole)]
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -13,23 +13,34 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sglp_llm.errors import UserError
 from sglp_llm.plan import PLAN_FILE_NAME
+from sglp_llm.report.comparison_contents import COMPARISON_FILE_NAME, gather_comparison
 from sglp_llm.report.contents import gather
+from sglp_llm.report.numbers import shown
 
 REPORT_FILE_NAME = "report.html"
 
 
 def write_report(folder: Path) -> Path:
-    """Writes the report of a folder that holds a plan; returns its path.
+    """Writes the report of a folder that holds a plan or a comparison; returns its path.
 
     Raises:
-        UserError: The folder holds no plan, or a damaged one.
+        UserError: The folder holds neither, or a damaged one.
     """
-    if not (folder / PLAN_FILE_NAME).is_file():
-        raise UserError(f"{folder}: no {PLAN_FILE_NAME} here: give a folder that analyze, prune or heal has written")
-    contents = gather(folder)
-    page = _environment().get_template("checkpoint.html").render(it=contents, title=f"{contents.name}: layers removed")
+    if (folder / PLAN_FILE_NAME).is_file():
+        contents = gather(folder)
+        return _write(folder, "checkpoint.html", contents, f"{contents.name}: layers removed")
+    if (folder / COMPARISON_FILE_NAME).is_file():
+        comparison = gather_comparison(folder)
+        return _write(folder, "comparison.html", comparison, f"{comparison.name}: methods compared")
+    raise UserError(
+        f"{folder}: no {PLAN_FILE_NAME} and no {COMPARISON_FILE_NAME} here: give a folder that analyze, prune, heal or compare "
+        "has written"
+    )
+
+
+def _write(folder: Path, template: str, contents: object, title: str) -> Path:
     file = folder / REPORT_FILE_NAME
-    file.write_text(page, encoding="utf-8")
+    file.write_text(_environment().get_template(template).render(it=contents, title=title), encoding="utf-8")
     return file
 
 
@@ -38,4 +49,5 @@ def _environment() -> Environment:
         loader=PackageLoader("sglp_llm.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.policies["json.dumps_function"] = json.dumps
+    environment.globals["shown"] = shown
     return environment

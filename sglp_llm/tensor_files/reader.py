@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sglp_llm.errors import UserError
+from sglp_llm.small_files import open_regular, read_bytes
 
 SINGLE_FILE_NAME = "model.safetensors"
 INDEX_FILE_NAME = "model.safetensors.index.json"
@@ -116,10 +117,9 @@ def read_index(folder: Path) -> CheckpointIndex:
 
 
 def _read_weight_map(index_file: Path) -> dict[str, str]:
+    data = read_bytes(index_file, "index", MAX_HEADER_BYTES)
     try:
-        index = _decoded(index_file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{index_file}: cannot read it ({error.strerror})") from None
+        index = _decoded(data)
     except ValueError as error:
         raise UserError(f"{index_file}: not a JSON file ({error})") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -141,7 +141,7 @@ def read_file(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
     if not _is_file(file):  # not left to open(), which would wait for ever on a pipe
         raise UserError(f"{file}: there is no such file; the checkpoint is incomplete")
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             header_bytes = int.from_bytes(prefix, "little")

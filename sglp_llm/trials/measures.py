@@ -11,6 +11,7 @@ from sglp_llm.engine import Batch
 from sglp_llm.engine.loss import sequence_loss
 from sglp_llm.engine.replay import Replay
 from sglp_llm.engine.representations import CKAObserver
+from sglp_llm.method.exact import exact
 from sglp_llm.processes import Processes
 from sglp_llm.trials.observer import Removed, TrialObserver
 
@@ -19,17 +20,21 @@ class _MeanMeasure(TrialObserver):
     """The mean over sequences of one number per sequence."""
 
     def __init__(self) -> None:
-        self._sums: dict[Removed, float] = defaultdict(float)
+        self._sums: dict[Removed, torch.Tensor] = {}  # on the device: moving it to the host would wait for the trial
         self._sequences: dict[Removed, int] = defaultdict(int)
         self._means: dict[Removed, float] = {}
 
     def _add(self, removed: Removed, values: torch.Tensor) -> None:
-        self._sums[removed] += float(values.double().sum())
+        value = exact(values).sum()
+        self._sums[removed] = self._sums[removed] + value if removed in self._sums else value
         self._sequences[removed] += len(values)
 
     def on_end(self, sets: Sequence[Removed], processes: Processes) -> None:
-        mine = [(self._sums[removed], self._sequences[removed]) for removed in sets]
-        totals = processes.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        sums = torch.zeros(len(sets), dtype=torch.float64)
+        if self._sums:
+            sums = torch.stack([self._sums[removed] for removed in sets]).cpu()
+        counts = torch.tensor([self._sequences[removed] for removed in sets], dtype=torch.float64)
+        totals = processes.sum(torch.stack([sums, counts], dim=1)).tolist()
         self._means |= {removed: total / count for removed, (total, count) in zip(sets, totals, strict=True)}
 
     def means(self) -> dict[Removed, float]:
@@ -41,7 +46,7 @@ class LossMeasure(_MeanMeasure):
     """Mean token negative log-likelihood of a sequence, averaged over sequences."""
 
     def on_trial(self, removed: Removed, batch: Batch, replay: Replay, final: torch.Tensor) -> None:
-        self._add(removed, sequence_loss(replay.logits(final), replay.ids, batch.mask))
+        self._add(removed, sequence_loss(replay.logits(final), replay.ids, replay.mask))
 
 
 class KLMeasure(_MeanMeasure):
@@ -57,11 +62,9 @@ class KLMeasure(_MeanMeasure):
     def on_trial(self, removed: Removed, batch: Batch, replay: Replay, final: torch.Tensor) -> None:
         log_trial = torch.log_softmax(replay.logits(final).float(), dim=-1)
         divergence = self._entropy - torch.einsum("btv,btv->bt", self._dense, log_trial)
-        if batch.mask is None:
-            self._add(removed, divergence.mean(dim=1))
-        else:
-            mask = batch.mask.to(divergence.device)
-            self._add(removed, (divergence * mask).sum(dim=1) / mask.sum(dim=1))
+        mask = batch.mask_on(divergence.device)
+        mean = divergence.mean(dim=1) if mask is None else (divergence * mask).sum(dim=1) / mask.sum(dim=1)
+        self._add(removed, mean)
 
 
 class OutputCKA(TrialObserver):

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
-from checkpoints import run_cli, write_gguf
-from checkpoints import tiny_model as tiny_gguf_model
+from checkpoints import run_cli
+from gguf_files import gguf_model, write_gguf
 from replaced_plans import COMPENSATION, LLAMA, NORM, new_values, overwritten, plan_with
 from safetensors.torch import load_file, save_file
 from tiny_models import (
@@ -207,7 +207,7 @@ def test_from_bin_files(tiny: Path, plan: PrunePlan, expected: torch.Tensor, tmp
 
 
 def test_from_gguf(tmp_path: Path) -> None:
-    model = tiny_gguf_model(vocab_size=300)
+    model = gguf_model()
     values = new_values(model, "model.layers")
     save_plan(plan_with(LLAMA, values), tmp_path / "mine.json")
     file = write_gguf(tmp_path / "tiny.gguf")

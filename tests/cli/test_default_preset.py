@@ -113,6 +113,6 @@ def test_an_old_name_of_a_preset() -> None:
 
 def test_single_settings_that_need_no_preset() -> None:
     assert preset_or_default(None, {"criterion": None, "drop": 2}) == DEFAULT_PRESET
-    assert preset_or_default(None, {"drop": 2}, trainable=False) == "closed-form"
+    assert preset_or_default(None, {"drop": 2}, "closed-form") == "closed-form"
     assert preset_or_default(None, {"compensate": "scale"}) is None
     assert preset_or_default("best", {"criterion": "bi"}) == "best"

@@ -266,8 +266,8 @@ def test_full_disk(overwrite: bool, tiny: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "copy_file_range", fill)
     options = ["--overwrite"] if overwrite else []
     outcome = run_cli("prune", tiny, "-o", output, "--plan", tmp_path / "plan.json", *options)
-    assert outcome.code == 1, outcome
-    assert "No space left on device" in outcome.error
+    assert outcome.code == 2, outcome
+    assert f"{output}: cannot be written: No space left on device" in outcome.error
     assert len(calls) > 1
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 

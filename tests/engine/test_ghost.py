@@ -20,6 +20,7 @@ from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine import Batch, Need, Observer, PassSettings, run_pass
 from sglp_llm.engine.ghost import Norms, ghost_is_cheaper, linear_squared_norm
 from sglp_llm.engine.gradients import watched_gradients
+from sglp_llm.engine.vectors import sequences_are_separable
 from sglp_llm.models.loading import DecoderModel, wrap_model
 
 WITHOUT_GRADIENTS: list[Norms] = ["ghost", "direct", "auto"]
@@ -37,19 +38,26 @@ class Squares(Observer):
 
     def on_gradient_norm(self, layer: int, batch: Batch, name: str, squared: torch.Tensor) -> None:
         assert squared.dtype == torch.float64
-        assert squared.shape == ()
-        self.sums[batch.first, layer] += float(squared)
+        assert squared.shape == (batch.size,)
+        for index, each in enumerate(squared.tolist()):
+            self.sums[batch.first + index, layer] += each
         self.names.add(name)
 
 
-def squares(model: DecoderModel, calibration: CalibrationSet, norms: Norms) -> dict[tuple[int, int], float]:
+def squares(
+    model: DecoderModel, calibration: CalibrationSet, norms: Norms, batch_size: int = 1
+) -> dict[tuple[int, int], float]:
     observer = Squares()
-    run_pass(model, calibration, [observer], PassSettings(norms=norms))
+    run_pass(model, calibration, [observer], PassSettings(batch_size, norms=norms))
     return dict(observer.sums)
 
 
 def formed(inputs: torch.Tensor, gradients: list[torch.Tensor]) -> float:
     return sum(float((gradient.double().T @ inputs.double()).square().sum()) for gradient in gradients)
+
+
+def squared_norm(inputs: torch.Tensor, gradients: list[torch.Tensor], norms: Norms) -> float:
+    return float(linear_squared_norm(inputs[None], [gradient[None] for gradient in gradients], norms))
 
 
 def random_matrix(rows: int, columns: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -71,8 +79,7 @@ def test_any_shape_is_the_norm_of_the_formed_gradient(
     """Tokens below, at and above the block of 128; gradients as small as those of a mean over many tokens."""
     inputs = random_matrix(tokens, width_in, 0, scale).to(dtype)
     gradients = [random_matrix(tokens, width, number + 1, 1e-6).to(dtype) for number, width in enumerate(widths_out)]
-    squared = linear_squared_norm(inputs, gradients, norms)
-    assert float(squared) == pytest.approx(formed(inputs, gradients), rel=1e-5)
+    assert squared_norm(inputs, gradients, norms) == pytest.approx(formed(inputs, gradients), rel=1e-5)
 
 
 @EITHER
@@ -81,7 +88,7 @@ def test_one_massive_token_among_ordinary_ones(norms: Norms, massive: int) -> No
     inputs, gradient = random_matrix(300, 24, 0), random_matrix(300, 40, 1)
     inputs[massive] *= 1000
     gradient[massive] /= 1000  # as attention sinks do, or the others would not count
-    assert float(linear_squared_norm(inputs, [gradient], norms)) == pytest.approx(formed(inputs, [gradient]), rel=1e-5)
+    assert squared_norm(inputs, [gradient], norms) == pytest.approx(formed(inputs, [gradient]), rel=1e-5)
 
 
 @EITHER
@@ -89,7 +96,7 @@ def test_one_massive_token_among_ordinary_ones(norms: Norms, massive: int) -> No
 def test_half_precision_neither_overflows_nor_rounds_sums(norms: Norms, dtype: torch.dtype) -> None:
     """A product of two of these inputs is above 65504, float16's largest number."""
     inputs, gradient = random_matrix(200, 64, 0, 3e3).to(dtype), random_matrix(200, 48, 1, 3e2).to(dtype)
-    assert float(linear_squared_norm(inputs, [gradient], norms)) == pytest.approx(formed(inputs, [gradient]), rel=1e-5)
+    assert squared_norm(inputs, [gradient], norms) == pytest.approx(formed(inputs, [gradient]), rel=1e-5)
 
 
 @EITHER
@@ -99,7 +106,7 @@ def test_a_gradient_of_zero_has_no_negative_norm(norms: Norms, seed: int) -> Non
     inputs, gradient = random_matrix(1, 64, seed).expand(51, 64), random_matrix(50, 64, seed + 100)
     gradient = torch.cat([gradient, -gradient.sum(dim=0, keepdim=True)])
     largest = float(inputs.square().sum() * gradient.square().sum())
-    assert 0 <= float(linear_squared_norm(inputs, [gradient], norms)) <= 1e-7 * largest
+    assert 0 <= squared_norm(inputs, [gradient], norms) <= 1e-7 * largest
 
 
 def test_grams_are_taken_where_tokens_are_few_for_the_widths() -> None:
@@ -116,6 +123,21 @@ def test_every_family_has_the_norms_of_autograd(tiny: Tiny) -> None:
     assert len(expected) == 2 * model.num_layers
     for norms in WITHOUT_GRADIENTS:
         assert squares(model, calibration, norms) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("tiny", every_tiny(), ids=str)
+def test_every_sequence_of_a_batch_has_the_norms_that_it_has_alone(tiny: Tiny) -> None:
+    """Three sequences of which two are padded; mixtures of experts, which cannot be told apart, included."""
+    model, calibration = wrap_model(tiny_model(tiny)), padded_set(3, "left")
+    expected = squares(model, calibration, "auto")
+    assert squares(model, calibration, "auto", 3) == pytest.approx(expected, rel=1e-5)
+
+
+def test_families_whose_sequences_are_told_apart() -> None:
+    """All but those with stacked experts or other parameters that neither a linear nor a norm holds."""
+    known = {tiny: sequences_are_separable(wrap_model(tiny_model(tiny)).layers) for tiny in every_tiny()}
+    plain = [tiny for tiny in known if tiny.adapter.active_experts_key is None]
+    assert [str(tiny) for tiny in plain if not known[tiny]] == []
 
 
 def test_every_linear_of_a_llama_is_watched_and_four_groups_are_reported() -> None:

@@ -240,7 +240,7 @@ def test_memory_does_not_grow_with_the_calibration_set() -> None:
     calibration: CalibrationSet = plain_set(32)
     live = LiveTensors()
     observers = [criterion("gradnorm", model), criterion("bi", model), CKAObserver(model.num_layers), live]
-    run_pass(model, calibration, observers)
+    run_pass(model, calibration, observers, PassSettings(batch_size=1))
     assert len(live.bytes) == 4
     assert len(set(live.bytes)) == 1, live.bytes
 

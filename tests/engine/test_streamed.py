@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from calibration_sets import padded_set, plain_set
-from checkpoints import QUICK, run_cli, write_gguf
+from checkpoints import QUICK, run_cli
+from gguf_files import write_gguf
 from helpers import TEXT
 from tiny_models import Tiny, every_tiny, logits_of, random_model, save_tiny, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from sglp_llm import prune
 from sglp_llm.calibration import CalibrationSet, EvaluationWindows
 from sglp_llm.criteria import GreedyCriterion, ScoreCriterion, SetCriterion, make_criterion
-from sglp_llm.engine import Batch, Need, Observer, run_pass
+from sglp_llm.engine import Batch, Need, Observer, PassSettings, run_pass
 from sglp_llm.engine.head import loss_and_gradient, losses
 from sglp_llm.engine.loss import sequence_loss
 from sglp_llm.engine.replay import Replay
@@ -113,7 +114,7 @@ def test_losses_and_gradient_over_chunks_are_those_of_all_logits(
     expected = each.detach()
     one = Replay(DecoderModel(model, Tiny("llama", 0).adapter), calibration.input_ids[2:3], calibration.mask[2:3])
     for tokens in (2, 7, 24, 1000):
-        monkeypatch.setattr("sglp_llm.engine.head._CHUNK_BYTES", tokens * 4 * 320)
+        monkeypatch.setattr("sglp_llm.engine.head.CHUNK_BYTES", tokens * 4 * 320)
         assert losses(replay, states.detach()).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
         loss, found = loss_and_gradient(one, states[2:3].detach())
         assert loss == pytest.approx(float(expected[2]), rel=1e-5)
@@ -196,7 +197,8 @@ def test_with_scratch_memory_does_not_grow_with_the_calibration_set(tmp_path: Pa
         for sequences in (8, 16):
             live = LiveStates()
             model = load_streamed(find_source(folder), "float32", place)
-            run_pass(model, plain_set(sequences), [make_criterion("gradnorm", 6), CKAObserver(6), live])
+            observers = [make_criterion("gradnorm", 6), CKAObserver(6), live]
+            run_pass(model, plain_set(sequences), observers, PassSettings(batch_size=1))
             counts.append(live.count)
     assert alive[tmp_path][0] == alive[tmp_path][1] < 8
     assert alive[None][1] > alive[None][0] > 8

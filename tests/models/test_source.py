@@ -19,9 +19,9 @@ from checkpoints import (
     save_tiny,
     tiny_model,
     without,
-    write_gguf,
     written,
 )
+from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkpoints import SMALL, run_cli, save_tiny, write_gguf
+from checkpoints import SMALL, run_cli, save_tiny
+from gguf_files import write_gguf
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def test_mistakes_in_a_plan_of_another_form_are_one_line(tmp_path: Path) -> None
         ("1,1", "twice"),
         ("0,1,2,3,4,5", "all 6 layers would be removed"),
         (tmp_path / "twice.yml", "neither repeats nor reorders"),
-        (tmp_path / "none.yaml", "cannot read the plan"),
+        (tmp_path / "none.yaml", "there is no such plan"),
         ("1,", "there is no such plan file"),
     ):
         outcome = run_cli("prune", tiny, "--plan", plan, "-o", tmp_path / "out")

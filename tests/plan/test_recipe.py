@@ -24,7 +24,8 @@ from sglp_llm.plan.shipped import preset_description, shipped_recipes
 from sglp_llm.sizes import parse_bytes
 
 POSITIVE = st.integers(1, 10**6)
-TEXT = st.text(st.characters(codec="utf-8"))
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+WHOLE = st.integers(-(2**63), 2**63 - 1)
 RECIPES = st.builds(
     Recipe,
     model=st.none() | TEXT,
@@ -34,7 +35,7 @@ RECIPES = st.builds(
     calibration=TEXT,
     samples=POSITIVE,
     seq_len=st.integers(2, 10**6),
-    seed=st.integers(),
+    seed=WHOLE,
     journal=st.none() | TEXT,
     engine=st.sampled_from(["auto", "streamed"]),
     scratch=st.none() | TEXT,
@@ -50,11 +51,11 @@ RECIPES = st.builds(
     min_drop=st.floats(0, 1),
     protect=st.builds(Protect, st.integers(0, 99), st.integers(0, 99)),
     ratio=st.none() | st.floats(0, 1),
-    drop=st.none() | st.integers(),
-    target_params=st.none() | st.integers(),
-    target_memory=st.none() | st.text(),
-    target_latency=st.none() | st.text(),
-    context=st.none() | st.integers(1),
+    drop=st.none() | WHOLE,
+    target_params=st.none() | WHOLE,
+    target_memory=st.none() | TEXT,
+    target_latency=st.none() | TEXT,
+    context=st.none() | st.integers(1, 2**63 - 1),
     compensate=TEXT,
     held_out=st.floats(0.01, 0.99),
     heal=st.sampled_from([False, True, {"tokens": 5}, {"train": "lora", "minutes": 2.0}]),
@@ -160,7 +161,7 @@ def test_files_that_are_no_recipes(content: bytes, message: str, tmp_path: Path)
 
 
 def test_no_such_recipe(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the recipe"):
+    with pytest.raises(UserError, match="there is no such recipe"):
         load_recipe(tmp_path / "mine.yaml")
     with pytest.raises(UserError, match="unknown recipe 'llama-2-7'; did you mean 'llama-2-7b'"):
         load_recipe("llama-2-7")

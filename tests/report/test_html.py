@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from checkpoints import QUICK, SMALL, run_cli
+from html_pages import Page, page_of
 from tiny_models import Tiny, save_tiny, tiny_model
 
 from sglp_llm.method.selection import lowest_scores
@@ -18,40 +18,9 @@ from sglp_llm.sizes import show_count
 EVIL = "<script>alert(1)</script>"
 
 
-class Page(HTMLParser):
-    """The elements of a page with their attributes, and its text outside script and style."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._inside: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
-            self._inside.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("script", "style"):
-            self._inside.pop()
-
-    def handle_data(self, data: str) -> None:
-        if not self._inside:
-            self.text += data
-
-    def all(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
-        return [each for name, each in self.elements if name == tag and attributes.items() <= each.items()]
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tiny_model(Tiny("llama", 0)), tmp_path_factory.mktemp("source") / "tiny")
-
-
-def page_of(folder: Path) -> Page:
-    return Page((folder / "report.html").read_text())
 
 
 def test_a_pruned_checkpoint_with_scores(source: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from helpers import TEXT, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -126,38 +125,3 @@ def logits_of(model: PreTrainedModel, skip: tuple[int, ...] = ()) -> torch.Tenso
     for handle in handles:
         handle.remove()
     return result
-
-
-def write_gguf(path: Path) -> Path:
-    """Writes `tiny_model` as a float32 GGUF file, with a tokenizer, as llama.cpp's converter would."""
-    model, tokenizer = tiny_model(vocab_size=300), json.loads(tiny_tokenizer()._tokenizer.to_str())["model"]
-    config, writer = model.config, GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(list(tokenizer["vocab"]))
-    writer.add_token_types([3] * 3 + [1] * (len(tokenizer["vocab"]) - 3))  # control tokens first
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        for kind, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
-            if f"{kind}_proj" in name:  # the two halves of rotary embeddings are interleaved in GGUF
-                tensor = tensor.view(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
-        stem, _, suffix = name.rpartition(".")
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path

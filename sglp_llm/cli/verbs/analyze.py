@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,7 @@ from sglp_llm.cli.options import (
     TargetLatency,
     TargetMemory,
     TargetParams,
+    TokenizerName,
     TrialSamples,
     model_of,
     preset_of,
@@ -66,6 +68,7 @@ def analyze(
     criterion: CriterionName = None,
     also: Also = None,
     calibration: Calibration = None,
+    tokenizer: TokenizerName = None,
     samples: Samples = None,
     seq_len: SeqLen = None,
     seed: Seed = None,
@@ -117,8 +120,10 @@ def analyze(
     console = prepare(quiet)
     from sglp_llm.calibration import named_text
     from sglp_llm.checkpoint import atomic_folder, check_output
+    from sglp_llm.checkpoint.lock import lock_beside, only_run
     from sglp_llm.cli.memory_table import MemoryLines, price_line, text_line
     from sglp_llm.models import find_source
+    from sglp_llm.models.loading import find_tokenizer
     from sglp_llm.pipeline import analyze
     from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME, save_plan, save_recipe
     from sglp_llm.processes.distributed import current_processes
@@ -126,27 +131,32 @@ def analyze(
     from sglp_llm.report.html import write_report
 
     processes = current_processes()
-    with processes.failing_together():
-        chosen = recipe_of(recipe, settings, model, preset_of(preset, recipe, settings))
+    with ExitStack() as held:
+        with processes.failing_together():
+            chosen = recipe_of(recipe, settings, model, preset_of(preset, recipe, settings))
+            reader = None if tokenizer is None else find_tokenizer(tokenizer)
+            if output is not None:
+                check_output(output, overwrite)
+                find_source(model_of(model, chosen), chosen.revision).check_apart(output)
+                if processes.is_main:
+                    held.enter_context(only_run(lock_beside(output), output))
+        memory = MemoryLines(*([] if as_json else [text_line(chosen), price_line(chosen.with_changes(heal=False))]))
+        analysis = analyze(
+            model_of(model, chosen),
+            recipe=chosen,
+            tokenizer=reader,
+            progress=console.progress_bar if processes.is_main else silent,
+            on_forecast=memory.print_forecast if processes.is_main else None,
+            processes=processes,
+        )
+        if not processes.is_main:
+            return
         if output is not None:
-            check_output(output, overwrite)
-            find_source(model_of(model, chosen), chosen.revision).check_apart(output)
-    memory = MemoryLines(*([] if as_json else [text_line(chosen), price_line(chosen.with_changes(heal=False))]))
-    analysis = analyze(
-        model_of(model, chosen),
-        recipe=chosen,
-        progress=console.progress_bar if processes.is_main else silent,
-        on_forecast=memory.print_forecast if processes.is_main else None,
-        processes=processes,
-    )
-    if not processes.is_main:
-        return
-    if output is not None:
-        with atomic_folder(output, overwrite) as folder:
-            save_plan(analysis.plan, folder / PLAN_FILE_NAME)
-            used = {"model": model_of(model, chosen), "calibration": named_text(chosen.calibration)}
-            save_recipe(chosen.with_changes(**used), folder / RECIPE_FILE_NAME)
-            write_report(folder)
+            with atomic_folder(output, overwrite) as folder:
+                save_plan(analysis.plan, folder / PLAN_FILE_NAME)
+                used = {"model": model_of(model, chosen), "calibration": named_text(chosen.calibration)}
+                save_recipe(chosen.with_changes(**used), folder / RECIPE_FILE_NAME)
+                write_report(folder)
     if as_json:
         console.print_json({**console.analysis_to_dict(analysis), "memory": memory.to_dict()})
     else:

@@ -32,7 +32,7 @@ from sglp_llm.cli.options import (
     settings_of,
 )
 from sglp_llm.cli.quiet import prepare, say
-from sglp_llm.errors import UserError
+from sglp_llm.errors import UserError, disk_of
 
 
 def compare(
@@ -169,22 +169,25 @@ def compare(
         raise UserError("give --seed or --seeds, not both")
     drawn = None if seeds is None else _seeds(seeds)
     console = prepare(quiet)
+    from contextlib import ExitStack
     from dataclasses import asdict, replace
 
     from sglp_llm.analysis.opening import open_for_comparison, read_calibration
     from sglp_llm.calibration import named_text
+    from sglp_llm.checkpoint.lock import LOCK_FILE_NAME, only_run
     from sglp_llm.cli.memory_table import text_line
     from sglp_llm.comparison.compare import MEASURED, check_compensations, checked_recipes, compare
     from sglp_llm.comparison.measured import Measuring
     from sglp_llm.comparison.measurements import perplexity_measurement, suite_measurements
     from sglp_llm.compensation import NONE
     from sglp_llm.report.comparison_tables import to_markdown, write_tables
+    from sglp_llm.report.html import write_report
     from sglp_llm.report.plots import check_plotting, plot_perplexity
     from sglp_llm.report.seed_tables import seeds_to_markdown, spreads, write_seed_tables
 
     check_plotting()
     held = "journal" if drawn is None else "seed-*/journal"
-    if output.exists() and not any(output.glob(held)) and any(output.iterdir()):
+    if output.exists() and not any(output.glob(held)) and any(each.name != LOCK_FILE_NAME for each in output.iterdir()):
         raise UserError(f"{output}: exists and holds no comparison; choose another folder")
     budgets = _budgets(ratios, drops)
     names = [name.strip() for name in criteria.split(",") if name.strip()]
@@ -194,44 +197,47 @@ def compare(
     recipes = checked_recipes(chosen, names, budgets)
     training = healing_recipe_of(heal_recipe, heal_tokens, None if heal_recipe else chosen.calibration)
     used = list(dict.fromkeys(each[0].criterion for each in recipes.values()))
-    opened = open_for_comparison(model_of(model, chosen), replace(chosen, compensate=NONE), used)
-    check_compensations(recipes, opened, chosen.samples)
-    if said is not None:
-        say(said)
-    texts = evaluate or ["wikitext2"]
-    sets = [
-        read_calibration(opened, replace(chosen, seed=each), progress=console.progress_bar)
-        for each in drawn or [chosen.seed]
-    ]
-    measurements = [perplexity_measurement(opened, text, window, max_windows) for text in texts]
-    measurements += suite_measurements(opened, suite or [], limit, data_dir)
-    if measure_dtype is not None:
-        measure_dtype = chosen.with_changes(dtype=measure_dtype).dtype
-    measuring = Measuring(measurements, measured or output / MEASURED, measure_dtype)
-    results = []
-    for sequences in sets:
-        folder = output if drawn is None else output / f"seed-{sequences.seed}"
-        own = replace(chosen, seed=sequences.seed)
-        results.append(
-            compare(opened, sequences, own, names, budgets, measuring, folder, console.progress_bar, training)
-        )
-        write_tables(results[-1], folder)
-        plot_perplexity(results[-1], folder)
-    if drawn is None:
-        (result,) = results
+    with only_run(output / LOCK_FILE_NAME, output), disk_of(output), ExitStack() as files:
+        opened = open_for_comparison(model_of(model, chosen), replace(chosen, compensate=NONE), used)
+        files.enter_context(opened.unchanged_files())
+        check_compensations(recipes, opened, chosen.samples)
+        if said is not None:
+            say(said)
+        texts = evaluate or ["wikitext2"]
+        sets = [
+            read_calibration(opened, replace(chosen, seed=each), progress=console.progress_bar)
+            for each in drawn or [chosen.seed]
+        ]
+        measurements = [perplexity_measurement(opened, text, window, max_windows) for text in texts]
+        measurements += suite_measurements(opened, suite or [], limit, data_dir)
+        if measure_dtype is not None:
+            measure_dtype = chosen.with_changes(dtype=measure_dtype).dtype
+        measuring = Measuring(measurements, measured or output / MEASURED, measure_dtype)
+        results = []
+        for sequences in sets:
+            folder = output if drawn is None else output / f"seed-{sequences.seed}"
+            own = replace(chosen, seed=sequences.seed)
+            results.append(
+                compare(opened, sequences, own, names, budgets, measuring, folder, console.progress_bar, training)
+            )
+            write_tables(results[-1], folder)
+            plot_perplexity(results[-1], folder)
+            write_report(folder)
+        if drawn is None:
+            (result,) = results
+            if as_json:
+                console.print_json(asdict(result))
+            else:
+                print(to_markdown(result), end="")
+            return
+        found = spreads(results)
+        write_seed_tables(found, drawn, output)
         if as_json:
-            console.print_json(asdict(result))
+            console.print_json(
+                {"seeds": dict(zip(drawn, map(asdict, results), strict=True)), "spreads": list(map(asdict, found))}
+            )
         else:
-            print(to_markdown(result), end="")
-        return
-    found = spreads(results)
-    write_seed_tables(found, drawn, output)
-    if as_json:
-        console.print_json(
-            {"seeds": dict(zip(drawn, map(asdict, results), strict=True)), "spreads": list(map(asdict, found))}
-        )
-    else:
-        print(seeds_to_markdown(found, drawn), end="")
+            print(seeds_to_markdown(found, drawn), end="")
 
 
 def _seeds(given: str) -> list[int]:

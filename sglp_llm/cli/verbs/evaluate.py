@@ -10,6 +10,7 @@ import typer
 from sglp_llm.cli import completion, panels
 from sglp_llm.cli.options import DeviceMap, Engine, Json, Quiet, RequiredModel, Revision, Scratch, recipe_of
 from sglp_llm.cli.quiet import prepare
+from sglp_llm.cli.recording import Record, RecordingFolder, folder_to_record
 from sglp_llm.errors import UserError
 
 PERPLEXITY_ONLY = ("data", "window", "max_windows", "bos")
@@ -102,6 +103,7 @@ def evaluate(
     device_map: DeviceMap = None,
     engine: Engine = None,
     scratch: Scratch = None,
+    record: Record = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -121,11 +123,16 @@ def evaluate(
     settings |= {"criterion": "bi", "samples": 1, "seq_len": max(2, window or 2048)}
     settings |= {"engine": engine, "scratch": scratch}
     chosen = recipe_of(None, {key: value for key, value in settings.items() if value is not None})
-    models = [(model, chosen.revision), *([] if baseline is None else [(baseline, None)])]
+    folder = folder_to_record(model) if record else None
+    models: list[tuple[str, str | None]] = [(model, chosen.revision)]
+    if baseline is not None:
+        models.append((baseline, None))
+    elif folder is not None:
+        models.append(folder.original)
     if in_tasks:
         suite_tasks = _open_suite(suite, tasks, limit, num_fewshot, number, data_dir)
-        opened_models = _open_both(models, chosen)
-        _score_tasks(console, opened_models, suite_tasks, limit, num_fewshot, number, output, as_json)
+        opened_models = _open_both(models, chosen, folder)
+        _score_tasks(console, opened_models, suite_tasks, limit, num_fewshot, number, output, folder, as_json)
         return
     if isinstance(number, str):
         raise UserError(f"--batch-size must be a number of windows, not {batch_size!r}")
@@ -133,18 +140,21 @@ def evaluate(
 
     text = "wikitext2" if data is None else data
     check_spec(text)
-    opened_models = _open_both(models, chosen)
+    opened_models = _open_both(models, chosen, folder)
     options = {"window": 2048 if window is None else window, "max_windows": max_windows, "bos": bos}
-    _score_text(console, opened_models, text, options, number, as_json)
+    _score_text(console, opened_models, text, options, number, folder, as_json)
 
 
-def _open_both(models: list[tuple[str, str | None]], chosen: Any) -> list[Any]:
+def _open_both(models: list[tuple[str, str | None]], chosen: Any, folder: RecordingFolder | None) -> list[Any]:
     """Opens both models before the first is scored, which can take hours; their weights are loaded in turn."""
     from dataclasses import replace
 
     from sglp_llm.analysis import open_model
 
-    return [open_model(name, replace(chosen, revision=revision)) for name, revision in models]
+    opened = [open_model(name, replace(chosen, revision=revision)) for name, revision in models]
+    if folder is not None:
+        folder.check_original(opened[1])
+    return opened
 
 
 def _open_suite(
@@ -174,14 +184,16 @@ def _score_tasks(
     num_fewshot: int | None,
     batch_size: int | str,
     output: Path | None,
+    folder: RecordingFolder | None,
     as_json: bool,
 ) -> None:
     """Runs the tasks on one model after the other, and prints the table."""
     from sglp_llm.evaluation.harness import evaluate_tasks, scores
     from sglp_llm.evaluation.side_by_side import compare
 
-    results = []
+    results, dtype = [], ""
     for opened in opened_models:
+        dtype = str(opened.load().model.dtype).removeprefix("torch.")
         results.append(
             evaluate_tasks(
                 opened.load().model,
@@ -198,6 +210,10 @@ def _score_tasks(
     names = [opened.identity.name for opened in opened_models]
     both = [scores(result, suite_tasks) for result in results]
     rows = compare(*both) if len(both) > 1 else compare(both[0], None)
+    if folder is not None:
+        examples = "all examples" if limit is None else f"first {limit} examples"
+        shots = "" if num_fewshot is None else f", {num_fewshot} in the prompt"
+        folder.keep_scores(rows, f"suite {suite_tasks.suite.name}, {examples}{shots}, {dtype}")
     if as_json:
         report = {"suite": suite_tasks.suite.name, "scores": console.scores_to_dict(rows), "results": results[0]}
         if len(names) > 1:
@@ -210,7 +226,13 @@ def _score_tasks(
 
 
 def _score_text(
-    console: Any, opened_models: list[Any], data: str, options: dict[str, Any], batch_size: int, as_json: bool
+    console: Any,
+    opened_models: list[Any],
+    data: str,
+    options: dict[str, Any],
+    batch_size: int,
+    folder: RecordingFolder | None,
+    as_json: bool,
 ) -> None:
     """Measures the perplexity of one model after the other, and prints it."""
     from dataclasses import asdict
@@ -219,10 +241,11 @@ def _score_text(
     from sglp_llm.evaluation.perplexity import perplexity
     from sglp_llm.evaluation.side_by_side import compare, perplexity_score
 
-    results = []
+    results, dtype = [], ""
     for opened in opened_models:
         windows = evaluation_windows(opened.tokenizer, data, **options)
         opened.check_tokens(windows.input_ids)
+        dtype = str(opened.load().model.dtype).removeprefix("torch.")
         results.append(perplexity(opened.load(), windows, batch_size=batch_size, progress=console.progress_bar))
         opened.release()
     names = [opened.identity.name for opened in opened_models]
@@ -234,6 +257,8 @@ def _score_text(
             console.print_perplexity(results[0], names[0])
         return
     rows = compare(*([perplexity_score(result)] for result in results))
+    if folder is not None:
+        folder.keep_scores(rows, f"{results[0].windows} windows of {results[0].window} tokens, {dtype}")
     if as_json:
         console.print_json({**reports[0], "baseline": reports[1], "ratio": rows[0].ratio})
         return

@@ -18,7 +18,8 @@ def export(
         str,
         typer.Option(
             metavar="FORM",
-            help="mergekit: the YAML with which mergekit removes the same layers.",
+            help="gguf: through llama.cpp's converter; ollama: a Modelfile beside it; vllm-draft: vLLM's configuration with DIR "
+            "as draft model of its original; mergekit: the YAML with which mergekit removes the same layers.",
             rich_help_panel=panels.OUTPUT,
         ),
     ],

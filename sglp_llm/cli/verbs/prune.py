@@ -47,6 +47,7 @@ from sglp_llm.cli.options import (
     TargetLatency,
     TargetMemory,
     TargetParams,
+    TokenizerName,
     TrialSamples,
     healing_settings,
     model_of,
@@ -63,7 +64,13 @@ def prune(
     model: Model = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", rich_help_panel=panels.OUTPUT),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder to write, or a .gguf file where MODEL is one.",
+            rich_help_panel=panels.OUTPUT,
+        ),
     ] = None,
     recipe: RecipeName = None,
     preset: Preset = None,
@@ -84,6 +91,7 @@ def prune(
     criterion: CriterionName = None,
     also: Also = None,
     calibration: Calibration = None,
+    tokenizer: TokenizerName = None,
     samples: Samples = None,
     seq_len: SeqLen = None,
     seed: Seed = None,
@@ -158,10 +166,13 @@ def prune(
         raise UserError(f"--plan already says which layers go: leave out --{given[0].replace('_', '-')}")
     if heal is False and (heal_recipe is not None or heal_tokens is not None):
         raise UserError("--heal-recipe and --heal-tokens are about training: leave out --no-heal")
+    if push_to_hub is not None and output.suffix == ".gguf":
+        raise UserError("--push-to-hub uploads a folder, and the output is a GGUF file: upload it with `hf upload`")
     settings["heal"] = healing_settings(heal, heal_recipe, heal_tokens)
     console = prepare(quiet)
-    from sglp_llm.checkpoint import check_output
+    from sglp_llm.checkpoint.gguf_file import check_shortened_output
     from sglp_llm.cli.memory_table import MemoryLines, price_line, text_line
+    from sglp_llm.models.loading import find_tokenizer
     from sglp_llm.models.source import find_depth
     from sglp_llm.pipeline import prune
     from sglp_llm.plan.given import given_plan
@@ -171,10 +182,11 @@ def prune(
     processes = current_processes()
     with processes.failing_together():
         check_push(push_to_hub, private)
-        check_output(output, overwrite)
-        taken = preset if plan is not None else preset_of(preset, recipe, settings)
+        check_shortened_output(output, overwrite)
+        taken = preset if plan is not None else preset_of(preset, recipe, settings, output)
         chosen = recipe_of(recipe, settings, model, taken)
         name = model_of(model, chosen)
+        reader = None if tokenizer is None else find_tokenizer(tokenizer)
         known_plan = None if plan is None else given_plan(plan, lambda: find_depth(name, chosen.revision))
         # For the reload check alone any text serves, and this one needs no network.
         serves = plan is not None and recipe is None and calibration is None and chosen.healing is None
@@ -185,6 +197,7 @@ def prune(
         output,
         plan=known_plan,
         recipe=chosen,
+        tokenizer=reader,
         calibration="pydoc" if serves else None,
         overwrite=overwrite,
         verify=verify,

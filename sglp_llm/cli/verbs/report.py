@@ -11,9 +11,11 @@ from sglp_llm.cli.quiet import prepare
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that analyze, prune or heal has written.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that analyze, prune, heal or compare has written.")
+    ],
 ) -> None:
-    """Write report.html into a folder: layers, scores, similarity and what each step changed, in one file."""
+    """Write report.html into a folder: layers, scores, similarity and gains, or the methods of a comparison, in one file."""
     prepare()
     from sglp_llm.report.html import write_report
 

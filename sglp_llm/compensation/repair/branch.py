@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sglp_llm.adapters import Branch
 from sglp_llm.errors import UserError
+from sglp_llm.method.exact import exact
 
 
 @contextmanager
@@ -53,7 +54,8 @@ def changed(layer: nn.Module, branch: Branch, change: Tensor) -> dict[str, Tenso
     weight: Tensor = owner.weight.detach()
     refuse_offloaded(weight)
     turned = change if isinstance(owner, Conv1D) else change.T
-    return {f"{branch.last}.weight": (weight.double() + turned.to(weight.device)).contiguous()}
+    own = exact(weight)
+    return {f"{branch.last}.weight": (own + turned.to(own.device)).contiguous()}
 
 
 @contextmanager
@@ -97,9 +99,7 @@ def folded(layer: nn.Module, branch: Branch, factor: Tensor) -> dict[str, Tensor
         refuse_offloaded(parameter)
         value = parameter.detach()
         offset = branch.offset if name == "weight" else 0.0
-        values[f"{branch.last}.{name}"] = (
-            _times(value.double() + offset, factor, axis if value.ndim > 1 else 0) - offset
-        )
+        values[f"{branch.last}.{name}"] = _times(exact(value) + offset, factor, axis if value.ndim > 1 else 0) - offset
     if not values:
         raise UserError(
             f"{branch.last} has no weights in this model: there is nothing that a compensation could be folded into"
@@ -122,5 +122,6 @@ def refuse_offloaded(parameter: Tensor) -> None:
 
 def _times(value: Tensor, factor: Tensor, axis: int) -> Tensor:
     """Multiplies a parameter by ``factor`` along ``axis``, its axis of output channels."""
-    rows, factor = value.double().movedim(axis, -1), factor.to(value.device)
+    rows = exact(value).movedim(axis, -1)
+    factor = factor.to(rows.device)
     return (rows @ factor if factor.ndim > 1 else rows * factor).movedim(-1, axis).contiguous()

@@ -2,7 +2,7 @@
 for (const drawing of document.querySelectorAll("svg[data-shown]")) {
   const shown = document.getElementById(drawing.dataset.shown);
   drawing.addEventListener("pointerover", event => {
-    const title = event.target.querySelector("title");
+    const title = event.target.querySelector("title") || event.target.parentNode.querySelector(":scope > title");
     if (title) shown.textContent = title.textContent;
   });
 }
@@ -22,5 +22,23 @@ for (const button of document.querySelectorAll("button[data-copies]")) {
   button.addEventListener("click", async () => {
     await navigator.clipboard.writeText(document.getElementById(button.dataset.copies).textContent.trim());
     button.textContent = "Copied";
+  });
+}
+for (const table of document.querySelectorAll("table.sortable")) {
+  const number = (row, column) => {
+    const text = row.cells[column].textContent.replaceAll(",", "");
+    return text === "" ? -Infinity : parseFloat(text);
+  };
+  table.querySelectorAll("th").forEach((head, column) => {
+    const button = head.querySelector("button");
+    if (!button) return;
+    button.addEventListener("click", () => {
+      const falls = head.getAttribute("aria-sort") === "ascending";
+      table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", falls ? "descending" : "ascending");
+      const rows = [...table.tBodies[0].querySelectorAll("tr:not(.fixed)")];
+      rows.sort((a, b) => (falls ? -1 : 1) * (number(a, column) - number(b, column)));
+      table.tBodies[0].append(...rows);
+    });
   });
 }
