@@ -121,7 +121,7 @@ def headings(file: Path) -> set[str]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """Deep enough for the layer indices in the pages; its layers do enough for their removal to be felt."""
-    shape = {"num_hidden_layers": 17, "hidden_size": 16, "max_position_embeddings": 4096, "initializer_range": 0.1}
+    shape = {"num_hidden_layers": 20, "hidden_size": 16, "max_position_embeddings": 4096, "initializer_range": 0.1}
     return save_tiny(tmp_path / "tiny", **shape, bos_token_id=0, eos_token_id=1, pad_token_id=2)
 
 
@@ -140,7 +140,7 @@ def prepared(page: str, tiny: Path, folder: Path) -> dict[str, Any]:
     (folder / "pages.jsonl").write_text(json.dumps({"text": "one page of text " * 400}) + "\n", encoding="utf-8")
     (folder / "pages.jsonl.gz").write_bytes(gzip.compress((folder / "pages.jsonl").read_bytes()))
     (folder / "scratch").mkdir()
-    plan = json.dumps({"num_layers": 17, "removed": [13, 14, 15]})
+    plan = json.dumps({"num_layers": 20, "removed": [13, 14, 15]})
     (folder / "plan.json").write_text(plan, encoding="utf-8")
     for name in EARLIER.get(page, ()):
         assert run_cli("prune", tiny, "--plan", "plan.json", "-o", name, "--no-verify").code == 0
