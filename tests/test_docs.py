@@ -83,7 +83,9 @@ def test_every_option_in_a_comment_exists() -> None:
 
 def test_blocks_that_do_not_run_say_why_and_have_a_language() -> None:
     for page in PAGES:
-        marks = len(re.findall("<!-- parsed only:", (ROOT / page).read_text(encoding="utf-8")))
+        text = (ROOT / page).read_text(encoding="utf-8")
+        fences, marks = text.count("```"), len(re.findall("<!-- parsed only:", text))
+        assert fences == 2 * len(blocks(page)), f"{page}: a fence that is indented or unpaired is not tested"
         assert marks == sum(bool(block.why) for block in blocks(page)), f"{page}: a mark stands above no block"
     assert [f"{block.page}:{block.line}" for block in ALL if not block.language] == []
 
