@@ -1,12 +1,14 @@
 """Removes layers from a tiny random model of every causal type of the installed transformers, and writes docs/families.md.
 
-    python tools/probe_families.py                  # every type, about a quarter of an hour on one core
-    python tools/probe_families.py llama jamba      # these only; nothing is written
+    python tools/probe_families.py                  # every type, about half an hour on one core
+    python tools/probe_families.py llama jamba      # these only; the rest of the table stays
 
 Of each type a checkpoint of eight decoder layers is written by transformers and pruned by four plans: two layers in the middle,
 the first, the last, and three that break every regular pattern. What comes out is loaded by plain transformers and compared with
 the original, whose removed layers return their input here: logits within 1e-6 of the largest, and the logits of greedy generation
-with the cache against those without. Each type runs in a process of its own with a time limit, so that a crash is a line.
+with the cache against those without. Then it is analysed and pruned by `--criterion sglp`, without compensation and with three,
+whose new values the original gets here. Each type runs in a process of its own with a time limit, so that a crash is a line.
+The results are kept in a table in the package, which ``sglp-llm ls adapters`` reads.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,13 +37,17 @@ from tiny_types import DEPTH, tiny_config  # noqa: E402
 
 from sglp_llm import prune  # noqa: E402
 from sglp_llm.adapters import adapter_names, adapter_of  # noqa: E402
+from sglp_llm.adapters.structure.probed import TABLE  # noqa: E402
 from sglp_llm.calibration.sequences import CalibrationSet, hash_of  # noqa: E402
 from sglp_llm.errors import UserError  # noqa: E402
 from sglp_llm.models import find_config, find_source  # noqa: E402
 from sglp_llm.plan import plan_from_indices  # noqa: E402
 
 REMOVALS = ((1, 3), (0,), (DEPTH - 1,), (2, 4, 5))
-SECONDS = 240
+_QUICK = {"engine": "resident", "verify": False}
+COMPENSATIONS: dict[str, dict[str, Any]] = {"none": {}, "linear": _QUICK, "scale": _QUICK, "learned": _QUICK}
+"""The compensations, and settings beside them: memory predicted and the result reloaded by this package once are enough."""
+SECONDS = 900
 PAGE = ROOT / "docs" / "families.md"
 
 
@@ -78,6 +84,21 @@ def returning_their_input(layers: torch.nn.ModuleList, removed: tuple[int, ...])
             handle.remove()
 
 
+@contextmanager
+def replaced(model: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The oracle of a compensation: parameters with these values inside the block."""
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in values}
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                parameters[name].copy_(value)
+
+
 def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """``[rows, tokens, vocabulary]``."""
     with torch.no_grad():
@@ -96,34 +117,45 @@ def generation_difference(model: PreTrainedModel, tokens: int = 10) -> float:
     return float((given - logits).abs().max() / logits.abs().max())
 
 
-def pruned(source: Path, output: Path, removed: tuple[int, ...], model: PreTrainedModel) -> str:
-    """``exact``, ``refused: why`` or ``WRONG: what``."""
+def calibration_set() -> CalibrationSet:
+    """Enough random sequences to hold some out."""
+    ids = token_ids(8)
+    return CalibrationSet(ids, torch.ones_like(ids, dtype=torch.bool), "probe", 0, hash_of(ids, ids > 0), False)
+
+
+def pruned(source: Path, output: Path, model: PreTrainedModel, generates: bool, **settings: Any) -> str:
+    """``exact``, ``refused: why`` or ``WRONG: what``; generation is compared where it can be. See `prune` for the settings."""
     ids = token_ids()
-    calibration = CalibrationSet(ids, torch.ones_like(ids, dtype=torch.bool), "probe", 0, hash_of(ids, ids > 0), False)
     try:
-        prune(source, output, plan=plan_from_indices(DEPTH, removed), calibration=calibration, overwrite=True)
+        with _quiet_standard_error() as printed:
+            made = prune(source, output, calibration=calibration_set(), overwrite=True, **settings)
     except UserError as error:
         return f"refused: {_short(error)}"
     except Exception as error:
         return f"WRONG: {type(error).__name__}: {_short(error)}"
-    layers = model.get_submodule(adapter_of(model.config).layers)
-    with returning_their_input(layers, removed):
-        expected = logits_of(model, ids)
+    if text := printed():
+        return f"WRONG: printed {text[:200]!r}"
     left, report = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     if odd := {kind: sorted(keys, key=str)[:2] for kind, keys in report.items() if keys}:
         return f"WRONG: {odd}"
     left = left.eval()
+    layers, removed = model.get_submodule(adapter_of(model.config).layers), made.plan.removed
+    with returning_their_input(layers, removed), replaced(model, made.plan.replaced):
+        expected = logits_of(model, ids)
     difference = float((logits_of(left, ids) - expected).abs().max() / expected.abs().max().clamp(min=1))
     if not difference <= 1e-6:
         return f"WRONG: logits differ by {difference:.2g}"
-    try:  # some types differ, or do not generate, unpruned as well
-        unpruned = generation_difference(model)
-    except Exception:
-        return "exact"
-    difference = generation_difference(left)
-    if not difference <= 1e-3 and unpruned <= 1e-3:
+    if generates and not (difference := generation_difference(left)) <= 1e-3:
         return f"WRONG: generation with the cache differs by {difference:.2g}"
     return "exact"
+
+
+def does_generate(model: PreTrainedModel) -> bool:
+    """Whether generation with the cache is as without; some types differ, or do not generate, unpruned as well."""
+    try:
+        return generation_difference(model) <= 1e-3
+    except Exception:
+        return False
 
 
 def probe(model_type: str, folder: Path) -> dict[str, Any]:
@@ -144,8 +176,31 @@ def probe(model_type: str, folder: Path) -> dict[str, Any]:
     except UserError as error:
         return {"adapter": "refused", "why": _short(error), "removals": []}
     reloaded = AutoModelForCausalLM.from_pretrained(source).eval()
-    removals = [pruned(source, folder / "pruned", removed, reloaded) for removed in REMOVALS]
-    return {"adapter": written, "why": "", "removals": removals}
+    output, generates = folder / "pruned", does_generate(reloaded)
+    removals = [
+        pruned(source, output, reloaded, generates, plan=plan_from_indices(DEPTH, removed)) for removed in REMOVALS
+    ]
+    analyses = [
+        pruned(source, output, reloaded, False, criterion="sglp", drop=2, compensate=method, **settings)
+        for method, settings in COMPENSATIONS.items()
+    ]
+    return {"adapter": written, "why": "", "removals": removals, "analyses": analyses}
+
+
+@contextmanager
+def _quiet_standard_error() -> Iterator[Callable[[], str]]:
+    """Inside the block what this process, its libraries' C code included, prints to standard error is kept instead."""
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        kept: list[bytes] = []
+        try:
+            yield lambda: " ".join(b"".join(kept).decode(errors="replace").split())
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            kept.append(file.read())
 
 
 def _short(error: Exception) -> str:
@@ -175,27 +230,40 @@ def in_a_process(model_type: str) -> dict[str, Any]:
     return json.loads(text) if text else {"adapter": "failed", "why": "crashed, or took too long", "removals": []}
 
 
-def verdict(found: dict[str, Any]) -> str:
-    """One word for a type."""
-    removals = found["removals"]
-    if not removals:
-        return found["adapter"]
-    if any(each.startswith("WRONG") for each in removals):
+def verdict(outcomes: list[str]) -> str:
+    """A few words for the outcomes of a type; empty without any."""
+    if any(each.startswith("WRONG") for each in outcomes):
         return "wrong"
-    exact = sum(each == "exact" for each in removals)
-    return "exact" if exact == len(removals) else f"{exact} of {len(removals)} exact"
+    exact = sum(each == "exact" for each in outcomes)
+    return "" if not outcomes else "exact" if exact == len(outcomes) else f"{exact} of {len(outcomes)} exact"
 
 
 def reasons_of(found: dict[str, Any]) -> str:
-    """Why not every removal is exact, each reason once."""
-    return "; ".join(dict.fromkeys(each for each in (found["why"], *found["removals"]) if each and each != "exact"))
+    """Why not every outcome is exact, each reason once."""
+    outcomes = (found["why"], *found["removals"], *found.get("analyses", ()))
+    return "; ".join(dict.fromkeys(each for each in outcomes if each and each != "exact"))
 
 
-def page(results: dict[str, dict[str, Any]]) -> str:
+def counts_of(results: dict[str, dict[str, Any]]) -> str:
+    """How many types came out how."""
+    removals = Counter(verdict(found["removals"]) or found["adapter"] for found in results.values())
+    text = f"{len(results)} causal types; by plan {_listed(removals)}"
+    for index, method in enumerate(COMPENSATIONS):
+        with_it = Counter(found["analyses"][index].split(":")[0] for found in results.values() if found.get("analyses"))
+        text += f"; by `--criterion sglp --compensate {method}` {_listed(with_it)}"
+    return text
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+
+
+def page(table: dict[str, Any]) -> str:
     """The text of docs/families.md."""
-    counts = Counter(verdict(found) for found in results.values())
+    results = table["types"]
     rows = "\n".join(
-        f"| {name} | {found['adapter']} | {verdict(found)} | {reasons_of(found).replace('|', ' ')} |"
+        f"| {name} | {found['adapter']} | {verdict(found['removals'])} | {verdict(found.get('analyses', []))} "
+        f"| {reasons_of(found).replace('|', ' ')} |"
         for name, found in results.items()
     )
     return f"""# Which models can be pruned
@@ -208,33 +276,37 @@ compared with the original, module by module. The logits of the result are compa
 `python tools/probe_families.py` makes this page; run it after an update of transformers. It prunes a tiny random model of
 {DEPTH} layers by four plans: {", ".join(str(list(removed)) for removed in REMOVALS)} removed. *exact* means that all four results
 load in plain transformers, give the original's logits with the layers skipped (float32, within 1e-6 of the largest), and
-generate with the cache as without. A removal that is refused is refused before anything is written. Patterns that are off by
+generate with the cache as without. Then two layers are chosen by `--criterion sglp`, with each of
+{", ".join(f"`--compensate {method}`" for method in COMPENSATIONS)}; the logits are compared with those of the original with the
+layers skipped and the new values in place. What is refused is refused before anything is written. Patterns that are off by
 default in a type's configuration are not exercised, nor are real checkpoints.
 
-transformers {transformers.__version__}, torch {torch.__version__.partition("+")[0]}: {len(results)} causal types,
-{", ".join(f"{count} {kind}" for kind, count in counts.most_common())}.
+transformers {table["transformers"]}, torch {table["torch"]}: {counts_of(results)}.
 
-| model_type | adapter | removals | why not |
-|---|---|---|---|
+| model_type | adapter | by four plans | chosen by sglp | why not |
+|---|---|---|---|---|
 {rows}
 """
 
 
 def main() -> None:
-    """Probes the types that are named, or all, and then writes the page."""
+    """Probes the types that are named, or all, and writes the table and the page."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     named = sys.argv[1:]
-    results = {}
+    before = json.loads(TABLE.read_text(encoding="utf-8"))["types"] if named and TABLE.exists() else {}
+    results = {name: found for name, found in before.items() if name not in named}
     for model_type in named or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         found = results[model_type] = in_a_process(model_type)
-        print(f"{model_type:28} {found['adapter']:8} {verdict(found):16} {reasons_of(found)}", flush=True)
-    counts = Counter(verdict(found) for found in results.values())
-    print(f"{len(results)} types: {', '.join(f'{count} {kind}' for kind, count in counts.most_common())}")
-    if not named:
-        PAGE.write_text(page(results), encoding="utf-8")
+        verdicts = f"{verdict(found['removals']):16} {verdict(found.get('analyses', [])):16}"
+        print(f"{model_type:28} {found['adapter']:8} {verdicts} {reasons_of(found)}", flush=True)
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    table = {**versions, "types": dict(sorted(results.items()))}
+    print(counts_of(results))
+    TABLE.write_text(f"{json.dumps(table, indent=1)}\n", encoding="utf-8")
+    PAGE.write_text(page(table), encoding="utf-8")
 
 
 if __name__ == "__main__":

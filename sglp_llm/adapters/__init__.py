@@ -10,12 +10,23 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from sglp_llm.adapters.base import Branch, DecoderAdapter
+from sglp_llm.adapters.structure.wrappers import auto_class, is_wrapper, text_config
 from sglp_llm.registry import member, member_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Branch", "DecoderAdapter", "adapter_names", "adapter_of", "get_adapter"]
+__all__ = [
+    "Branch",
+    "ConfigKey",
+    "DecoderAdapter",
+    "adapter_names",
+    "adapter_of",
+    "auto_class",
+    "get_adapter",
+    "is_wrapper",
+    "text_config",
+]
 
 
 def adapter_names() -> list[str]:
@@ -44,10 +55,10 @@ def adapter_of(config: PretrainedConfig) -> DecoderAdapter:
     """
     if config.model_type in adapter_names():
         return get_adapter(config.model_type)
-    return _derived(_Key(config))
+    return _derived(ConfigKey(config))
 
 
-class _Key:
+class ConfigKey:
     """A configuration as a key of a cache: a derivation builds the whole model without weights."""
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -58,11 +69,11 @@ class _Key:
         return hash(self._text)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._text == other._text
+        return isinstance(other, ConfigKey) and self._text == other._text
 
 
 @lru_cache(maxsize=8)
-def _derived(key: _Key) -> DecoderAdapter:
+def _derived(key: ConfigKey) -> DecoderAdapter:
     from sglp_llm.adapters.structure.derive import derive
 
-    return derive(key.config)
+    return derive(key.config, lambda model_type: get_adapter(model_type) if model_type in adapter_names() else None)

@@ -55,6 +55,7 @@ class DecoderAdapter:
         sum_norm_unless: That configuration key; none = no model of the family has such a norm.
         exceptions: What neither the configuration keys nor the modules say about the type.
         is_derived: Whether the family has no file, and this was found by structure.
+        has_stacks: Whether a derived family's layers have parameters ``[experts, ...]``; written ones have `active_experts_key`.
         tiny_configs: Configurations of a few thousand parameters for the contract tests, one for each variant of the family.
     """
 
@@ -74,7 +75,13 @@ class DecoderAdapter:
     sum_norm_unless: str | None = None
     exceptions: Exceptions = field(default_factory=Exceptions)
     is_derived: bool = False
+    has_stacks: bool = False
     tiny_configs: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def stacks_experts(self) -> bool:
+        """Whether transformers stacks matrices of experts in the layers."""
+        return self.has_stacks or self.active_experts_key is not None
 
     def mlp_branch(self, config: object) -> Branch:
         """The `Branch` of the MLP's contribution to a decoder layer's output, or of the whole output where the sum is normed.

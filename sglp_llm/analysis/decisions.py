@@ -23,6 +23,7 @@ from sglp_llm.method.selection import (
     removable_layers,
     set_to_remove,
 )
+from sglp_llm.method.staying import FREE, Staying
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe
 from sglp_llm.processes import ALONE, Processes
@@ -38,7 +39,7 @@ _CANDIDATE_HELD_OUT = 0.25
 """Least share of these that is held out to compare the sets: the loss of only a few sequences is mostly noise."""
 
 
-def check_selection(recipe: Recipe, num_layers: int) -> None:
+def check_selection(recipe: Recipe, num_layers: int, staying: Staying = FREE) -> None:
     """Rejects, before any work is done, a number of segments or a budget that does not fit a model of this depth.
 
     Raises:
@@ -48,10 +49,10 @@ def check_selection(recipe: Recipe, num_layers: int) -> None:
         raise UserError(
             f"num_segments: {recipe.num_segments} segments are more than the model's {num_layers} decoder layers"
         )
-    check_budget(recipe.budget, num_layers, _protect(recipe), _segments(recipe))
+    check_budget(recipe.budget, num_layers, _protect(recipe), _segments(recipe), staying)
 
 
-def check_reachable(recipe: Recipe, footprint: Footprint) -> None:
+def check_reachable(recipe: Recipe, footprint: Footprint, staying: Staying = FREE) -> None:
     """Rejects, before layers are scored, a target that the whole model reaches, or that no choice of layers can reach.
 
     Raises:
@@ -59,7 +60,7 @@ def check_reachable(recipe: Recipe, footprint: Footprint) -> None:
     """
     target = wanted(recipe, footprint)
     if isinstance(target, Target):
-        check_target(target, len(footprint.layers), _protect(recipe), _segments(recipe))
+        check_target(target, len(footprint.layers), _protect(recipe), _segments(recipe), staying)
 
 
 def choose_layers(
@@ -76,14 +77,20 @@ def choose_layers(
     criterion = observations.criteria[recipe.deciding_criterion]
     if not isinstance(criterion, SetCriterion):
         scores = observations.scores()[recipe.deciding_criterion]
-        return choose_by_scores(recipe, scores, observations.similarity, footprint)
+        return choose_by_scores(recipe, scores, observations.similarity, footprint, observations.staying)
     num_layers = len(footprint.layers)
-    removed = set_to_remove(wanted(recipe, footprint), num_layers, criterion.choose, _protect(recipe))
+    removed = set_to_remove(
+        wanted(recipe, footprint), num_layers, criterion.choose, _protect(recipe), observations.staying
+    )
     return removed, (Segment(0, num_layers),)
 
 
 def choose_by_scores(
-    recipe: Recipe, scores: Sequence[float], similarity: SimilarityMatrix | None, footprint: Footprint | None
+    recipe: Recipe,
+    scores: Sequence[float],
+    similarity: SimilarityMatrix | None,
+    footprint: Footprint | None,
+    staying: Staying = FREE,
 ) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
     """The choice of `choose_layers` for a criterion that gives scores.
 
@@ -92,6 +99,7 @@ def choose_by_scores(
         scores: The deciding criterion's, one per layer.
         similarity: The CKA matrix; needed with segments only.
         footprint: What the model takes in memory; needed with a target only.
+        staying: Which layers must stay.
 
     Raises:
         UserError: The budget cannot be met.
@@ -101,7 +109,7 @@ def choose_by_scores(
         assert similarity is not None
         k = None if recipe.num_segments == "auto" else recipe.num_segments
         segments = segment_layers(similarity, k, recipe.features, recipe.min_drop, recipe.segments_rule)
-    return layers_to_remove(wanted(recipe, footprint), segments, scores, _protect(recipe)), segments
+    return layers_to_remove(wanted(recipe, footprint), segments, scores, _protect(recipe), staying), segments
 
 
 def _protect(recipe: Recipe) -> tuple[int, int]:
@@ -201,7 +209,7 @@ def finalists(
     criterion = observations.criteria[recipe.deciding_criterion]
     if not isinstance(criterion, SetCriterion):
         return [tuple(removed)]
-    among = removable_layers(num_layers, _protect(recipe))
+    among = removable_layers(num_layers, _protect(recipe), observations.staying)
     return [tuple(removed), *(tuple(sorted(each)) for each in criterion.runners_up(len(removed), among))]
 
 

@@ -7,12 +7,13 @@ from statistics import linear_regression
 from sglp_llm.analysis.decisions import check_selection
 from sglp_llm.errors import UserError
 from sglp_llm.method.selection import Target, check_target
+from sglp_llm.method.staying import FREE, Staying
 from sglp_llm.plan import Recipe
 from sglp_llm.records import DecodeTimes
 from sglp_llm.sizes import parse_latency
 
 
-def drop_for_latency(recipe: Recipe, times: DecodeTimes) -> int:
+def drop_for_latency(recipe: Recipe, times: DecodeTimes, staying: Staying = FREE) -> int:
     """The fewest layers to remove for the recipe's ``target_latency``.
 
     Decode time is taken as linear in the depth: every layer reads its own weights and cache, and what is outside of them stays.
@@ -21,6 +22,7 @@ def drop_for_latency(recipe: Recipe, times: DecodeTimes) -> int:
     Args:
         recipe: For the target, the protected layers and the number of segments.
         times: Measured at two depths or more, the whole model's among them.
+        staying: Which layers must stay.
 
     Raises:
         UserError: The whole model is as fast, no choice of layers is, or the times do not fall with the depth.
@@ -47,7 +49,7 @@ def drop_for_latency(recipe: Recipe, times: DecodeTimes) -> int:
             f"decoding takes {seconds * 1e3:.3g} ms a token, {seconds / whole:.3f}x of the whole model"
         ),
     )
-    check_target(target, depth, (recipe.protect.first, recipe.protect.last))
+    check_target(target, depth, (recipe.protect.first, recipe.protect.last), staying=staying)
     drop = next(n for n in range(1, depth) if target.reached_without(range(n)))
-    check_selection(recipe.with_changes(drop=drop), depth)
+    check_selection(recipe.with_changes(drop=drop), depth, staying)
     return drop

@@ -13,8 +13,10 @@ from sglp_llm.criteria import Criterion, ScoreCriterion, SetCriterion, criterion
 from sglp_llm.engine import Need, PassSettings, run_pass
 from sglp_llm.engine.representations import CKAObserver
 from sglp_llm.errors import UserError
+from sglp_llm.method.staying import FREE, Staying
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.models.modes import has_fast_bfloat16
+from sglp_llm.models.staying import staying_of
 from sglp_llm.plan import Recipe
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
@@ -32,11 +34,13 @@ class Observations:
         criteria: The criteria that observed the pass, by name.
         similarity: The CKA matrix; ``None`` when it was not requested.
         loss: Mean loss of the calibration sequences in nats per token; ``None`` when no gradients were computed.
+        staying: Which layers must stay.
     """
 
     criteria: Mapping[str, Criterion]
     similarity: SimilarityMatrix | None
     loss: float | None
+    staying: Staying = FREE
 
     def scores(self) -> dict[str, tuple[float, ...]]:
         """One number per layer from each criterion that gives scores, and the column sums of the CKA matrix.
@@ -98,6 +102,7 @@ def observe(
     progress: Progress = silent,
     processes: Processes = ALONE,
     journal: Journal | None = None,
+    step: int | None = None,
 ) -> Observations:
     """Runs one pass that shows all criteria what they need, and then each criterion's own trials.
 
@@ -110,14 +115,20 @@ def observe(
         progress: Reports finished sequences.
         processes: The processes that share the sequences; all return the same result.
         journal: Keeps the trials of criteria that can resume from them.
+        step: Most sequences a step of a pass with gradients; ``None`` = the recipe's ``batch_size``.
     """
     criteria = {
         name: make_criterion(name, model.num_layers, recipe.seed, recipe.options.get(name))
         for name in dict.fromkeys(names)
     }
+    limits = staying_of(model.model.config, model.adapter, model.num_layers)
+    for criterion in criteria.values():
+        if isinstance(criterion, SetCriterion):
+            criterion.staying = limits
     cka = CKAObserver(model.num_layers, recipe.kernel, recipe.minibatch_sequences, recipe.minibatch_positions)
     observers = [*criteria.values(), *([cka] if similarity else [])]
-    loss = run_pass(model, calibration, observers, PassSettings(recipe.batch_size, progress, processes))
+    settings = PassSettings(recipe.batch_size, progress, processes, gradient_batch=step)
+    loss = run_pass(model, calibration, observers, settings)
     trials = Trials(
         model,
         calibration.first(recipe.trial_samples),
@@ -129,7 +140,7 @@ def observe(
     for criterion in criteria.values():
         if Need.TRIALS in criterion.needs:
             criterion.on_trials(trials)
-    return Observations(criteria, cka.result() if similarity else None, loss)
+    return Observations(criteria, cka.result() if similarity else None, loss, limits)
 
 
 def _finite(name: str, scores: Sequence[float]) -> tuple[float, ...]:

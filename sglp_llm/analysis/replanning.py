@@ -15,6 +15,7 @@ from sglp_llm.analysis.targets import check_context
 from sglp_llm.compensation import NONE
 from sglp_llm.criteria import SetCriterion, criterion_names, get_criterion
 from sglp_llm.errors import UserError, unknown
+from sglp_llm.method.staying import staying_from
 from sglp_llm.plan import RECIPE_FILE_NAME, Recipe, load_plan
 from sglp_llm.plan.recipe import recipe_from_dict
 from sglp_llm.records import PrunePlan
@@ -50,12 +51,13 @@ def replan(plan: PrunePlan | str | Path, **settings: Any) -> PrunePlan:
     recipe = _recipe_of(old, "the plan" if where is None else str(where)).with_changes(**settings)
     if problem := _missing(old, recipe):
         raise UserError(f"{problem}: {_fresh_analysis(old, where, {**recipe.budget.to_dict(), **settings})}")
-    check_selection(recipe, old.num_layers)
+    limits = staying_from(old.settings.get("staying"), "the plan" if where is None else str(where))
+    check_selection(recipe, old.num_layers, limits)
     if old.footprint is not None:
         check_context(recipe, old.footprint.positions, "the model")
-        check_reachable(recipe, old.footprint)
+        check_reachable(recipe, old.footprint, limits)
     scores = old.scores[recipe.deciding_criterion]
-    removed, segments = choose_by_scores(recipe, scores, old.similarity, old.footprint)
+    removed, segments = choose_by_scores(recipe, scores, old.similarity, old.footprint, limits)
     measured = {key: value for key, value in old.settings.items() if key not in _settings_of_the_choice()}
     return replace(
         old,

@@ -50,15 +50,21 @@ def run_analysis(
     processes.check_same("calibration set", calibration.hash)
     journal = _journal(opened, recipe, calibration)
     model = opened.load()
-    check_reachable(recipe, opened.footprint())
+    check_reachable(recipe, opened.footprint(), opened.staying)
     names = (recipe.deciding_criterion, *recipe.also)
-    observations = observe(model, calibration, recipe, names, recipe.is_segmented, progress, processes, journal)
+    observations = observe(
+        model, calibration, recipe, names, recipe.is_segmented, progress, processes, journal, inputs.step
+    )
     scores = observations.scores()
     decision = decide(opened, recipe, calibration, observations, progress, processes, judge)
     removed, segments, compensated = decision.removed, decision.segments, decision.compensated
     kept = tuple(layer for layer in range(model.num_layers) if layer not in removed)
     check_shortened(opened, kept)
     settings = {**plan_settings(recipe, removed), "calibration_hash": calibration.hash}
+    if opened.adapter.is_derived:
+        settings["adapter"] = "derived"
+    if opened.staying:
+        settings["staying"] = opened.staying.to_dict()
     for name, criterion in observations.criteria.items():
         if report := criterion.report():
             assert name not in settings

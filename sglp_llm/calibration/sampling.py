@@ -52,7 +52,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         check_length("seq_len", self.seq_len)
-        longest = getattr(self.model.model.config, "max_position_embeddings", None)
+        longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest is not None and self.seq_len > longest:
             raise UserError(f"seq_len {self.seq_len} is longer than the {longest} positions that the model has")
         if self.batch_size < 1:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-# The other files of a checkpoint: tokenizer, chat template, generation configuration, licence.
+# The other files of a checkpoint: tokenizer, processors, chat template, generation configuration, licence.
 _CARRIED_OVER = (
+    "*processor_config.json",
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -143,7 +144,9 @@ def check_carried(source: Path) -> None:
         raise UserError(f"{file}: transformers cannot read it ({' '.join(str(error).split())[:200]})") from None
 
 
-def check_plan(plan: PrunePlan, model: ModelIdentity, num_layers: int, stored: bool = True) -> None:
+def check_plan(
+    plan: PrunePlan, model: ModelIdentity, num_layers: int, stored: bool = True, quantised: bool = False
+) -> None:
     """Checks that a plan is for this model.
 
     Args:
@@ -152,12 +155,15 @@ def check_plan(plan: PrunePlan, model: ModelIdentity, num_layers: int, stored: b
         num_layers: Its number of decoder layers.
         stored: Whether it is a checkpoint. Of a live model only the family is compared: its fingerprint may differ from the
             plan's, since tensors have other names and dtypes in memory than in files.
+        quantised: Whether it is. Then too only the family is compared: the plan is that of the unquantised model.
 
     Raises:
         UserError: The depth differs, or the plan names a model whose fingerprint (or family) differs.
     """
     check_depth(plan, num_layers, model.name)
     if plan.source is None:
+        return
+    if plan.source.model_type == model.model_type and quantised:
         return
     if plan.source.model_type != model.model_type or (stored and plan.source.fingerprint != model.fingerprint):
         made_for, given = (
@@ -227,7 +233,7 @@ def drop_layers(model: PreTrainedModel, plan_or_indices: PrunePlan | Iterable[in
     _renumber(layers, plan.kept)
     model.set_submodule(adapter.layers, layers)
     for key, value in values.items():
-        setattr(model.config, key, value)
+        setattr(wrapped.config, key, value)
     return model
 
 
@@ -266,7 +272,7 @@ def shortened(
     layers = wrapped.layers
     numbers = [(module, key, getattr(module, key)) for module in layers.modules() for key in _index_keys(module)]
     changed = shortened_values(model.config, wrapped.adapter, [0])
-    before = {key: getattr(model.config, key) for key in changed}
+    before = {key: getattr(wrapped.config, key) for key in changed}
     with replaced_weights(wrapped, replaced or {}):
         drop_layers(model, indices)
         try:
@@ -276,7 +282,7 @@ def shortened(
             for module, key, value in numbers:
                 setattr(module, key, value)
             for key, value in before.items():
-                setattr(model.config, key, value)
+                setattr(wrapped.config, key, value)
 
 
 def _renumber(layers: Iterable[nn.Module], kept: Sequence[int]) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from sglp_llm.adapters import auto_class
 from sglp_llm.errors import UserError
 from sglp_llm.models import Source
 from sglp_llm.tensor_files import CheckpointIndex
@@ -136,5 +137,5 @@ def _cast(tensor: torch.Tensor, stored: str, index: CheckpointIndex) -> torch.Te
 
 def _empty_model(config: PretrainedConfig) -> nn.Module:
     with init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = auto_class(config).from_config(config)
     return model

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.adapters.structure.config_keys import PREDICTORS, shortened, superseded
-from sglp_llm.adapters.structure.staying import Staying, staying
+from sglp_llm.adapters.structure.wrappers import TEXT_KEY, is_wrapper, text_config
+from sglp_llm.checkpoint.quantised import renumbered_modules
 from sglp_llm.errors import UserError
 from sglp_llm.models import Source
+from sglp_llm.models.source import QUANTISED_KEYS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -23,10 +25,12 @@ def shortened_values(config: PretrainedConfig, adapter: DecoderAdapter, kept: Se
     """The configuration values that depend on the layers, the depth under ``adapter.depth_key`` included.
 
     Args:
-        config: transformers' resolved configuration, where lists that the JSON may lack are filled in.
+        config: transformers' resolved configuration, where lists that the JSON may lack are filled in; of a multimodal wrapper
+            the whole one, and the values are those of its nested one.
         adapter: The family's adapter.
         kept: Original indices of the kept layers, ascending.
     """
+    config = text_config(config)
     values = shortened(config, adapter.depth_key, kept)
     special, depth = adapter.exceptions, int(getattr(config, adapter.depth_key))
     if len(kept) == depth:
@@ -51,13 +55,32 @@ def shortened_json(source: Source, kept: Sequence[int]) -> dict[str, Any]:
     adapter = source.adapter
     values = shortened_values(source.config, adapter, kept)
     dropped = {*superseded(values), "auto_map"} - set(adapter.exceptions.keep_keys)
-    config = {key: value for key, value in source.raw_config.items() if key not in dropped}
+    raw = source.raw_config
+    # Old wrappers have the keys of their decoder at the top.
+    nested = raw.get(TEXT_KEY) if is_wrapper(source.config) else None
+    whole, text = (raw, nested) if isinstance(nested, Mapping) else ({}, raw)
+    config = {key: value for key, value in text.items() if key not in dropped}
     depth = values.pop(adapter.depth_key)
     depth_keys = {adapter.depth_key, "num_hidden_layers"} & set(config)
     config |= values | dict.fromkeys(depth_keys or {adapter.depth_key}, depth)
     if source.predictor_layers:
         config |= {key: 0 for key in PREDICTORS if config.get(key)}
-    return config
+    if whole:
+        config = {**{key: value for key, value in whole.items() if key != "auto_map"}, TEXT_KEY: config}
+    return _with_quantisation(config, source, kept)
+
+
+def _with_quantisation(config: dict[str, Any], source: Source, kept: Sequence[int]) -> dict[str, Any]:
+    """The same, in which the settings of a quantisation name the layers by their new indices."""
+    if not source.quantised:
+        return config
+    changed = dict(config)
+    for key, value in config.items():
+        if key in QUANTISED_KEYS:
+            changed[key] = renumbered_modules(value, source.adapter, kept, source.identity.name)
+        elif key == TEXT_KEY and isinstance(value, Mapping):
+            changed[key] = _with_quantisation(dict(value), source, kept)
+    return changed
 
 
 def check_shortened(model: OpenedModel, kept: Sequence[int]) -> None:
@@ -70,7 +93,7 @@ def check_shortened(model: OpenedModel, kept: Sequence[int]) -> None:
     Raises:
         UserError: It cannot: a layer that must stay is removed, or transformers would build another model; see `prove`.
     """
-    if broken := staying_of(model).broken_by(set(range(model.num_layers)) - set(kept)):
+    if broken := model.staying.broken_by(set(range(model.num_layers)) - set(kept)):
         raise UserError(f"{model.identity.name}: {broken}")
     if not model.adapter.is_derived:
         return
@@ -85,14 +108,14 @@ def check_shortened(model: OpenedModel, kept: Sequence[int]) -> None:
     prove(model.config, config, model.adapter, kept, model.identity.name)
 
 
-def staying_of(model: OpenedModel) -> Staying:
-    """Which layers of an opened model must stay."""
-    return staying(model.config, model.adapter.exceptions, model.num_layers)
-
-
 def shortened_copy(config: PretrainedConfig, adapter: DecoderAdapter, kept: Sequence[int]) -> PretrainedConfig:
     """A copy of a resolved configuration with the values of the shortened model, built anew as it is on loading."""
-    values = {**type(config)._decode_special_floats(config.to_dict()), **shortened_values(config, adapter, kept)}
+    whole = type(config)._decode_special_floats(config.to_dict())
+    text = whole[TEXT_KEY] if is_wrapper(config) else whole
+    values = {**text, **shortened_values(config, adapter, kept)}
     dropped = set(superseded(values)) - set(adapter.exceptions.keep_keys)
-    copied: PretrainedConfig = type(config).from_dict(deepcopy({k: v for k, v in values.items() if k not in dropped}))
+    values = {key: value for key, value in values.items() if key not in dropped}
+    if text is not whole:
+        values = {**whole, TEXT_KEY: values}
+    copied: PretrainedConfig = type(config).from_dict(deepcopy(values))
     return copied

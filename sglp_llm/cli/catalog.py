@@ -8,6 +8,7 @@ from types import ModuleType
 import sglp_llm.compensation as compensation
 import sglp_llm.criteria as criteria
 from sglp_llm.adapters import adapter_names, get_adapter
+from sglp_llm.adapters.structure.probed import probed
 from sglp_llm.cli.memory_table import price_line
 from sglp_llm.compensation import Method, compensation_names, get_method
 from sglp_llm.criteria import Criterion, ScoreCriterion, criterion_names, get_criterion
@@ -50,8 +51,13 @@ def catalog(what: str) -> tuple[str, list[str], list[list[str]]]:
 
 
 def _adapters() -> tuple[str, list[str], list[list[str]]]:
-    rows = [[name, get_adapter(name).display_name] for name in adapter_names()]
-    return "Model families", ["model_type", "family"], rows
+    written, table = adapter_names(), probed()
+    rows = [[name, "written", get_adapter(name).display_name] for name in written]
+    rows += [
+        [name, found["adapter"], table.limits_of(name)] for name, found in table.types.items() if name not in written
+    ]
+    title = f"Model types of transformers {table.transformers}; of others an adapter is derived, or refused, when they are met"
+    return title, ["model_type", "adapter", "what it is, or what is refused and why"], sorted(rows)
 
 
 def _criteria() -> tuple[str, list[str], list[list[str]]]:

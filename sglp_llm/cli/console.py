@@ -32,6 +32,7 @@ from sglp_llm.evaluation.side_by_side import Row
 from sglp_llm.plan import plan_to_dict
 from sglp_llm.progress import Advance
 from sglp_llm.records import Analysis, HealReport, PrunePlan, RunReport
+from sglp_llm.report.contents import limits_of
 from sglp_llm.sizes import show_bytes, show_count
 
 _WIDTH_OF_A_TABLE = 80
@@ -139,6 +140,7 @@ def print_plan(plan: PrunePlan, calibration_loss: float | None = None, draw: boo
     if len(plan.segments) > 1:
         print(f"Segments          {'  '.join(f'{segment.start}..{segment.stop - 1}' for segment in plan.segments)}")
     print(f"Removed           {_removed(plan)}")
+    _print_special(plan)
     _print_compensation(plan)
     if (footprint := plan.footprint) is not None:
         before, after = (show_count(footprint.params_without(removed)) for removed in ((), plan.removed))
@@ -180,6 +182,7 @@ def print_report(report: RunReport) -> None:
         print_analysis(report.analysis)
     else:
         print(f"Removed           {_removed(report.plan)}")
+        _print_special(report.plan)
         _print_compensation(report.plan)
     if report.healing is not None:
         _print_times(report.seconds)
@@ -301,6 +304,14 @@ def _print_layers(plan: PrunePlan) -> None:
         rows,
         range(len(columns) - 1),
     )
+
+
+def _print_special(plan: PrunePlan) -> None:
+    """What is special about the model's type."""
+    for line in limits_of(plan):
+        print(f"Limit             {line}")
+    if isinstance(adapter := plan.settings.get("adapter"), str):
+        print(f"Adapter           {adapter}")
 
 
 def _print_compensation(plan: PrunePlan) -> None:

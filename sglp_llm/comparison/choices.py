@@ -95,7 +95,7 @@ def _greedy(
     recipe = recipes[0]
     name = recipe.deciding_criterion
     protect = (recipe.protect.first, recipe.protect.last)
-    removable = removable_layers(opened.num_layers, protect)
+    removable = removable_layers(opened.num_layers, protect, opened.staying)
     numbers = [number_to_remove(each.budget, opened.num_layers, len(removable)) for each in recipes]
     order: list[int] = []
     seconds = 0.0
@@ -106,6 +106,7 @@ def _greedy(
             criterion = make_criterion(name, opened.num_layers, recipe.seed, recipe.options.get(name))
             assert isinstance(criterion, GreedyCriterion)
             criterion.on_trials(Trials(opened.load(), calibration.first(recipe.trial_samples), progress=progress))
+            criterion.staying = opened.staying
             criterion.continue_from(order, removable)
             return {"order": criterion.choose(count, removable), "seconds": time.perf_counter() - start}
 

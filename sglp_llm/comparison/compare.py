@@ -78,7 +78,7 @@ def compare(
     recipes = checked_recipes(recipe, methods, budgets)
     protect = (recipe.protect.first, recipe.protect.last)
     for budget in budgets:
-        check_budget(budget, opened.num_layers, protect)
+        check_budget(budget, opened.num_layers, protect, staying=opened.staying)
     check_compensations(recipes, opened, len(calibration.input_ids))
     settings = {**recipe.to_dict(), "calibration_hash": calibration.hash}
     for key in _IDLE.split():
@@ -181,7 +181,7 @@ def check_compensations(recipes: Mapping[str, list[Recipe]], opened: OpenedModel
         UserError: A compensation does not fit.
     """
     for each in recipes.values():
-        check_compensation(each[0].compensate, opened.adapter, opened.config, samples)
+        check_compensation(each[0].compensate, opened.adapter, opened.text_config, samples)
 
 
 def _decided(

@@ -31,7 +31,7 @@ class ClosedForm(Method):
         """Accepts every family."""
 
     def closed_form(self, model: DecoderModel) -> Method:
-        branch = model.adapter.mlp_branch(model.model.config)
+        branch = model.adapter.mlp_branch(model.config)
         if not branch.last:
             return self
         if branch.is_norm:

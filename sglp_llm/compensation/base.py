@@ -135,7 +135,7 @@ class LeastSquares(Method):
         removed: Sequence[int],
         settings: FitSettings = DEFAULTS,
     ) -> Compensated:
-        self.check(model.adapter, model.model.config)
+        self.check(model.adapter, model.config)
         repair = repair_cuts(model, calibration, removed, self.new_fit, settings, self.target)
         parts = split(len(calibration.input_ids), settings.held_out).items()
         report = {

@@ -62,6 +62,10 @@ class Angular(SetCriterion):
         starts = [first for first in removable if first + n - 1 <= removable[-1]]
         if not starts:
             raise UserError(f"angular removes {n} contiguous layers, and only {len(removable)} may go")
+        broken = {start: self.staying.broken_by(range(start, start + n)) for start in starts}
+        starts = [start for start in starts if not broken[start]]
+        if not starts:
+            raise UserError(f"angular removes {n} contiguous layers, and no {n} can go: {next(iter(broken.values()))}")
         first = min(starts, key=lambda start: (float(self._distances[start, start + n]), start))
         return list(range(first, first + n))
 

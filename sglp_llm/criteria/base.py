@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from sglp_llm.engine import Need, Observer
+from sglp_llm.method.staying import FREE, Staying
 from sglp_llm.records import SimilarityMatrix
 from sglp_llm.trials import Removed, Trials
 
@@ -60,7 +61,13 @@ class ScoreCriterion(Criterion):
 
 
 class SetCriterion(Criterion):
-    """Chooses a set of layers; the sets for different numbers of layers need not be nested."""
+    """Chooses a set of layers; the sets for different numbers of layers need not be nested.
+
+    Attributes:
+        staying: Which layers must stay; whoever makes the criterion sets it, and `choose` respects it.
+    """
+
+    staying: Staying = FREE
 
     @abstractmethod
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
@@ -69,6 +76,9 @@ class SetCriterion(Criterion):
         Args:
             n: Number of layers to remove; at most ``len(removable)``.
             removable: Layers that may be removed, ascending and without gaps.
+
+        Raises:
+            UserError: So many cannot go together.
         """
 
     def runners_up(self, n: int, removable: Sequence[int]) -> list[Removed]:
@@ -107,7 +117,7 @@ class GreedyCriterion(SetCriterion):
         if list(removable) != list(self._among):
             self._order, self._among = [], removable
         while len(self._order) < n:
-            candidates = [layer for layer in removable if layer not in self._order]
+            candidates = self.staying.following(self._order, removable, f"drop {n}")
             costs = self.costs(self._order, candidates)
             self._order.append(min(candidates, key=lambda layer: (costs[layer], layer)))
         return self._order[:n]

@@ -48,12 +48,13 @@ class SpreadOverClusters(SetCriterion):
         self._pairs.on_pass_end(processes)
 
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
-        eligible = set(removable) - {0, self.num_layers - 1}
-        if n > len(eligible):
-            raise UserError(f"lorp keeps the first and the last layer: at most {len(eligible)} can go, not {n}")
+        free = [layer for layer in removable if layer not in (0, self.num_layers - 1)]
+        if n > len(free):
+            raise UserError(f"lorp keeps the first and the last layer: at most {len(free)} can go, not {n}")
         similarity = self._pairs.similarity()
         clusters = [list(each) for each in clusters_of(similarity, number_of_clusters(similarity), self.seed)]
         removed: list[int] = []
+        eligible = set(self.staying.can_follow((), free))
 
         def most_redundant(cluster: list[int]) -> tuple[float, int]:
             """The redundancy of the cluster's most redundant layer that may go, and minus that layer."""
@@ -67,11 +68,15 @@ class SpreadOverClusters(SetCriterion):
             layer = -most_redundant(cluster)[1]
             cluster.remove(layer)
             removed.append(layer)
+            eligible.clear()
+            eligible.update(self.staying.can_follow(removed, free))
 
         giving = [each for each in clusters if eligible & set(each)]
         for cluster in sorted(giving, key=most_redundant, reverse=True)[:n]:
-            take(cluster)
+            if eligible & set(cluster):
+                take(cluster)
         while len(removed) < n:
+            self.staying.following(removed, free, f"drop {n}")
             giving = [each for each in clusters if eligible & set(each)]
             take(max(giving, key=lambda each: _mean(_pairs_in(similarity, each))))
         return removed

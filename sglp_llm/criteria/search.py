@@ -166,12 +166,17 @@ class Search(SetCriterion):
         self._costs = TrialCosts(self._trials, self._objective, self._parts.fit)
         self._limit = self._budget or _default_budget(n, *self._trials.calibration.input_ids.shape)
         self._start, self.trace = time.perf_counter(), []
-        entrants = propose(n, among, self.segments, self._distances, self._proposals, self._runs)
+        proposed = propose(n, among, self.segments, self._distances, self._proposals, self._runs)
+        mended = [self.staying.mended(each, among) for each in proposed] if self.staying else proposed
+        entrants = list(dict.fromkeys(each for each in mended if each is not None))
+        if not entrants:
+            raise UserError(f"drop {n}: so many layers cannot go together: {self.staying.lines[0]}")
         baseline, tried = entrants[0], set(entrants)
         self._race(entrants, "proposals")
         while not self._is_spent():
             leaders = self._costs.ranking()[: self._beam]
             swaps = {swap for leader in leaders for swap in neighbours(leader, among, self.segments)} - tried
+            swaps = {swap for swap in swaps if not self.staying.broken_by(swap)}
             if not swaps:
                 break
             by_distance = sorted(swaps, key=lambda each: (distance_of(each, self._distances), sorted(each)))

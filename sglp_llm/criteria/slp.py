@@ -90,11 +90,12 @@ class SimilarPairs(SetCriterion):
         similarity = self._sums if self._cka is None else self._cka.result().values
         remaining, removed = list(range(self.num_layers)), list[int]()
         while len(removed) < n:
-            pairs = [(i, j) for j in remaining if j in removable for i in remaining if i < j]
+            can_go = self.staying.following(removed, removable, f"drop {n}")
+            pairs = [(i, j) for j in can_go for i in remaining if i < j]
             if pairs:
                 later = min(pairs, key=lambda pair: (-float(similarity[pair]), pair))[1]
             else:  # only layer 0 is left to remove, and it is never the later layer of a pair
-                later = next(layer for layer in remaining if layer in removable)
+                later = can_go[0]
             remaining.remove(later)
             removed.append(later)
         return removed

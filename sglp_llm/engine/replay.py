@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from sglp_llm.engine.modes import entering_states, leaving_states
+from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.models.modes import products_in_bfloat16
 
@@ -27,13 +29,17 @@ class Replay:
     """One batch of sequences that can be run through any of the decoder layers, in any order.
 
     The model runs once with decoder layers that only return their input, to record each layer's arguments. These differ by layer
-    (sliding windows) and do not depend on the hidden states. Replaying all layers in order is bitwise equal to the model.
+    (sliding windows) and do not depend on the hidden states. Replaying all layers in order is bitwise equal to the model; of a
+    derived family this is checked first.
 
     Args:
         model: The model.
         ids: ``[batch, tokens]`` on the model's input device.
         mask: ``[batch, tokens]`` bool, or ``None`` without padding.
         bfloat16: Multiply matrices in bfloat16, whatever the model's dtype.
+
+    Raises:
+        UserError: See `outputs_of`.
 
     Attributes:
         ids: The token ids.
@@ -45,19 +51,8 @@ class Replay:
         self, model: DecoderModel, ids: torch.Tensor, mask: torch.Tensor | None, bfloat16: bool = False
     ) -> None:
         self._model, self.ids, self.mask, self._bfloat16 = model, ids, mask, bfloat16
-        self._calls: list[Call] = []
-        seen: list[torch.Tensor] = []
-
-        def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-            states: torch.Tensor = entering_states(args, kwargs)
-            seen.append(states)
-            rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            self._calls.append(Call(args[1:], rest))
-            return states
-
-        with _layers_replaced(model, [record] * model.num_layers), self._products():
-            model.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        self.first_states = seen[0]
+        self._outputs = outputs_of(model, ids)
+        self._calls, self.first_states = recorded_calls(model, ids, mask, self._outputs, self._products())
 
     def layer(
         self, index: int, states: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
@@ -95,7 +90,8 @@ class Replay:
         mask = None if self.mask is None else self.mask[:, positions]
         # After the layers only the number of tokens matters: id 0 throughout reads one row of the embedding matrix.
         ids = torch.zeros_like(self.ids[:, positions])
-        with _layers_replaced(self._model, [lambda args, kwargs: states] * self._model.num_layers), self._products():
+        returns = [lambda args, kwargs: _as_output(states, self._outputs)] * self._model.num_layers
+        with _layers_replaced(self._model, returns), self._products():
             logits: torch.Tensor = self._model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits
 
@@ -113,7 +109,86 @@ class Replay:
     @property
     def vocabulary(self) -> int:
         """Number of logits per token."""
-        return int(self._model.model.config.vocab_size)
+        return int(self._model.config.vocab_size)
+
+
+def recorded_calls(
+    model: DecoderModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    outputs: int,
+    context: AbstractContextManager[object],
+) -> tuple[list[Call], torch.Tensor]:
+    """The arguments of each decoder layer when no layer changes the hidden states, and the states that enter layer 0."""
+    calls: list[Call] = []
+    seen: list[torch.Tensor] = []
+
+    def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        states: torch.Tensor = entering_states(args, kwargs)
+        seen.append(states)
+        calls.append(Call(args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+        return _as_output(states, outputs)
+
+    with _layers_replaced(model, [record] * model.num_layers), context:
+        model.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return calls, seen[0]
+
+
+def outputs_of(model: DecoderModel, ids: torch.Tensor) -> int:
+    """How many values a decoder layer returns in a tuple; 0 where it returns the hidden states alone.
+
+    Of a derived family it is seen in a forward pass over a few tokens, in which is also checked that the layers give the same
+    one by one: some hand on more than hidden states.
+
+    Args:
+        model: The model.
+        ids: ``[batch, tokens]`` on the model's input device.
+
+    Raises:
+        UserError: They do not, or not with ``[batch, tokens, hidden]``.
+    """
+    if not model.adapter.is_derived:
+        return 0
+    if model.model not in _OUTPUTS:
+        _OUTPUTS[model.model] = _seen_outputs(model, ids[:1, :_CHECKED_TOKENS])
+    return _OUTPUTS[model.model]
+
+
+_OUTPUTS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_CHECKED_TOKENS = 32
+_CLOSE = 1e-3  # of the largest number; recurrent layers may round differently
+
+
+@torch.no_grad()
+def _seen_outputs(model: DecoderModel, ids: torch.Tensor) -> int:
+    kind = model.model.config.model_type
+    left: list[Any] = []
+    handles = [layer.register_forward_hook(lambda _, args, output: left.append(output)) for layer in model.layers]
+    try:
+        model.model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    outputs = len(left[0]) if isinstance(left[0], tuple | list) else 0
+    whole, same = leaving_states(left[-1]), False
+    if whole.ndim == 3 and len(left) == model.num_layers:
+        try:
+            calls, states = recorded_calls(model, ids, None, outputs, nullcontext())
+            for call, layer in zip(calls, model.layers, strict=True):
+                states = leaving_states(layer(states, *call.args, **call.kwargs))
+            same = bool((states - whole).abs().max() <= _CLOSE * whole.abs().max())
+        except Exception:  # whatever a type's own code raises for what it did not get
+            same = False
+    if not same:
+        raise UserError(
+            f"the layers of a {kind} model cannot be run one by one, because they hand on more than hidden states: trials, "
+            "compensation and the streamed engine do not work; --criterion sglp with --compensate none and --engine resident does"
+        )
+    return outputs
+
+
+def _as_output(states: torch.Tensor, outputs: int) -> Any:
+    return (states, *[None] * (outputs - 1)) if outputs else states
 
 
 @contextmanager

@@ -205,14 +205,14 @@ def greedy(model: DecoderModel, prompt: torch.Tensor, new_tokens: int, devices: 
 def random_prompts(decoder: DecoderModel, batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
     """Token ids ``[batch, tokens]`` on the model's input device."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(int(decoder.model.config.vocab_size), (batch, tokens), generator=generator)
+    ids = torch.randint(int(decoder.config.vocab_size), (batch, tokens), generator=generator)
     device = decoder.input_device
     # Where embeddings are offloaded, accelerate moves them to the ids' device.
     return ids.to(torch.device("cpu") if device.type == "meta" else device)
 
 
 def _check_positions(opened: OpenedModel, settings: BenchmarkSettings) -> None:
-    limit = getattr(opened.config, "max_position_embeddings", None)
+    limit = getattr(opened.text_config, "max_position_embeddings", None)
     if limit is not None and settings.prompt_len + settings.new_tokens > limit:
         raise UserError(
             f"{opened.identity.name}: {settings.prompt_len} prompt tokens and {settings.new_tokens} new ones are more than "

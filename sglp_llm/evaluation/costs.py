@@ -46,7 +46,7 @@ def count_costs(decoder: DecoderModel, context: int) -> Costs:
         decoder: The model.
         context: See `Costs`; at least 1.
     """
-    config, dtype = decoder.model.config, decoder.model.dtype
+    config, dtype = decoder.config, decoder.model.dtype
     footprint = footprint_of(decoder, dtype)
     windows = attention_windows(config)
     seen = sum(context if window is None else min(context, window) for window in windows)
@@ -83,4 +83,4 @@ def _active_experts(stacked: torch.Tensor, decoder: DecoderModel) -> int:
     """How many weights of matrices ``[experts, ...]`` are active for one token."""
     key = decoder.adapter.active_experts_key
     assert key is not None, "a family with stacked matrices must say how many of them a token meets"
-    return stacked[0].numel() * int(getattr(decoder.model.config, key))
+    return stacked[0].numel() * int(getattr(decoder.config, key))

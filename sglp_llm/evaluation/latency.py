@@ -56,7 +56,7 @@ def _medians(opened: OpenedModel, depths: list[int], progress: Progress) -> list
     """Seconds a token at each depth."""
     decoder = opened.load()
     devices = devices_of(decoder.model)
-    limit = getattr(opened.config, "max_position_embeddings", None) or PROMPT_TOKENS + NEW_TOKENS
+    limit = getattr(opened.text_config, "max_position_embeddings", None) or PROMPT_TOKENS + NEW_TOKENS
     prompt_tokens = max(1, min(PROMPT_TOKENS, limit - NEW_TOKENS))
     ids = random_prompts(decoder, 1, prompt_tokens)
     times: dict[int, list[float]] = {depth: [] for depth in depths}

@@ -101,7 +101,7 @@ def heal(
                 raise UserError(f"keep_adapter is about LoRA, and train is {recipe.train}: leave it out")
             work = work_folder(output, resume)
             models = open_models(model, output, recipe, tokenizer, processes)
-            files.enter_context(models.staying())
+            files.enter_context(models.unchanged_files())
             decoder = models.student.load()
             recipe = with_train_chosen(models, recipe, work, processes)
             pairs = matched_layers(models.plan, recipe)
@@ -134,7 +134,7 @@ def heal(
         del teacher, online
         if models.teacher is not None:
             models.teacher.release()
-        with atomic_folder(output, overwrite) as folder, models.student.staying():
+        with atomic_folder(output, overwrite) as folder, models.student.unchanged_files():
             with timed(seconds, "export"):
                 if keep_adapter:
                     trained.save_adapter(folder / "adapter")

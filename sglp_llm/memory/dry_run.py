@@ -16,9 +16,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
-from sglp_llm.adapters import adapter_of
+from sglp_llm.adapters import adapter_of, auto_class
 from sglp_llm.engine.loss import sequence_loss
 
 
@@ -37,11 +37,11 @@ class DryRun:
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
         adapter = adapter_of(config)
         # On fake tensors torch multiplies stacked expert matrices in bfloat16 only; other dtypes are scaled from it.
-        computed = dtype if adapter.active_experts_key is None else torch.bfloat16
+        computed = torch.bfloat16 if adapter.stacks_experts else dtype
         self._scale = max(1.0, dtype.itemsize / computed.itemsize)
         self._mode = FakeTensorMode()
         with self._mode:
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config), dtype=computed).eval()
+            self.model: PreTrainedModel = auto_class(config).from_config(deepcopy(config), dtype=computed).eval()
         parent, _, self._name = adapter.layers.rpartition(".")
         self._parent = self.model.get_submodule(parent)
         self.layers: torch.nn.ModuleList = getattr(self._parent, self._name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from sglp_llm.adapters import adapter_of
+from sglp_llm.adapters import adapter_of, text_config
 from sglp_llm.compensation.repair.branch import inputs_of
 from sglp_llm.compensation.repair.refine import refinable_names
 
@@ -47,8 +47,8 @@ def count_parameters(model: PreTrainedModel, layers: nn.ModuleList) -> Parameter
         model: The ``...ForCausalLM``.
         layers: Its decoder layers.
     """
-    adapter, width = adapter_of(model.config), model.config.hidden_size
-    branch = adapter.mlp_branch(model.config)
+    adapter, config = adapter_of(model.config), text_config(model.config)
+    width, branch = config.hidden_size, adapter.mlp_branch(config)
     ends_otherwise = branch.is_norm or branch.is_stacked or not branch.last
     total = _numel(model)
     matrices = [sum(weight.numel() for weight in layer.parameters() if weight.ndim > 1) for layer in layers]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 from sglp_llm.errors import UserError
+from sglp_llm.method.staying import FREE, Staying
 from sglp_llm.records import Budget, Segment
 from sglp_llm.sizes import parse_bytes, parse_latency
 
@@ -37,6 +38,7 @@ def layers_to_remove(
     segments: Sequence[Segment],
     scores: Sequence[float],
     protect: tuple[int, int] = (0, 0),
+    staying: Staying = FREE,
 ) -> tuple[int, ...]:
     """Spreads the budget over the segments and removes the layers with the lowest scores inside each.
 
@@ -45,6 +47,7 @@ def layers_to_remove(
         segments: A partition of the layers; one segment of all layers when there is no segmentation.
         scores: One score per layer, larger = keep.
         protect: Number of protected layers at the front and at the end.
+        staying: Which layers must stay.
 
     Returns:
         Indices of the removed layers, ascending.
@@ -52,12 +55,15 @@ def layers_to_remove(
     Raises:
         UserError: The budget removes no layer, or more than can be removed.
     """
-    capacity = sum(segment_capacities(segments, protect))
+    capacity = sum(segment_capacities(segments, protect, staying))
+    capacity = min(capacity, _capacity(len(scores), protect, len(segments), staying))
     if isinstance(wanted, Budget):
-        return lowest_scores(number_to_remove(wanted, len(scores), capacity), segments, scores, protect)
+        return lowest_scores(
+            number_to_remove(wanted, len(scores), capacity, staying), segments, scores, protect, staying
+        )
     removed: tuple[int, ...] = ()
     for n in range(1, capacity + 1):
-        removed = lowest_scores(n, segments, scores, protect)
+        removed = lowest_scores(n, segments, scores, protect, staying)
         if wanted.reached_without(removed):
             return removed
     raise _unreachable(wanted, removed)
@@ -68,6 +74,7 @@ def set_to_remove(
     num_layers: int,
     choose: Callable[[int, Sequence[int]], Sequence[int]],
     protect: tuple[int, int] = (0, 0),
+    staying: Staying = FREE,
 ) -> tuple[int, ...]:
     """The layers to remove for a criterion that chooses whole sets.
 
@@ -76,6 +83,7 @@ def set_to_remove(
         num_layers: Number of decoder layers.
         choose: Takes a number of layers and the removable layers; returns the layers to remove.
         protect: Number of protected layers at the front and at the end.
+        staying: Which layers must stay; ``choose`` respects it too.
 
     Returns:
         Indices of the removed layers, in the criterion's own order.
@@ -83,9 +91,10 @@ def set_to_remove(
     Raises:
         UserError: The budget removes no layer, or more than can be removed.
     """
-    removable, capacity = removable_layers(num_layers, protect), _capacity(num_layers, protect)
+    removable = removable_layers(num_layers, protect, staying)
+    capacity = _capacity(num_layers, protect, staying=staying)
     if isinstance(wanted, Budget):
-        return tuple(choose(number_to_remove(wanted, num_layers, capacity), removable))
+        return tuple(choose(number_to_remove(wanted, num_layers, capacity, staying), removable))
     largest = _largest_first(wanted, removable)
     for n in range(1, capacity + 1):
         if wanted.reached_without(largest[:n]):  # otherwise no n layers can reach the target
@@ -95,7 +104,13 @@ def set_to_remove(
     raise _unreachable(wanted, largest[:capacity])
 
 
-def check_target(target: Target, num_layers: int, protect: tuple[int, int] = (0, 0), segments: int = 1) -> None:
+def check_target(
+    target: Target,
+    num_layers: int,
+    protect: tuple[int, int] = (0, 0),
+    segments: int = 1,
+    staying: Staying = FREE,
+) -> None:
     """Rejects, before layers are chosen, a target that the whole model reaches, or that no choice of layers can reach.
 
     Args:
@@ -103,18 +118,26 @@ def check_target(target: Target, num_layers: int, protect: tuple[int, int] = (0,
         num_layers: Number of decoder layers.
         protect: Number of protected layers at the front and at the end.
         segments: Least number of segments.
+        staying: Which layers must stay.
 
     Raises:
         UserError: It is one of these; the message says what the whole model has, or the least that can be left.
     """
     if target.reached_without(()):
         raise UserError(f"{target.said} removes no layer: with all layers kept, {target.show(target.left(()))}")
-    largest = _largest_first(target, removable_layers(num_layers, protect))[: _capacity(num_layers, protect, segments)]
+    largest = _largest_first(target, removable_layers(num_layers, protect, staying))
+    largest = largest[: _capacity(num_layers, protect, segments, staying)]
     if not target.reached_without(largest):
         raise _unreachable(target, largest)
 
 
-def check_budget(budget: Budget, num_layers: int, protect: tuple[int, int] = (0, 0), segments: int = 1) -> None:
+def check_budget(
+    budget: Budget,
+    num_layers: int,
+    protect: tuple[int, int] = (0, 0),
+    segments: int = 1,
+    staying: Staying = FREE,
+) -> None:
     """Rejects, before any work is done, a budget that no segmentation into ``segments`` or more segments could meet.
 
     Raises:
@@ -129,7 +152,7 @@ def check_budget(budget: Budget, num_layers: int, protect: tuple[int, int] = (0,
     if budget.ratio is not None and not 0 < budget.ratio < 1:
         raise UserError(f"ratio {budget.ratio:g} must lie between 0 and 1, both excluded")
     if budget.ratio is not None or budget.drop is not None:
-        number_to_remove(budget, num_layers, _capacity(num_layers, protect, segments))
+        number_to_remove(budget, num_layers, _capacity(num_layers, protect, segments, staying), staying)
     if budget.target_params is not None and budget.target_params < 1:
         raise UserError(f"target_params {budget.target_params} must be positive")
     if budget.target_memory is not None:
@@ -138,7 +161,7 @@ def check_budget(budget: Budget, num_layers: int, protect: tuple[int, int] = (0,
         parse_latency(budget.target_latency)
 
 
-def number_to_remove(budget: Budget, num_layers: int, capacity: int) -> int:
+def number_to_remove(budget: Budget, num_layers: int, capacity: int, staying: Staying = FREE) -> int:
     """``floor(ratio * L + 0.5)``, or ``drop``.
 
     Raises:
@@ -152,18 +175,22 @@ def number_to_remove(budget: Budget, num_layers: int, capacity: int) -> int:
     if n < 1:
         raise UserError(f"{said} removes no layer; at most {capacity} can go")
     if n > capacity:
-        raise UserError(f"{said} removes {n}; at most {capacity} can go (one a segment and the protected layers stay)")
+        why = "; ".join(["one a segment and the protected layers stay", *staying.lines])
+        raise UserError(f"{said} removes {n}; at most {capacity} can go ({why})")
     return n
 
 
-def segment_capacities(segments: Sequence[Segment], protect: tuple[int, int] = (0, 0)) -> list[int]:
+def segment_capacities(
+    segments: Sequence[Segment], protect: tuple[int, int] = (0, 0), staying: Staying = FREE
+) -> list[int]:
     """How many layers can be removed from each segment: at most all but one, and no protected layer."""
-    return [min(len(segment) - 1, len(_removable(segment, segments[-1].stop, protect))) for segment in segments]
+    depth = segments[-1].stop
+    return [min(len(segment) - 1, len(_removable(segment, depth, protect, staying))) for segment in segments]
 
 
-def removable_layers(num_layers: int, protect: tuple[int, int] = (0, 0)) -> range:
+def removable_layers(num_layers: int, protect: tuple[int, int] = (0, 0), staying: Staying = FREE) -> range:
     """The layers that are not protected. If none is protected, all but one of them can be removed."""
-    return _removable(Segment(0, num_layers), num_layers, protect)
+    return _removable(Segment(0, num_layers), num_layers, protect, staying)
 
 
 def spread(n: int, capacities: Sequence[int]) -> list[int]:
@@ -177,14 +204,40 @@ def spread(n: int, capacities: Sequence[int]) -> list[int]:
 
 
 def lowest_scores(
-    n: int, segments: Sequence[Segment], scores: Sequence[float], protect: tuple[int, int] = (0, 0)
+    n: int,
+    segments: Sequence[Segment],
+    scores: Sequence[float],
+    protect: tuple[int, int] = (0, 0),
+    staying: Staying = FREE,
 ) -> tuple[int, ...]:
-    """The n layers to remove: in each segment its share of the lowest scores; ties go to the lower index."""
+    """The n layers to remove: in each segment its share of the lowest scores; ties go to the lower index.
+
+    Where layers must stay, they are removed one by one: each time the lowest score among those that can go next, in segments
+    that have not given their share, or, where none can go there, in the others.
+
+    Raises:
+        UserError: So many cannot go.
+    """
+    capacities = segment_capacities(segments, protect, staying)
+    candidates = [_removable(segment, segments[-1].stop, protect, staying) for segment in segments]
     removed: list[int] = []
-    for segment, share in zip(segments, spread(n, segment_capacities(segments, protect)), strict=True):
-        candidates = _removable(segment, segments[-1].stop, protect)
-        removed += sorted(candidates, key=lambda layer: (scores[layer], layer))[:share]
+    if not staying:
+        for layers, share in zip(candidates, spread(n, capacities), strict=True):
+            removed += sorted(layers, key=lambda layer: (scores[layer], layer))[:share]
+        return tuple(sorted(removed))
+    shares = spread(n, capacities)
+    while len(removed) < n:
+        giving = [_left(layers, share, removed) for layers, share in zip(candidates, shares, strict=True)]
+        within = [_left(layers, most, removed) for layers, most in zip(candidates, capacities, strict=True)]
+        among = staying.can_follow(removed, [layer for layers in giving for layer in layers])
+        among = among or staying.following(removed, [layer for layers in within for layer in layers], f"drop {n}")
+        removed.append(min(among, key=lambda layer: (scores[layer], layer)))
     return tuple(sorted(removed))
+
+
+def _left(layers: Sequence[int], most: int, removed: Sequence[int]) -> Sequence[int]:
+    """The layers of a segment that can still go, when it gives so many at most."""
+    return layers if sum(layer in layers for layer in removed) < most else ()
 
 
 def _unreachable(target: Target, removed: Sequence[int]) -> UserError:
@@ -198,12 +251,19 @@ def _largest_first(target: Target, layers: Sequence[int]) -> list[int]:
     return sorted(layers, key=lambda layer: target.left((layer,)))
 
 
-def _capacity(num_layers: int, protect: tuple[int, int], segments: int = 1) -> int:
+def _capacity(num_layers: int, protect: tuple[int, int], segments: int = 1, staying: Staying = FREE) -> int:
     """How many layers can be removed at most, from so many segments."""
-    return min(sum(segment_capacities([Segment(0, num_layers)], protect)), num_layers - segments)
+    whole = [Segment(0, num_layers)]
+    most = min(sum(segment_capacities(whole, protect, staying)), num_layers - segments)
+    return min(most, staying.most(removable_layers(num_layers, protect, staying))) if staying else most
 
 
-def _removable(segment: Segment, num_layers: int, protect: tuple[int, int]) -> range:
+def _removable(segment: Segment, num_layers: int, protect: tuple[int, int], staying: Staying) -> range:
     first, last = protect
+    # What must always stay are first and last layers, so that the others have no gaps.
+    while first < num_layers and first in staying.always:
+        first += 1
+    while last < num_layers and num_layers - 1 - last in staying.always:
+        last += 1
     start = max(segment.start, first)
     return range(start, max(start, min(segment.stop, num_layers - last)))

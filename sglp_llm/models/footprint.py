@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import lru_cache
+
 import torch
 from transformers import DynamicCache, PretrainedConfig
 
+from sglp_llm.adapters import ConfigKey, auto_class
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.records import Footprint
 
@@ -16,18 +20,49 @@ def footprint_of(decoder: DecoderModel, dtype: torch.dtype) -> Footprint:
         decoder: The model.
         dtype: Of the weights and the KV cache.
     """
-    config = decoder.model.config
+    config = decoder.config
     layers = tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder.layers)
     windows = attention_windows(config)
     return Footprint(
         itemsize=dtype.itemsize,
         outside=decoder.num_parameters - sum(layers),
         layers=layers,
-        cached=(cached_numbers(config),) * len(layers),
+        cached=_cached(decoder),
         # A sliding-window layer caches what the next token will attend to beside itself.
         cached_tokens=tuple(None if window is None else window - 1 for window in windows),
         positions=getattr(config, "max_position_embeddings", None),
     )
+
+
+def _cached(decoder: DecoderModel) -> tuple[int, ...]:
+    """How many numbers each decoder layer caches for a token; states of a fixed size, as recurrent layers have, do not count.
+
+    What a derived family caches is not known from its configuration (a latent, nothing in recurrent layers): it is seen in the
+    cache that the model fills, on fake tensors, which take no memory.
+    """
+    whole, depth = decoder.model.config, decoder.num_layers
+    if decoder.adapter.is_derived and (seen := _seen_in_cache(ConfigKey(whole), depth)) is not None:
+        return seen
+    return (cached_numbers(decoder.config),) * depth
+
+
+@lru_cache(maxsize=8)
+def _seen_in_cache(key: ConfigKey, depth: int) -> tuple[int, ...] | None:
+    """Numbers in each layer's cache for one token; ``None`` where fake tensors cannot run the model's code."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = deepcopy(key.config)
+    try:
+        with torch.no_grad(), FakeTensorMode():
+            # On fake tensors torch multiplies stacked expert matrices in bfloat16 only.
+            model = auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
+            ids = torch.zeros(1, 1, dtype=torch.long)
+            cache = model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(config=config)).past_key_values
+            tensors = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    except Exception:  # whatever a type's own code raises
+        return None
+    numbers = tuple(sum(each.numel() for each in pair if isinstance(each, torch.Tensor)) for pair in tensors)
+    return numbers if len(numbers) == depth else None
 
 
 def attention_windows(config: PretrainedConfig) -> list[int | None]:
@@ -36,7 +71,8 @@ def attention_windows(config: PretrainedConfig) -> list[int | None]:
     Read from the cache that transformers makes for the configuration, because families configure it differently.
     """
     layers = DynamicCache(config=config).layers
-    return [int(layer.sliding_window) if layer.is_sliding else None for layer in layers]
+    # A recurrent layer's cache has no window and no keys.
+    return [int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None for layer in layers]
 
 
 def cached_numbers(config: PretrainedConfig) -> int:

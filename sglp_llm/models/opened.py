@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sglp_llm.adapters import text_config
 from sglp_llm.errors import UserError
+from sglp_llm.method.staying import Staying
+from sglp_llm.models.finite import check_finite
 from sglp_llm.models.footprint import footprint_of
 from sglp_llm.models.loading import (
     DecoderModel,
@@ -22,6 +25,7 @@ from sglp_llm.models.loading import (
     wrap_model,
 )
 from sglp_llm.models.source import Source, find_source, fingerprint
+from sglp_llm.models.staying import staying_of
 from sglp_llm.records import Footprint, ModelIdentity
 
 
@@ -59,6 +63,7 @@ class OpenedModel:
         self._scratch: Path | None = None
         self.streamed = False
         self._loaded: DecoderModel | None = None
+        self._is_checked = False
         self.source: Source | None = None
         if isinstance(model, PreTrainedModel):
             self._loaded = wrap_model(model)
@@ -96,7 +101,7 @@ class OpenedModel:
         """Identifies the model in a journal; includes the name, because fine-tuned copies share a fingerprint."""
         return {"model": self.identity.name, "fingerprint": self.identity.fingerprint, "revision": self.revision}
 
-    def staying(self) -> AbstractContextManager[None]:
+    def unchanged_files(self) -> AbstractContextManager[None]:
         """A block in which the files must stay as they were when the model was opened; a live model has none.
 
         Raises:
@@ -104,13 +109,23 @@ class OpenedModel:
         """
         return self.source.files.staying() if self.source else nullcontext()
 
+    @property
+    def staying(self) -> Staying:
+        """Which of its layers must stay."""
+        return staying_of(self.config, self.adapter, self.num_layers)
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the decoder; of a multimodal wrapper the nested one."""
+        return text_config(self.config)
+
     def check_tokens(self, input_ids: torch.Tensor) -> None:
         """Checks that token ids, ``[sequences, tokens]``, are in the model's vocabulary.
 
         Raises:
             UserError: One is not: the tokenizer is not the model's.
         """
-        vocabulary = int(self.config.vocab_size)
+        vocabulary = int(self.text_config.vocab_size)
         if (highest := int(input_ids.max())) >= vocabulary:
             raise UserError(
                 f"{self.identity.name}: the tokenizer does not belong to the model: "
@@ -123,6 +138,11 @@ class OpenedModel:
             dtype: torch.dtype = self.load().model.dtype
             return dtype
         return stored_dtype(self.source, name)
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether `stream` would not refuse the model itself: safetensors, which accelerate does not place."""
+        return self.source is not None and self.source.index is not None and self._device_map is None
 
     def stream(self, scratch: str | Path | None = None) -> None:
         """Makes `load` return a model whose decoder layers are loaded one at a time; to be called before it.
@@ -144,14 +164,23 @@ class OpenedModel:
         self.streamed, self._scratch = True, folder
 
     def load(self) -> DecoderModel:
-        """The model in memory; loaded on the first call."""
-        if self._loaded is None:
+        """The model in memory; loaded on the first call.
+
+        Raises:
+            UserError: The weights cannot be read, or hold numbers that are not finite.
+        """
+        loaded = self._loaded
+        if loaded is None:
             assert self.source is not None
             if self.streamed:
-                self._loaded = load_streamed(self.source, self._dtype, self._scratch)
+                loaded = load_streamed(self.source, self._dtype, self._scratch)
             else:
-                self._loaded = load_model(self.source, self._dtype, self._device_map)
-        return self._loaded
+                loaded = load_model(self.source, self._dtype, self._device_map)
+        if not self._is_checked:
+            check_finite(self.identity.name, self.adapter.layers, loaded.model.named_parameters())
+            self._is_checked = True
+        self._loaded = loaded
+        return loaded
 
     def footprint(self) -> Footprint:
         """What the model takes in memory, in the dtype that plain transformers loads an exported checkpoint in; loads it."""

@@ -12,9 +12,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sglp_llm.adapters import DecoderAdapter, adapter_names, adapter_of, get_adapter
+from sglp_llm.adapters import DecoderAdapter, adapter_names, adapter_of, get_adapter, text_config
 from sglp_llm.adapters.structure.config_keys import PREDICTORS
 from sglp_llm.adapters.structure.gguf_keys import WINDOWS
+from sglp_llm.adapters.structure.wrappers import TEXT_KEY
 from sglp_llm.errors import UserError
 from sglp_llm.models.gguf_header import check_gguf
 from sglp_llm.models.hub import download
@@ -35,8 +36,8 @@ MOST_WIDTH = 2**24
 # Configuration keys that describe the software or the run, not the model.
 _VOLATILE_KEYS = {"transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "auto_map"}
 _VOLATILE_KEYS |= {"quantization_config"}
-# The keys under which transformers, compressed-tensors and MLX store it.
-_QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
+QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
+"""The keys under which transformers, compressed-tensors and MLX store how weights are quantised."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Source:
         adapter: The family's adapter.
         index: Location of every tensor; ``None`` unless the weights are safetensors.
         predictor_layers: Number of layers for multi-token prediction that are stored behind the decoder layers.
+        quantised: How the weights are quantised, such as ``GPTQ``; empty where they are not. Of GGUF it is empty too: it is
+            loaded as plain weights.
         files: The files as they were before the first was read.
     """
 
@@ -65,18 +68,25 @@ class Source:
     adapter: DecoderAdapter
     index: CheckpointIndex | None
     predictor_layers: int = 0
+    quantised: str = ""
     files: FileStates = field(default_factory=FileStates)
 
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
-        return int(getattr(self.config, self.adapter.depth_key))
+        return int(getattr(self.text_config, self.adapter.depth_key))
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the decoder; of a multimodal wrapper the nested one."""
+        return text_config(self.config)
 
     @property
     def most_parameters(self) -> int:
-        """The largest number of parameters that the files can hold: GGUF has types of less than two bits."""
+        """The largest number of parameters that the files can hold: quantised ones of two bits, GGUF has types of fewer."""
         if self.index is not None:
-            return sum(entry.num_elements for entry in self.index.tensors.values())
+            packed = 16 if self.quantised else 1  # in one number of 32 bits
+            return packed * sum(entry.num_elements for entry in self.index.tensors.values())
         files = [self.path] if self.path.is_file() else self.path.glob("pytorch_model*.bin")
         return (8 if self.format == "gguf" else 1) * sum(file.stat().st_size for file in files)
 
@@ -99,8 +109,8 @@ def find_source(name: str | Path, revision: str | None = None) -> Source:
         revision: Hub branch, tag or commit.
 
     Raises:
-        UserError: It does not exist; its files are damaged; or it cannot be pruned: quantised, a PEFT adapter, in need of remote
-            code, multimodal, or of a family without an adapter.
+        UserError: It does not exist; its files are damaged; or it cannot be pruned: a PEFT adapter, in need of remote code, or of
+            a type whose layers cannot be removed.
     """
     path, revision = _locate(name, revision, weights=True)
     files = FileStates.of(path)
@@ -108,12 +118,15 @@ def find_source(name: str | Path, revision: str | None = None) -> Source:
     return replace(source, files=files)
 
 
-def find_config(name: str | Path, revision: str | None = None) -> tuple[PretrainedConfig, bool]:
+def find_config(
+    name: str | Path, revision: str | None = None, quantised: bool = False
+) -> tuple[PretrainedConfig, bool]:
     """The configuration of a model that can be pruned; weights are neither needed nor downloaded.
 
     Args:
         name: A local folder, with weights or without, a ``.gguf`` file, or the id of a model on the Hub.
         revision: Hub branch, tag or commit.
+        quantised: Whether the weights may be quantised.
 
     Returns:
         transformers' resolved configuration, and whether the weights are GGUF.
@@ -124,7 +137,12 @@ def find_config(name: str | Path, revision: str | None = None) -> tuple[Pretrain
     path, _ = _locate(name, revision, weights=False)
     if path.is_file():
         return _gguf_source(path, str(name)).config, True
-    return _checked_config(_raw_config(path), path, str(name))[0], False
+    raw = _raw_config(path)
+    if (method := _quantised(raw)) and not quantised:
+        raise UserError(
+            f"{name}: the weights are quantised ({method}), and memory is predicted for unquantised ones; name the original"
+        )
+    return _checked_config(raw, path, str(name))[0], False
 
 
 def depth_of(config: PretrainedConfig, adapter: DecoderAdapter, name: str) -> int:
@@ -133,7 +151,7 @@ def depth_of(config: PretrainedConfig, adapter: DecoderAdapter, name: str) -> in
     Raises:
         UserError: It is no such number.
     """
-    depth = getattr(config, adapter.depth_key, None)
+    depth = getattr(text_config(config), adapter.depth_key, None)
     if type(depth) is not int or not 1 <= depth <= MOST_LAYERS:
         raise UserError(f"{name}: {adapter.depth_key} must be a whole number in 1..{MOST_LAYERS}, not {depth!r}")
     return depth
@@ -145,7 +163,7 @@ def find_depth(name: str | Path, revision: str | None = None) -> int:
     Raises:
         UserError: See `find_config`.
     """
-    config, _ = find_config(name, revision)
+    config, _ = find_config(name, revision, quantised=True)
     return depth_of(config, _adapter_of(config, str(name)), str(name))
 
 
@@ -196,9 +214,19 @@ def _folder_source(folder: Path, name: str, revision: str | None) -> Source:
             f"{folder}: no weights: expected model.safetensors, its shards with an index, or pytorch_model.bin"
         )
     identity = ModelIdentity(name, str(raw["model_type"]), fingerprint(config, headers))
-    return Source(
-        identity, revision, folder, "safetensors" if index else "bin", raw, config, adapter, index, predictors
-    )
+    form: Literal["safetensors", "bin"] = "safetensors" if index else "bin"
+    return Source(identity, revision, folder, form, raw, config, adapter, index, predictors, _quantised(raw))
+
+
+def _quantised(raw: Mapping[str, Any]) -> str:
+    """How weights are quantised, by ``config.json``; empty where they are not."""
+    nested = raw.get(TEXT_KEY)
+    for each in (raw, nested if isinstance(nested, dict) else {}):
+        for key in QUANTISED_KEYS:
+            if found := each.get(key):
+                method = found.get("quant_method") if isinstance(found, dict) else found
+                return str(method or key).upper()
+    return ""
 
 
 def _gguf_source(path: Path, name: str) -> Source:
@@ -229,7 +257,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     if not os.path.lexists(file):
         if (folder / "adapter_config.json").exists():
             raise UserError(
-                f"{folder}: a PEFT adapter, not a model; merge it into its base model first (`merge_and_unload`)"
+                f"{folder}: a PEFT adapter, not a model; `sglp-llm prune --merge-adapter FOLDER` merges it into its base first"
             )
         raise UserError(f"{folder}: no config.json; expected the folder of a transformers checkpoint")
     raw = read_json(file, "configuration")
@@ -263,7 +291,7 @@ def _checked_config(raw: Mapping[str, Any], folder: Path, name: str) -> tuple[Pr
         return _resolved_config(folder, name), written
     config = _resolved_config(folder, name)
     adapter = _adapter_of(config, name)
-    _refuse_settings(raw, adapter, name)
+    _refuse_settings(raw if text_config(config) is config else text_config(config).to_dict(), adapter, name)
     return config, adapter
 
 
@@ -275,14 +303,8 @@ def _adapter_of(config: PretrainedConfig, name: str) -> DecoderAdapter:
 
 
 def _refuse_form(raw: Mapping[str, Any], adapter: DecoderAdapter | None, name: str) -> None:
-    """Refuses quantised weights, remote code and multimodal wrappers."""
+    """Refuses remote code and wrappers that are no models of images and text."""
     model_type = str(raw["model_type"])
-    if key := next((key for key in _QUANTISED_KEYS if raw.get(key)), None):
-        method = raw[key].get("quant_method") if isinstance(raw[key], dict) else raw[key]
-        raise UserError(
-            f"{name}: the weights are quantised ({str(method or key).upper()}); "
-            "prune the unquantised model and quantise the result"
-        )
     if remote := raw.get("auto_map"):
         native = adapter.native_remote_classes if adapter else ()
         entries = list(remote.values()) if isinstance(remote, dict) else [remote]
@@ -292,20 +314,27 @@ def _refuse_form(raw: Mapping[str, Any], adapter: DecoderAdapter | None, name: s
                 f"{name}: the checkpoint needs remote code (auto_map: {', '.join(classes)}), which is not run; "
                 "use a conversion to a model family of transformers"
             )
-    if wrapped := [key for key in ("text_config", "vision_config", "audio_config") if key in raw]:
+    wrapped = [key for key in ("text_config", "vision_config", "audio_config") if key in raw]
+    if wrapped and not _loads_images(model_type):
         text = raw.get("text_config")
         inner = text.get("model_type", f"{model_type}_text") if isinstance(text, dict) else f"{model_type}_text"
         raise UserError(
-            f"{name}: {model_type!r} is a multimodal wrapper (it has {', '.join(wrapped)}); "
+            f"{name}: {model_type!r} is a multimodal wrapper (it has {', '.join(wrapped)}), but no model of images and text; "
             f"save its text model ({inner}) as a checkpoint of its own and point at that"
         )
 
 
+def _loads_images(model_type: str) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
 def _refuse_type(model_type: str, name: str) -> None:
-    """Refuses a type of which transformers has no causal language model."""
+    """Refuses a type of which transformers has no causal language model, nor one of images and text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _loads_images(model_type):
         near = get_close_matches(model_type.lower(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1, cutoff=0.5)
         raise UserError(
             f"{name}: unknown model family (model_type) {model_type!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
@@ -315,9 +344,16 @@ def _refuse_type(model_type: str, name: str) -> None:
 
 def _refuse_architecture(raw: Mapping[str, Any], name: str) -> None:
     """Refuses a classifier or a bare decoder: without a language model head, transformers would initialise a random one."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
-    causal = _as_list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[raw["model_type"]])
+    mappings = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    is_wrapped = TEXT_KEY in raw or "vision_config" in raw
+    model_type = raw["model_type"]
+    of_type = mappings[is_wrapped].get(model_type) or mappings[not is_wrapped][model_type]
+    causal = _as_list(of_type)
     named = [str(architecture) for architecture in _as_list(raw.get("architectures") or [])]
     if named and not set(named) & set(causal):
         raise UserError(
@@ -346,7 +382,8 @@ def _resolved_config(folder: Path, name: str, **options: str) -> PretrainedConfi
 def _check_layers(index: CheckpointIndex, adapter: DecoderAdapter, config: PretrainedConfig, name: str) -> int:
     """Checks that every decoder layer is there; returns how many layers for multi-token prediction follow them."""
     num_layers = depth_of(config, adapter, name)
-    allowed = max((int(getattr(config, key, None) or 0) for key in PREDICTORS), default=0)
+    text = text_config(config)
+    allowed = max((int(getattr(text, key, None) or 0) for key in PREDICTORS), default=0)
     matches = (adapter.layer_key_pattern.match(tensor) for tensor in index.tensors)
     stored = {int(match[2]) for match in matches if match}
     missing, extra = sorted(set(range(num_layers)) - stored), sorted(stored - set(range(num_layers)))

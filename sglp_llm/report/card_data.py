@@ -14,6 +14,7 @@ from sglp_llm.records import PrunePlan
 
 # The Hub knows adapter, finetune, merge and quantized, and none for a removal of layers: finetune is the nearest.
 RELATION = "finetune"
+CAUSAL, WRAPPER = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 _FROM_THE_SOURCE = ("license", "license_name", "license_link", "language")
 
 
@@ -23,6 +24,11 @@ def base_model(plan: PrunePlan) -> str | None:
     if found := in_hub_cache(plan.source.name):
         return found[0]
     return plan.source.name if plan.revision is not None and HUB_ID.fullmatch(plan.source.name) else None
+
+
+def loaded_by_of(plan: PrunePlan) -> str:
+    """The class of transformers that loads the shortened model."""
+    return WRAPPER if plan.settings.get("loaded_by") == WRAPPER else CAUSAL
 
 
 def card_data(plan: PrunePlan, healing: Mapping[str, Any] | None, name: str, source_card: Path | None) -> str:
@@ -42,7 +48,7 @@ def card_data(plan: PrunePlan, healing: Mapping[str, Any] | None, name: str, sou
         base_model=base,
         base_model_relation=RELATION if base else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if loaded_by_of(plan) == CAUSAL else "image-text-to-text",
         tags=["sglp-llm", "depth-pruning"],
         datasets=_hub_data_sets(text) or None,
         **_inherited(source_card),

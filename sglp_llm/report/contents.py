@@ -11,6 +11,7 @@ from typing import Any
 from sglp_llm.errors import UserError
 from sglp_llm.method.segmentation import layer_partitions
 from sglp_llm.method.selection import lowest_scores, segment_capacities
+from sglp_llm.method.staying import staying_from
 from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME, load_plan
 from sglp_llm.plan.healing_recipe import HEALING_FILE_NAME, LOG_FILE_NAME
 from sglp_llm.plan.plan_fields import segments_of
@@ -132,9 +133,8 @@ def gather(folder: Path) -> Contents:
         results=[replace(each, name=without_paths(each.name)) for each in read_results(folder)],
         choices=_choices(plan),
         settings=[
-            (key, _short(key, value))
-            for key, value in plan.settings.items()
-            if not isinstance(value, Mapping) or len(str(value)) < 200
+            *((key, _short(key, value)) for key, value in plan.settings.items() if _is_shown(key, value)),
+            *(("layers that must stay", line) for line in limits_of(plan)),
         ],
         versions=[(key, str(value)) for key, value in plan.versions.items()],
         command=f"sglp-llm prune --recipe {RECIPE_FILE_NAME} --output NEW_FOLDER"
@@ -255,6 +255,11 @@ def _training(file: Path) -> dict[str, Chart]:
     return drawn
 
 
+def limits_of(plan: PrunePlan) -> list[str]:
+    """Which layers had to stay, and why; one line each."""
+    return staying_from(plan.settings.get("staying"), "the plan").lines
+
+
 def sizes_of(plan: PrunePlan) -> list[tuple[str, str, str]]:
     """What is told of the model's size before and after: a name and two numbers as text; empty where it is not known."""
     found = plan.footprint
@@ -279,10 +284,14 @@ def _choices(plan: PrunePlan) -> list[tuple[list[int], str]]:
     ends = (protect.get("first", 0), protect.get("last", 0))
     if not all(type(end) is int and 0 <= end <= plan.num_layers for end in ends):
         return []
-    most = sum(segment_capacities(plan.segments, ends))
+    limits = staying_from(plan.settings.get("staying"), "the plan")
+    most = sum(segment_capacities(plan.segments, ends, limits))
     choices = []
     for count in range(most + 1):
-        gone = sorted(lowest_scores(count, plan.segments, scores, ends))
+        try:
+            gone = sorted(lowest_scores(count, plan.segments, scores, ends, limits))
+        except UserError:  # no more can go
+            break
         left = "" if plan.footprint is None else f"{show_count(plan.footprint.params_without(gone))} parameters stay"
         choices.append((gone, left))
     return choices
@@ -291,6 +300,10 @@ def _choices(plan: PrunePlan) -> list[tuple[list[int], str]]:
 def _json(file: Path) -> Mapping[str, Any]:
     data = read_json(file, "record of a training") if file.is_file() else {}
     return data if isinstance(data, Mapping) else {}
+
+
+def _is_shown(key: str, value: object) -> bool:
+    return key != "staying" and (not isinstance(value, Mapping) or len(str(value)) < 200)
 
 
 def _short(key: str, value: object) -> str:

@@ -10,8 +10,8 @@ from sglp_llm.plan import PLAN_FILE_NAME
 from sglp_llm.plan.plans import TENSORS_SUFFIX
 from sglp_llm.plan.published import PLACE, last_part, without_paths
 from sglp_llm.records import PrunePlan
-from sglp_llm.report.card_data import base_model, card_data
-from sglp_llm.report.contents import gains_of, sizes_of
+from sglp_llm.report.card_data import base_model, card_data, loaded_by_of
+from sglp_llm.report.contents import gains_of, limits_of, sizes_of
 from sglp_llm.report.recorded import RESULTS_PLACE
 
 
@@ -38,6 +38,8 @@ def write_model_card(
         size = [settings.get(name) for name in ("samples", "seq_len")]
         amount = f"{size[0]} x {size[1]} tokens of " if all(type(each) is int for each in size) else ""
         how += f" on {amount}`{text}`"
+    loaded_by = loaded_by_of(plan)
+    special = f"{_special(plan)}{_compensation(plan)}{_healing(healing)}"
     rest = "the cuts repaired" if plan.replaced else "nothing retrained"
     if healing is not None:
         rest = "the rest retrained"
@@ -52,7 +54,7 @@ def write_model_card(
 
 - Removed layers (0-based, of the original): {", ".join(map(str, plan.removed))}
 - Chosen by {how}
-{_compensation(plan)}{_healing(healing)}- Everything that led to the choice: `sglp_plan.json`; the settings: `sglp_recipe.yaml`
+{special}- Everything that led to the choice: `sglp_plan.json`; the settings: `sglp_recipe.yaml`
 {_numbers(plan, healing)}
 {RESULTS_PLACE[0]}
 {RESULTS_PLACE[1]}
@@ -62,9 +64,9 @@ def write_model_card(
 It is a plain checkpoint of the family `{plan.source.model_type}`, only shorter: nothing but transformers is needed.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loaded_by}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{PLACE}")
+model = {loaded_by}.from_pretrained("{PLACE}")
 tokenizer = AutoTokenizer.from_pretrained("{PLACE}")
 ```
 
@@ -98,6 +100,14 @@ def _numbers(plan: PrunePlan, healing: Mapping[str, Any] | None) -> str:
         rows = "".join(f"| {gain.step} | {gain.quantity} | {gain.before:.4f} | {gain.after:.4f} |\n" for gain in gains)
         text += f"\n| step | nats a token | without it | with it |\n|---|---|---|---|\n{rows}"
     return text
+
+
+def _special(plan: PrunePlan) -> str:
+    """Lines of the list on the model's type, or nothing."""
+    lines = [f"Had to stay: {line}" for line in limits_of(plan)]
+    if isinstance(adapter := plan.settings.get("adapter"), str):
+        lines.append(f"Adapter: {adapter} (`{plan.source.model_type if plan.source else ''}` has no file in sglp-llm)")
+    return "".join(f"- {line}\n" for line in lines)
 
 
 def _compensation(plan: PrunePlan) -> str:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from calibration_sets import plain_set
 from helpers import ROOT
+from transformers import AutoConfig
 
-from sglp_llm import prune
+from sglp_llm import analyze, prune, replan
 from sglp_llm.adapters import adapter_names
 from sglp_llm.errors import UserError
+from sglp_llm.plan import load_plan, plan_from_indices
 
 sys.path.append(str(ROOT / "tools"))
 from probe_families import in_a_process, random_model
@@ -49,12 +51,40 @@ def test_where_the_end_of_the_mlp_is_not_found_nothing_is_folded(tmp_path: Path)
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_choice_that_takes_a_layer_that_must_stay_is_refused_before_anything_is_written(
-    verify: bool, tmp_path: Path
-) -> None:
+def test_what_must_stay_is_not_chosen_and_the_result_says_so(verify: bool, tmp_path: Path) -> None:
     random_model(tiny_config("gpt_neox_japanese")).save_pretrained(tmp_path / "source")
-    with pytest.raises(UserError, match="layer 7 must stay: it alone has a bias behind its attention"):
-        prune(
-            tmp_path / "source", tmp_path / "out", criterion="reverse", drop=2, calibration=plain_set(8), verify=verify
-        )
-    assert not (tmp_path / "out").exists()
+    settings = {"criterion": "reverse", "calibration": plain_set(8), "verify": verify}
+    report = prune(tmp_path / "source", tmp_path / "out", drop=2, **settings)
+    assert report.plan.removed == (5, 6)
+    line = "layer 7 must stay: it alone has a bias behind its attention"
+    adapter = f"derived{', verified by logits' if verify else ''}"
+    assert load_plan(tmp_path / "out").settings["adapter"] == adapter
+    for name in ("README.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert line in text, name
+        assert adapter in text, name
+    with pytest.raises(UserError, match=f"at most 7 can go .*{line}"):
+        prune(tmp_path / "source", tmp_path / "other", drop=8, **settings)
+    with pytest.raises(UserError, match=line):
+        prune(tmp_path / "source", tmp_path / "other", plan=plan_from_indices(8, [7]), verify=verify)
+    assert not (tmp_path / "other").exists()
+    assert replan(tmp_path / "out", drop=3).removed == (4, 5, 6)
+
+
+@pytest.mark.parametrize("criterion", ["reverse", "sglp", "angular", "slp", "lorp", "sleb", "cka_output", "search"])
+def test_every_way_to_choose_keeps_one_layer_with_attention(criterion: str) -> None:
+    config = AutoConfig.for_model(
+        "lfm2",
+        **{key: value for key, value in tiny_config("lfm2").to_dict().items() if key in LFM2},
+        num_hidden_layers=6,
+        layer_types=["conv", "full_attention", "full_attention", "conv", "conv", "conv"],
+    )
+    drop = 3 if criterion in ("angular", "sglp", "lorp") else 4
+    plan = analyze(random_model(config), criterion=criterion, drop=drop, calibration=plain_set(4, 12)).plan
+    assert len(plan.removed) == drop
+    assert not {1, 2} <= set(plan.removed)
+    assert plan.settings["staying"] == {"one_of": [[[1, 2], NO_ATTENTION]]}
+
+
+LFM2 = {"vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "conv_L_cache"}
+NO_ATTENTION = "without any attention the cache does not know how many tokens it holds"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sglp_llm.adapters.base import DecoderAdapter
 from sglp_llm.adapters.structure.branches import find_branches
 from sglp_llm.adapters.structure.exceptions import EXCEPTIONS, Exceptions
+from sglp_llm.adapters.structure.wrappers import auto_class, is_wrapper, text_config
 from sglp_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,34 +20,64 @@ if TYPE_CHECKING:
 _DEPTH_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
-def derive(config: PretrainedConfig) -> DecoderAdapter:
+def derive(config: PretrainedConfig, written: Callable[[str], DecoderAdapter | None]) -> DecoderAdapter:
     """The adapter of a model type without a file of its own.
 
     Args:
         config: The resolved configuration; its weights are not needed.
+        written: The adapter of a type that has a file, and ``None`` of others.
 
     Raises:
         UserError: Layers of such a model cannot be removed; the message says why.
     """
-    model_type = str(config.model_type)
-    exceptions = EXCEPTIONS.get(model_type, Exceptions())
+    model_type, text = str(config.model_type), text_config(config)
+    exceptions = EXCEPTIONS.get(model_type) or EXCEPTIONS.get(str(text.model_type), Exceptions())
     if reason := exceptions.refuse or _other_kind(config):
         raise UserError(f"layers of a model of type {model_type!r} cannot be removed: {reason}")
     model = empty_model(config)
     path, depth_key = find_layers(model)
     stored = _stored_path(model, path)
-    mlp, mlp_out, attention_out = find_branches(model.get_submodule(path), int(getattr(config, "hidden_size", 0)))
+    found: dict[str, Any] = {"layers": path, "stored_layers": stored if stored != path else "", "depth_key": depth_key}
+    exceptions = replace(exceptions, fused=_fused_in(model, exceptions.fused))
+    if (family := written(str(text.model_type))) is not None:  # of a wrapper around a family with a file
+        return replace(family, **found, exceptions=exceptions, is_derived=True)
+    mlp, mlp_out, attention_out = find_branches(model.get_submodule(path), int(getattr(text, "hidden_size", 0)))
     return DecoderAdapter(
         display_name=model_type,
-        layers=path,
-        stored_layers=stored if stored != path else "",
-        depth_key=depth_key,
+        **found,
         mlp=mlp,
         mlp_out=mlp_out,
         attention_out=attention_out,
         refuse=exceptions.refuse_settings,
         exceptions=exceptions,
         is_derived=True,
+        has_stacks=_has_stacks(model.get_submodule(path)),
+    )
+
+
+def _fused_in(model: PreTrainedModel, fused: Mapping[str, int]) -> Mapping[str, int]:
+    """The same parameters by their names in this model: a wrapper has them below its own decoder."""
+    if not fused:
+        return fused
+    names = [name for name, _ in model.named_parameters()]
+    ends = {name: name.removeprefix("model.") for name in fused}
+    return {
+        name: dimension
+        for known, dimension in fused.items()
+        for name in names
+        if name == known or name.endswith(f".{ends[known]}")
+    }
+
+
+def _has_stacks(layers: nn.Module) -> bool:
+    """Whether layers hold parameters ``[experts, ...]``."""
+    from torch import nn
+
+    return any(
+        parameter.ndim == 3
+        for module in layers.modules()
+        if not isinstance(module, nn.Conv1d)
+        for parameter in module.parameters(recurse=False)
     )
 
 
@@ -76,14 +108,14 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         UserError: transformers has no such model, or cannot build it.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(deepcopy(config)).eval()
+            model: PreTrainedModel = auto_class(config).from_config(deepcopy(config)).eval()
+            return model
     except Exception as error:  # whatever a type's own code raises for a configuration that does not fit it
         raise UserError(
-            f"transformers cannot build a causal language model of type {config.model_type!r} "
+            f"transformers cannot build a language model of type {config.model_type!r} "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from None
 
@@ -91,27 +123,39 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 def find_layers(model: PreTrainedModel) -> tuple[str, str]:
     """Path of the decoder layers' ``ModuleList``, and the configuration key of its length.
 
-    Of all lists whose length is the depth, outside other lists, it is the one with the most parameters.
+    Of all lists whose length is the depth, outside other lists, it is the one with the most parameters; in a wrapper, among those
+    that belong to the decoder: the module whose configuration is the nested one.
 
     Raises:
         UserError: There is no such list.
     """
-    config = model.config
+    config = text_config(model.config)
     mapped = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     depths = {key: depth for key in (mapped, *_DEPTH_KEYS) if isinstance(depth := getattr(config, key, None), int)}
     found = [
         (sum(parameter.numel() for parameter in layers.parameters()), path, key)
         for path, layers in _outer_lists(model)
         for key, depth in depths.items()
-        if len(layers) == depth
+        if len(layers) == depth and path.startswith(_decoder_path(model))
     ]
     if not found:
         raise UserError(
-            f"layers of a model of type {config.model_type!r} cannot be removed: it has no list of modules that is as long as "
-            f"its configuration says it is deep"
+            f"layers of a model of type {model.config.model_type!r} cannot be removed: it has no list of modules that is as "
+            "long as its configuration says it is deep"
         )
     _, path, key = max(found, key=lambda each: each[0])  # the first of equal ones
     return path, key
+
+
+def _decoder_path(model: PreTrainedModel) -> str:
+    """Path of the module that a wrapper's nested configuration describes; empty otherwise."""
+    if not is_wrapper(model.config):
+        return ""
+    nested = str(text_config(model.config).model_type)
+    for path, module in model.named_modules():  # the outermost one
+        if path and getattr(getattr(module, "config", None), "model_type", None) == nested:
+            return str(path)
+    return ""
 
 
 def _outer_lists(model: nn.Module) -> Iterator[tuple[str, Any]]:

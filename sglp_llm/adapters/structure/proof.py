@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sglp_llm.adapters.base import DecoderAdapter
 from sglp_llm.adapters.structure.config_keys import FIRST_INDEX, LAYER_KINDS, renumbered
 from sglp_llm.adapters.structure.derive import empty_model
+from sglp_llm.adapters.structure.wrappers import text_config
 from sglp_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
-_NOT_COMPARED = {"training", "all_tied_weights_keys"}  # the names of tied weights hold indices of layers
+_NOT_COMPARED = {
+    "training",
+    "all_tied_weights_keys",
+    "name_or_path",
+}  # the names of tied weights hold indices of layers
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -44,6 +49,7 @@ def prove(
     layers, fewer = before.get_submodule(adapter.layers), after.get_submodule(adapter.layers)
     if len(fewer) != len(kept):
         raise UserError(f"{name}: transformers would build {len(fewer)} decoder layers instead of {len(kept)}")
+    original, shortened = text_config(original), text_config(shortened)
     changed = _changed_values(original, shortened)
 
     def is_setting(key: str, value: Any, other: Any) -> bool:

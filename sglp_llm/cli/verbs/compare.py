@@ -199,7 +199,7 @@ def compare(
     used = list(dict.fromkeys(each[0].criterion for each in recipes.values()))
     with only_run(output / LOCK_FILE_NAME, output), disk_of(output), ExitStack() as files:
         opened = open_for_comparison(model_of(model, chosen), replace(chosen, compensate=NONE), used)
-        files.enter_context(opened.staying())
+        files.enter_context(opened.unchanged_files())
         check_compensations(recipes, opened, chosen.samples)
         if said is not None:
             say(said)

@@ -125,7 +125,7 @@ def repair_cuts(
             if cut.start == 0:
                 repairing.pass_front(cut)
             else:
-                repairing.repair(cut, new_fit(model.model.config.hidden_size, model.input_device))
+                repairing.repair(cut, new_fit(model.config.hidden_size, model.input_device))
     return repairing.result()
 
 
@@ -144,7 +144,7 @@ class _Repairing:
         self._model, self._streams, self._parts, self._kept = model, streams, parts, kept
         self._target, self._stored, self._processes = target, settings.stored, settings.processes
         self._bfloat16 = settings.bfloat16
-        self._branch = model.adapter.mlp_branch(model.model.config)
+        self._branch = model.adapter.mlp_branch(model.config)
         self._here = 0
         self._apart = False  # whether `_DENSE` is kept between cuts as a separate stream
         self._tensors: dict[str, torch.Tensor] = {}

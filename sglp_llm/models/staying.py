@@ -1,56 +1,28 @@
-"""Which decoder layers of a model must stay, because others need them or transformers' cache does."""
+"""Returns the `Staying` of a model: which of its layers must stay by its configuration and its type's exceptions."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.adapters.structure.config_keys import LAYER_KINDS
 from sglp_llm.adapters.structure.exceptions import Exceptions
+from sglp_llm.adapters.structure.wrappers import pinned_by_vision, text_config
+from sglp_llm.method.staying import Staying
 
 _NO_ATTENTION = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp"})
 """Entries of ``layer_types`` whose layers put no keys into the cache."""
 
 
-@dataclass(frozen=True)
-class Staying:
-    """The limits on the layers that can be removed together.
-
-    Attributes:
-        always: Layer -> why it must stay.
-        needed: Layer -> (the layers that need it, why): it must stay unless they all go.
-        one_of: Layers of which one must stay, and why.
-    """
-
-    always: Mapping[int, str] = field(default_factory=dict)
-    needed: Mapping[int, tuple[frozenset[int], str]] = field(default_factory=dict)
-    one_of: Sequence[tuple[frozenset[int], str]] = ()
-
-    def broken_by(self, removed: Collection[int]) -> str:
-        """Why these layers cannot be removed together; empty when they can."""
-        gone = set(removed)
-        for layer, reason in self.always.items():
-            if layer in gone:
-                return f"layer {layer} must stay: {reason}"
-        for layer, (readers, reason) in self.needed.items():
-            if layer in gone and (left := sorted(readers - gone)):
-                return f"layer {layer} must stay as long as layer {left[0]} does: {reason}"
-        for layers, reason in self.one_of:
-            if layers <= gone:
-                return f"one of the layers {', '.join(map(str, sorted(layers)))} must stay: {reason}"
-        return ""
-
-
-def staying(config: Any, exceptions: Exceptions, depth: int) -> Staying:
+def staying_of(config: Any, adapter: DecoderAdapter, depth: int) -> Staying:
     """The limits for one model.
 
     Args:
-        config: The resolved configuration.
-        exceptions: Those of its type.
+        config: The resolved configuration, of a wrapper the whole one.
+        adapter: Its adapter.
         depth: Number of decoder layers.
     """
-    always = {}
+    exceptions, always, config = adapter.exceptions, pinned_by_vision(config), text_config(config)
     if exceptions.pin_first:
         always[0] = exceptions.pin_first
     if exceptions.pin_last:
