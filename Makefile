@@ -76,9 +76,9 @@ bench: setup
 	$(BIN)/python benchmarks/healing.py
 	$(BIN)/python benchmarks/trial_dtype.py
 
-# On one GPU with 40 GB or more; 16 GB of disk for a random model.
-bench-gpu: setup
-	$(BIN)/python benchmarks/gpu.py
+# On one GPU with 40 GB or more; 16 GB of disk for a random model. With the Python that has torch for the GPU.
+bench-gpu:
+	PYTHONPATH=. python3 benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-newest $(DEMO) site build dist *.egg-info

@@ -54,7 +54,9 @@ def run_analysis(
     check_reachable(recipe, opened.footprint(), opened.staying)
     names = (recipe.deciding_criterion, *recipe.also)
     with naming_layers(opened.load, calibration.input_ids):
-        observations = observe(model, calibration, recipe, names, recipe.is_segmented, progress, processes, journal)
+        observations = observe(
+            model, calibration, recipe, names, recipe.is_segmented, progress, processes, journal, inputs.step
+        )
         scores = observations.scores()
         decision = decide(opened, recipe, calibration, observations, progress, processes, judge)
     removed, segments, compensated = decision.removed, decision.segments, decision.compensated

@@ -166,14 +166,15 @@ def verify_checkpoint(
 def _resident(
     folder: Path, dtype: torch.dtype, device: torch.device | str, config: PretrainedConfig | None
 ) -> DecoderModel:
-    options: dict[str, Any] = {"dtype": dtype, "device_map": device, "output_loading_info": True}
-    where = folder
+    where: Path = folder
+    options: dict[str, Any] = {"trust_remote_code": False}
     if folder.is_file():
-        where = folder.parent
-        options |= {"gguf_file": folder.name, "config": config}
+        where, options = folder.parent, {**options, "gguf_file": folder.name}
     try:
-        found = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model, report = auto_class(found).from_pretrained(where, trust_remote_code=False, **options)
+        found = config or AutoConfig.from_pretrained(where, **options)
+        model, report = auto_class(found).from_pretrained(
+            where, config=found, dtype=dtype, device_map=device, output_loading_info=True, **options
+        )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub each have their own for what is wrong

@@ -139,6 +139,11 @@ class OpenedModel:
             return dtype
         return stored_dtype(self.source, name)
 
+    @property
+    def can_stream(self) -> bool:
+        """Whether `stream` would not refuse the model itself: safetensors, which accelerate does not place."""
+        return self.source is not None and self.source.index is not None and self._device_map is None
+
     def stream(self, scratch: str | Path | None = None) -> None:
         """Makes `load` return a model whose decoder layers are loaded one at a time; to be called before it.
 
