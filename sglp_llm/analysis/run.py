@@ -16,6 +16,7 @@ from sglp_llm.calibration import CalibrationSet
 from sglp_llm.checkpoint.lock import LOCK_FILE_NAME, only_run
 from sglp_llm.checkpoint.shorten import check_shortened
 from sglp_llm.compensation import NONE
+from sglp_llm.models.finite import naming_layers
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe
 from sglp_llm.processes import ALONE, Processes
@@ -52,11 +53,12 @@ def run_analysis(
     model = opened.load()
     check_reachable(recipe, opened.footprint(), opened.staying)
     names = (recipe.deciding_criterion, *recipe.also)
-    observations = observe(
-        model, calibration, recipe, names, recipe.is_segmented, progress, processes, journal, inputs.step
-    )
-    scores = observations.scores()
-    decision = decide(opened, recipe, calibration, observations, progress, processes, judge)
+    with naming_layers(opened.load, calibration.input_ids):
+        observations = observe(
+            model, calibration, recipe, names, recipe.is_segmented, progress, processes, journal, inputs.step
+        )
+        scores = observations.scores()
+        decision = decide(opened, recipe, calibration, observations, progress, processes, judge)
     removed, segments, compensated = decision.removed, decision.segments, decision.compensated
     kept = tuple(layer for layer in range(model.num_layers) if layer not in removed)
     check_shortened(opened, kept)

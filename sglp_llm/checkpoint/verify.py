@@ -14,9 +14,10 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from sglp_llm.adapters import adapter_of, auto_class
 from sglp_llm.checkpoint.export import renamed
-from sglp_llm.engine.modes import leaving_states, replaced_weights, skipped
+from sglp_llm.engine.modes import replaced_weights, skipped
 from sglp_llm.errors import UserError
 from sglp_llm.models import find_source
+from sglp_llm.models.finite import first_not_finite, output_not_finite
 from sglp_llm.models.loading import DecoderModel, load_streamed
 from sglp_llm.models.modes import evaluating
 
@@ -103,33 +104,9 @@ def expected_logits(
     ):
         logits = _logits(model.model, ids)
         if not bool(logits.isfinite().all()):
-            raise _not_finite(model, ids)
+            raise output_not_finite(model, first_not_finite(model, ids))
     unused = (renamed(tensor, model.adapter, kept) for tensor in model.unused_tensors)
     return Expected(ids.cpu(), logits, frozenset(name for name in unused if name), _generates(model, ids))
-
-
-def _not_finite(model: DecoderModel, ids: torch.Tensor) -> UserError:
-    """The error for logits that are not finite; another forward pass finds the first layer whose output is not."""
-    broken: list[int] = []
-
-    def watch(index: int, output: Any) -> None:
-        if not broken and not bool(leaving_states(output).isfinite().all()):
-            broken.append(index)
-
-    handles = [
-        layer.register_forward_hook(lambda _module, _args, output, index=index: watch(index, output))
-        for index, layer in enumerate(model.layers)
-    ]
-    try:
-        _logits(model.model, ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    place = f"decoder layer {broken[0]} is the first whose output is not" if broken else "every layer's output is"
-    dtype = str(model.model.dtype).removeprefix("torch.")
-    return UserError(
-        f"the logits of the shortened model are not finite: {place}; {dtype} may be too small (try --dtype float32)"
-    )
 
 
 def _generates(model: DecoderModel, ids: torch.Tensor) -> bool:

@@ -25,6 +25,7 @@ from sglp_llm.compensation import NONE, check_compensation
 from sglp_llm.errors import UserError
 from sglp_llm.evaluation.judge import open_judge
 from sglp_llm.method.selection import check_budget
+from sglp_llm.models.finite import naming_layers
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import PLAN_FILE_NAME, Recipe, load_plan, plan_from_indices, save_plan
 from sglp_llm.plan.healing_recipe import HealingRecipe
@@ -93,7 +94,8 @@ def compare(
     judges = {task: open_judge(each, opened) for task, each in judged.items()}
     choosers = {name: chooser(recipe, name, budgets[0]) for name in methods}
     own = {choosers[name]: [replace(each, compensate=NONE, heal=False) for each in recipes[name]] for name in methods}
-    chosen, seconds = choices(opened, calibration, recipe, own, run.journal, progress)
+    with naming_layers(opened.load, calibration.input_ids):
+        chosen, seconds = choices(opened, calibration, recipe, own, run.journal, progress)
     plans = [
         (name, _decided(run, name, each, sets, judges[each.judging_task]))
         for name in methods

@@ -70,6 +70,7 @@ def test_with_two_threads() -> None:
     check_same(json.loads(once), json.loads(alone))
 
 
+@pytest.mark.slow
 def test_in_two_processes(tmp_path: Path) -> None:
     alone = scored("llama")
     (tmp_path / "again").mkdir()

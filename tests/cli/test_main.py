@@ -276,7 +276,7 @@ def test_full_disk(overwrite: bool, tiny: Path, tmp_path: Path, monkeypatch: pyt
     ("arguments", "message"),
     [
         ("prune {tiny} -o {out} --drop 9 --calibration pydoc", "at most 5 can go"),
-        ("prune {nan} -o {out} --drop 1 {quick}", "the loss is not finite"),
+        ("prune {nan} -o {out} --drop 1 {quick}", "holds numbers that are not finite"),
     ],
 )
 def test_a_real_process_says_one_line(arguments: str, message: str, tiny: Path, tmp_path: Path) -> None:

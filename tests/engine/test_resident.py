@@ -167,10 +167,10 @@ def test_a_damaged_head_is_no_layers_fault() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "bi"])
-def test_a_score_that_is_not_finite_is_refused(criterion: str) -> None:
+def test_a_weight_that_is_not_finite_is_refused_before_it_is_scored(criterion: str) -> None:
     broken = tiny_model(Tiny("llama", 0))
     damage(broken, 2)
-    with pytest.raises(UserError, match=f"the {criterion} score of decoder layer 2 is not finite"):
+    with pytest.raises(UserError, match=r"down_proj\.weight' of decoder layer 2 holds numbers that are not finite"):
         analyze(broken, criterion=criterion, calibration=plain_set(2), drop=1, seq_len=24)
     whole = tiny_model(Tiny("llama", 0))
     assert analyze(whole, criterion=criterion, calibration=plain_set(2), drop=1, seq_len=24).plan.removed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -153,3 +154,15 @@ def test_a_real_process_without_streams(redirection: str, code: int, said: str) 
     assert ended.stdout == ""
     assert said in ended.stderr
     assert ended.stderr.count("\n") == (1 if said else 0), ended
+
+
+@pytest.mark.slow
+def test_a_comparison_that_ended_before_its_journal_was_made(
+    places: dict[str, Path], server: Server, tmp_path: Path
+) -> None:
+    folder = COMPARE.prepare(places, tmp_path / "work")
+    arguments = COMPARE.arguments(places, folder)
+    assert server.run(folder, *arguments, at=4, do=["signal", str(int(signal.SIGTERM))]).code == 1
+    assert [path.name for path in (folder / "out").iterdir()] == ["measured"]
+    again = server.run(folder, *arguments)
+    assert again.code == 0, again.err

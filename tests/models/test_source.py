@@ -103,7 +103,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "a tensor of a layer is missing": (tensors(**{UP: None}), f"lacks 1 tensors, '{UP}'"),
     "another shape": (tensors(model__norm__weight=torch.ones(5)), "has the shape [5], and [32] by the configuration"),
     "no weights": (without("model.safetensors"), "no weights: expected model.safetensors"),
-    "NaN": (tensors(**{UP: NAN}), "holds numbers that are not finite"),
+    "NaN": (tensors(**{UP: NAN}), f"tensor {UP!r} of decoder layer"),
     "layers missing": (config(num_hidden_layers=8), "says 8 decoder layers, but layer 6 has no tensors"),
     "layers too many": (config(num_hidden_layers=4), "says 4 decoder layers, but there are tensors of layer 4"),
     "depth of 0": (config(num_hidden_layers=0), "num_hidden_layers must be a whole number in 1..10000, not 0"),

@@ -187,7 +187,10 @@ def compare(
 
     check_plotting()
     held = "journal" if drawn is None else "seed-*/journal"
-    if output.exists() and not any(output.glob(held)) and any(each.name != LOCK_FILE_NAME for each in output.iterdir()):
+    # What a run may have made before its journal, when it was interrupted that early.
+    early = (LOCK_FILE_NAME, MEASURED)
+    others = [each for each in output.glob("*") if each.name not in early and not each.name.startswith("seed-")]
+    if others and not any(output.glob(held)):
         raise UserError(f"{output}: exists and holds no comparison; choose another folder")
     budgets = _budgets(ratios, drops)
     names = [name.strip() for name in criteria.split(",") if name.strip()]
