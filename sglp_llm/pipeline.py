@@ -153,6 +153,7 @@ def prune(
             recipe = _with_text(recipe)
             check_shortened_output(output, overwrite)
             if is_gguf(output):
+                check_gguf_source(model, output)
                 _check_unchanged(recipe, output)
             if processes.is_main:
                 held.enter_context(only_run(lock_beside(output), output))
@@ -246,9 +247,14 @@ def _prune(
         else:
             raise UserError("how much to remove? Give a ratio, a number of layers to drop, a target, or a plan")
         opened = found.model
-        if is_gguf(output):
-            check_gguf_source(opened.source, output)
         plan = replace(plan, replaced=as_stored(opened.config, opened.source, plan.replaced))
+    notes: list[str] = []
+    quantised = opened.source.quantised if opened.source is not None else ""
+    if quantised and plan.source is not None and plan.source.fingerprint != opened.identity.fingerprint:
+        notes.append(f"the plan was made for {plan.source.name}, which has other tensors")
+    if verify and quantised and analysis is None:
+        verify = False
+        notes.append(f"no reload check: {quantised} weights are copied as they are, and not run")
     plan = replace(plan, source=plan.source or opened.identity, versions=plan.versions or software_versions())
     if opened.adapter.is_derived:  # the result is there only if the reload check passes
         special = {"adapter": f"derived{', verified by logits' if verify else ''}"}
@@ -266,34 +272,34 @@ def _prune(
             expected = expected_logits(decoder, plan.removed, found.calibration.input_ids, plan.replaced)
             del decoder
     verification = None
-    notes: tuple[str, ...] = ()
     if is_gguf(output):
         assert opened.source is not None
         with atomic_file(output, overwrite) as file, opened.unchanged_files():
             with timed(seconds, "export"):
-                notes = export_gguf(opened.source, plan, file, progress)
+                said = export_gguf(opened.source, plan, file, progress)
             opened.release()
             if expected is not None:
-                config = gguf_config(opened.source, plan) if notes else None
+                config = gguf_config(opened.source, plan) if said else None
                 with timed(seconds, "reload check"):
                     verification = asdict(verify_checkpoint(file, expected, dtype, device, config=config))
             written = file.stat().st_size
-        return RunReport(str(output), plan, written, verification, seconds, analysis, notes=notes)
+        return RunReport(str(output), plan, written, verification, seconds, analysis, notes=(*notes, *said))
     with atomic_folder(output, overwrite) as folder, opened.unchanged_files():
         with timed(seconds, "export"):
-            _export(opened, plan, folder, max_shard_size, progress)
+            # Before the weights: what is wrong with a plan from elsewhere is seen here at the latest.
             save_plan(plan, folder / PLAN_FILE_NAME)
             save_recipe(
                 replace(recipe, model=opened.identity.name, revision=opened.revision), folder / RECIPE_FILE_NAME
             )
             write_model_card(folder / "README.md", plan, opened.card)
             write_report(folder)
+            _export(opened, plan, folder, max_shard_size, progress)
         opened.release()
         if expected is not None:
             with timed(seconds, "reload check"):
                 verification = asdict(verify_checkpoint(folder, expected, dtype, device, opened.streamed))
         written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
-    return RunReport(str(output), plan, written, verification, seconds, analysis)
+    return RunReport(str(output), plan, written, verification, seconds, analysis, notes=tuple(notes))
 
 
 def _analysed(found: Inputs, recipe: Recipe, progress: Progress, processes: Processes) -> Analysis:

@@ -23,10 +23,13 @@ from sglp_llm.checkpoint.export import check_carried, check_plan
 from sglp_llm.checkpoint.shorten import check_shortened
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS
 from sglp_llm.compensation import NONE, check_compensation
+from sglp_llm.criteria import get_criterion
+from sglp_llm.engine import Need
 from sglp_llm.engine.heap import trim
 from sglp_llm.errors import UserError
 from sglp_llm.memory import EngineMemory, FreeMemory
 from sglp_llm.memory.prediction import chosen_engine, forecast
+from sglp_llm.models.loading import refuse_quantised
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe
 from sglp_llm.processes import ALONE, Processes
@@ -132,7 +135,7 @@ def open_for_plan(
         tokenizer: See `open_for_analysis`.
         calibration: See `open_for_analysis`.
         output: Where the checkpoint will be written.
-        verify: Whether there will be a reload check.
+        verify: Whether there will be a reload check; of quantised weights, which are copied, there is none.
         processes: See `open_model`.
         progress: See `open_for_analysis`.
 
@@ -144,11 +147,16 @@ def open_for_plan(
     if opened.source is not None and opened.source.format == "gguf" and plan.source is not None:
         # A plan may have been made for the safetensors checkpoint that the file was converted from.
         stored = plan.source.name.endswith(".gguf")
-    check_plan(plan, opened.identity, opened.num_layers, stored)
+    quantised = bool(opened.source and opened.source.quantised)
+    check_plan(plan, opened.identity, opened.num_layers, stored, quantised)
     check_shortened(opened, plan.kept)
+    if plan.replaced:
+        refuse_quantised(opened.source, "a plan that replaces weights")
+    if recipe.healing is not None:
+        refuse_quantised(opened.source, "training")
     _check_apart(opened, output)
     sequences = None
-    if verify:
+    if verify and not (opened.source and opened.source.quantised):
         seq_len = min(recipe.seq_len, CHECK_TOKENS, _positions(opened) or CHECK_TOKENS)
         checked = replace(recipe, samples=CHECK_SEQUENCES, seq_len=seq_len)
         sequences = read_calibration(opened, checked, calibration, progress)
@@ -256,6 +264,7 @@ def _checked(
         check_criteria(each)
     check_journal(recipe)
     opened = _found(model, recipe, tokenizer, processes)
+    _check_gradients(opened, recipe, recipes)
     check_compensation(recipe.compensate, opened.adapter, opened.text_config, recipe.samples)
     for each in recipes:
         check_selection(each, opened.num_layers, opened.staying)
@@ -266,6 +275,18 @@ def _checked(
             f"seq_len {recipe.seq_len} is longer than the {longest} positions that {opened.identity.name} has"
         )
     return opened
+
+
+def _check_gradients(opened: OpenedModel, recipe: Recipe, recipes: Sequence[Recipe]) -> None:
+    """Refuses what quantised weights cannot do: they have no gradients, and take no new values."""
+    for each in recipes:
+        for name in (each.deciding_criterion, *each.also):
+            if get_criterion(name).needs & Need.BACKWARD:
+                refuse_quantised(opened.source, f"criterion {each.criterion}, which computes gradients,")
+    if recipe.compensate != NONE:
+        refuse_quantised(opened.source, f"compensate {recipe.compensate}")
+    if recipe.healing is not None:
+        refuse_quantised(opened.source, "training")
 
 
 def _choose_engine(

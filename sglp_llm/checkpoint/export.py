@@ -144,7 +144,9 @@ def check_carried(source: Path) -> None:
         raise UserError(f"{file}: transformers cannot read it ({' '.join(str(error).split())[:200]})") from None
 
 
-def check_plan(plan: PrunePlan, model: ModelIdentity, num_layers: int, stored: bool = True) -> None:
+def check_plan(
+    plan: PrunePlan, model: ModelIdentity, num_layers: int, stored: bool = True, quantised: bool = False
+) -> None:
     """Checks that a plan is for this model.
 
     Args:
@@ -153,12 +155,15 @@ def check_plan(plan: PrunePlan, model: ModelIdentity, num_layers: int, stored: b
         num_layers: Its number of decoder layers.
         stored: Whether it is a checkpoint. Of a live model only the family is compared: its fingerprint may differ from the
             plan's, since tensors have other names and dtypes in memory than in files.
+        quantised: Whether it is. Then too only the family is compared: the plan is that of the unquantised model.
 
     Raises:
         UserError: The depth differs, or the plan names a model whose fingerprint (or family) differs.
     """
     check_depth(plan, num_layers, model.name)
     if plan.source is None:
+        return
+    if plan.source.model_type == model.model_type and quantised:
         return
     if plan.source.model_type != model.model_type or (stored and plan.source.fingerprint != model.fingerprint):
         made_for, given = (

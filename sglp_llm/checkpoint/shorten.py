@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from sglp_llm.adapters import DecoderAdapter
 from sglp_llm.adapters.structure.config_keys import PREDICTORS, shortened, superseded
 from sglp_llm.adapters.structure.wrappers import TEXT_KEY, is_wrapper, text_config
+from sglp_llm.checkpoint.quantised import renumbered_modules
 from sglp_llm.errors import UserError
 from sglp_llm.models import Source
+from sglp_llm.models.source import QUANTISED_KEYS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,7 +65,22 @@ def shortened_json(source: Source, kept: Sequence[int]) -> dict[str, Any]:
     config |= values | dict.fromkeys(depth_keys or {adapter.depth_key}, depth)
     if source.predictor_layers:
         config |= {key: 0 for key in PREDICTORS if config.get(key)}
-    return {**{key: value for key, value in whole.items() if key != "auto_map"}, TEXT_KEY: config} if whole else config
+    if whole:
+        config = {**{key: value for key, value in whole.items() if key != "auto_map"}, TEXT_KEY: config}
+    return _with_quantisation(config, source, kept)
+
+
+def _with_quantisation(config: dict[str, Any], source: Source, kept: Sequence[int]) -> dict[str, Any]:
+    """The same, in which the settings of a quantisation name the layers by their new indices."""
+    if not source.quantised:
+        return config
+    changed = dict(config)
+    for key, value in config.items():
+        if key in QUANTISED_KEYS:
+            changed[key] = renumbered_modules(value, source.adapter, kept, source.identity.name)
+        elif key == TEXT_KEY and isinstance(value, Mapping):
+            changed[key] = _with_quantisation(dict(value), source, kept)
+    return changed
 
 
 def check_shortened(model: OpenedModel, kept: Sequence[int]) -> None:

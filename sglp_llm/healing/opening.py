@@ -11,6 +11,7 @@ from typing import Any
 from sglp_llm.analysis import open_model
 from sglp_llm.checkpoint.export import check_carried
 from sglp_llm.errors import UserError
+from sglp_llm.models.loading import refuse_quantised
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import PLAN_FILE_NAME, Recipe, load_plan
 from sglp_llm.plan.healing_recipe import HealingRecipe
@@ -58,6 +59,7 @@ def open_models(
     assert student.source is not None
     if student.source.index is None:
         raise UserError(f"{model}: healing needs safetensors files, and this is a {student.source.format} checkpoint")
+    refuse_quantised(student.source, "healing")
     student.source.check_apart(output)
     folder = student.source.path
     check_carried(folder)
@@ -92,7 +94,7 @@ def _teacher(student: OpenedModel, plan: PrunePlan | None, recipe: HealingRecipe
             f"the teacher {name} is not the model that the plan was made for ({plan.source.name}, "
             f"{plan.source.fingerprint[:23]}...)"
         )
-    ours, theirs = int(student.config.vocab_size), int(teacher.config.vocab_size)
+    ours, theirs = int(student.text_config.vocab_size), int(teacher.text_config.vocab_size)
     if ours != theirs:
         raise UserError(f"the teacher {name} has a vocabulary of {theirs} tokens, and the student one of {ours}")
     return teacher

@@ -110,4 +110,5 @@ def forecast(opened: OpenedModel, recipe: Recipe) -> tuple[EngineMemory, FreeMem
 
 
 def _can_stream(opened: OpenedModel, recipe: Recipe) -> bool:
-    return opened.source is not None and opened.source.format == "safetensors" and recipe.device_map is None
+    source = opened.source
+    return source is not None and source.format == "safetensors" and not source.quantised and recipe.device_map is None

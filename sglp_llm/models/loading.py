@@ -30,6 +30,9 @@ _SLACK = 10**6  # parameters: what some types initialise, and do not store
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
+_ELSEWHERE = "make the plan on the unquantised model, and give it here with --plan"
+
+
 @dataclass(frozen=True)
 class DecoderModel:
     """A causal language model, with access to its decoder layers.
@@ -85,6 +88,22 @@ class DecoderModel:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
+def refuse_quantised(source: Source | None, what: str) -> None:
+    """Refuses what cannot be done with quantised weights.
+
+    Args:
+        source: The checkpoint; ``None`` for a live model.
+        what: What is to be done, as the beginning of a sentence.
+
+    Raises:
+        UserError: The weights are quantised.
+    """
+    if source is not None and source.quantised:
+        raise UserError(
+            f"{source.identity.name}: the weights are quantised ({source.quantised}): {what} needs unquantised ones; {_ELSEWHERE}"
+        )
+
+
 def wrap_model(model: PreTrainedModel) -> DecoderModel:
     """Wraps a live transformers model.
 
@@ -131,7 +150,8 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
         if source.format == "bin" and isinstance(error, pickle.UnpicklingError | RuntimeError | EOFError):
             # torch's own message advises to load with weights_only=False, which would run what is in the file.
             raise UserError(f"{name}: a .bin file is damaged, or holds code beside tensors, which is not run") from None
-        raise UserError(f"{name}: transformers cannot load the weights ({_one_line(error)})") from None
+        hint = f"; {_ELSEWHERE}" if source.quantised else ""
+        raise UserError(f"{name}: transformers cannot load the weights ({_one_line(error)}){hint}") from None
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name}: the checkpoint lacks {len(missing)} tensors, {missing[0]!r} for one")
     if mismatched := sorted(report["mismatched_keys"], key=str):
@@ -175,8 +195,12 @@ def check_streamable(source: Source) -> None:
     """Checks that the layers can be loaded one at a time.
 
     Raises:
-        UserError: The checkpoint is not safetensors.
+        UserError: The checkpoint is not safetensors, or quantised.
     """
+    if source.quantised:
+        raise UserError(
+            f"{source.identity.name}: the streamed engine reads unquantised weights, and these are {source.quantised}"
+        )
     if source.index is None:
         raise UserError(
             f"{source.identity.name}: the streamed engine reads safetensors files, and this is a {source.format} checkpoint; "

@@ -36,8 +36,8 @@ MOST_WIDTH = 2**24
 # Configuration keys that describe the software or the run, not the model.
 _VOLATILE_KEYS = {"transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "auto_map"}
 _VOLATILE_KEYS |= {"quantization_config"}
-# The keys under which transformers, compressed-tensors and MLX store it.
-_QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
+QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
+"""The keys under which transformers, compressed-tensors and MLX store how weights are quantised."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Source:
         adapter: The family's adapter.
         index: Location of every tensor; ``None`` unless the weights are safetensors.
         predictor_layers: Number of layers for multi-token prediction that are stored behind the decoder layers.
+        quantised: How the weights are quantised, such as ``GPTQ``; empty where they are not. Of GGUF it is empty too: it is
+            loaded as plain weights.
         files: The files as they were before the first was read.
     """
 
@@ -66,6 +68,7 @@ class Source:
     adapter: DecoderAdapter
     index: CheckpointIndex | None
     predictor_layers: int = 0
+    quantised: str = ""
     files: FileStates = field(default_factory=FileStates)
 
     @property
@@ -80,9 +83,10 @@ class Source:
 
     @property
     def most_parameters(self) -> int:
-        """The largest number of parameters that the files can hold: GGUF has types of less than two bits."""
+        """The largest number of parameters that the files can hold: quantised ones of two bits, GGUF has types of fewer."""
         if self.index is not None:
-            return sum(entry.num_elements for entry in self.index.tensors.values())
+            packed = 16 if self.quantised else 1  # in one number of 32 bits
+            return packed * sum(entry.num_elements for entry in self.index.tensors.values())
         files = [self.path] if self.path.is_file() else self.path.glob("pytorch_model*.bin")
         return (8 if self.format == "gguf" else 1) * sum(file.stat().st_size for file in files)
 
@@ -105,8 +109,8 @@ def find_source(name: str | Path, revision: str | None = None) -> Source:
         revision: Hub branch, tag or commit.
 
     Raises:
-        UserError: It does not exist; its files are damaged; or it cannot be pruned: quantised, a PEFT adapter, in need of remote
-            code, multimodal, or of a family without an adapter.
+        UserError: It does not exist; its files are damaged; or it cannot be pruned: a PEFT adapter, in need of remote code, or of
+            a type whose layers cannot be removed.
     """
     path, revision = _locate(name, revision, weights=True)
     files = FileStates.of(path)
@@ -114,12 +118,15 @@ def find_source(name: str | Path, revision: str | None = None) -> Source:
     return replace(source, files=files)
 
 
-def find_config(name: str | Path, revision: str | None = None) -> tuple[PretrainedConfig, bool]:
+def find_config(
+    name: str | Path, revision: str | None = None, quantised: bool = False
+) -> tuple[PretrainedConfig, bool]:
     """The configuration of a model that can be pruned; weights are neither needed nor downloaded.
 
     Args:
         name: A local folder, with weights or without, a ``.gguf`` file, or the id of a model on the Hub.
         revision: Hub branch, tag or commit.
+        quantised: Whether the weights may be quantised.
 
     Returns:
         transformers' resolved configuration, and whether the weights are GGUF.
@@ -130,7 +137,12 @@ def find_config(name: str | Path, revision: str | None = None) -> tuple[Pretrain
     path, _ = _locate(name, revision, weights=False)
     if path.is_file():
         return _gguf_source(path, str(name)).config, True
-    return _checked_config(_raw_config(path), path, str(name))[0], False
+    raw = _raw_config(path)
+    if (method := _quantised(raw)) and not quantised:
+        raise UserError(
+            f"{name}: the weights are quantised ({method}), and memory is predicted for unquantised ones; name the original"
+        )
+    return _checked_config(raw, path, str(name))[0], False
 
 
 def depth_of(config: PretrainedConfig, adapter: DecoderAdapter, name: str) -> int:
@@ -151,7 +163,7 @@ def find_depth(name: str | Path, revision: str | None = None) -> int:
     Raises:
         UserError: See `find_config`.
     """
-    config, _ = find_config(name, revision)
+    config, _ = find_config(name, revision, quantised=True)
     return depth_of(config, _adapter_of(config, str(name)), str(name))
 
 
@@ -202,9 +214,19 @@ def _folder_source(folder: Path, name: str, revision: str | None) -> Source:
             f"{folder}: no weights: expected model.safetensors, its shards with an index, or pytorch_model.bin"
         )
     identity = ModelIdentity(name, str(raw["model_type"]), fingerprint(config, headers))
-    return Source(
-        identity, revision, folder, "safetensors" if index else "bin", raw, config, adapter, index, predictors
-    )
+    form: Literal["safetensors", "bin"] = "safetensors" if index else "bin"
+    return Source(identity, revision, folder, form, raw, config, adapter, index, predictors, _quantised(raw))
+
+
+def _quantised(raw: Mapping[str, Any]) -> str:
+    """How weights are quantised, by ``config.json``; empty where they are not."""
+    nested = raw.get(TEXT_KEY)
+    for each in (raw, nested if isinstance(nested, dict) else {}):
+        for key in QUANTISED_KEYS:
+            if found := each.get(key):
+                method = found.get("quant_method") if isinstance(found, dict) else found
+                return str(method or key).upper()
+    return ""
 
 
 def _gguf_source(path: Path, name: str) -> Source:
@@ -235,7 +257,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     if not os.path.lexists(file):
         if (folder / "adapter_config.json").exists():
             raise UserError(
-                f"{folder}: a PEFT adapter, not a model; merge it into its base model first (`merge_and_unload`)"
+                f"{folder}: a PEFT adapter, not a model; `sglp-llm prune --merge-adapter FOLDER` merges it into its base first"
             )
         raise UserError(f"{folder}: no config.json; expected the folder of a transformers checkpoint")
     raw = read_json(file, "configuration")
@@ -281,14 +303,8 @@ def _adapter_of(config: PretrainedConfig, name: str) -> DecoderAdapter:
 
 
 def _refuse_form(raw: Mapping[str, Any], adapter: DecoderAdapter | None, name: str) -> None:
-    """Refuses quantised weights, remote code and multimodal wrappers."""
+    """Refuses remote code and wrappers that are no models of images and text."""
     model_type = str(raw["model_type"])
-    if key := next((key for key in _QUANTISED_KEYS if raw.get(key)), None):
-        method = raw[key].get("quant_method") if isinstance(raw[key], dict) else raw[key]
-        raise UserError(
-            f"{name}: the weights are quantised ({str(method or key).upper()}); "
-            "prune the unquantised model and quantise the result"
-        )
     if remote := raw.get("auto_map"):
         native = adapter.native_remote_classes if adapter else ()
         entries = list(remote.values()) if isinstance(remote, dict) else [remote]

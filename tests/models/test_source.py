@@ -126,7 +126,11 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "PEFT": (adapter_only, "a PEFT adapter, not a model"),
     "remote code": (config(auto_map={"AutoModelForCausalLM": "code.XForCausalLM"}), "auto_map: XForCausalLM"),
     "remote code in a list": (config(auto_map=["code.X"]), "needs remote code (auto_map: X)"),
-    "multimodal": (config(model_type="gemma3", text_config={}, vision_config={}), "its text model (gemma3_text)"),
+    "multimodal": (
+        config(model_type="gemma3_vision", text_config={}, vision_config={}),
+        "its text model (gemma3_vision_text)",
+    ),
+    "a wrapper's parts": (config(model_type="gemma3", text_config={}, vision_config={}), "is a LlamaForCausalLM"),
     "classifier": (config(architectures=["LlamaForSequenceClassification"]), "not the causal language model Llama"),
     "bare decoder": (config(architectures=["LlamaModel"]), "is a LlamaModel"),
     "another family's": (config(architectures=["MistralForCausalLM"]), "is a MistralForCausalLM"),

@@ -9,23 +9,21 @@ Not covered: kernels, what streams order, NCCL, and the numerics of a GPU.
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from pretended_cuda import GIB, nothing, place_of_call, pretended_cuda
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-GIB = 2**30
 DEVICE_OF = torch.Tensor.device.__get__
 HALF = (torch.float16, torch.bfloat16)
 FACTORIES = {
@@ -65,8 +63,7 @@ class PretendedDevices:
     def __init__(self, count: int = 1, current: int = 0, kind: str = "cuda") -> None:
         self.waits: Counter[tuple[str, str]] = Counter()
         self.used: set[torch.device] = set()
-        self.free, self.kind = 70 * GIB, kind
-        self._count = count
+        self.count, self.free, self.kind = count, 70 * GIB, kind
         self._tags: dict[weakref.ref, torch.device] = {}
         self._pinned: set[weakref.ref] = set()
         self._thread = threading.local()
@@ -104,7 +101,7 @@ class PretendedDevices:
         return _storage(tensor, None) in self._pinned
 
     def wait(self, reason: str) -> None:
-        self.waits[_place(), reason] += 1
+        self.waits[place_of_call(), reason] += 1
 
     def across(self, source: torch.Tensor, target: torch.Tensor | None, to: torch.device | None, behind: bool) -> None:
         """Counts the wait of a copy between a device and the host; ``behind`` is torch's ``non_blocking``."""
@@ -125,9 +122,9 @@ class PretendedDevices:
             keep(hooks, self.hooked(pack), self.hooked(unpack))
 
         with ExitStack() as stack:
-            for name, fake in self._cuda().items():
+            for name, fake in pretended_cuda(self).items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, fake))
-            stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", _nothing))
+            stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", nothing))
             stack.enter_context(mock.patch.object(ThreadPoolExecutor, "submit", submitted))
             stack.enter_context(mock.patch.object(torch.autograd.graph.saved_tensors_hooks, "__init__", kept))
             stack.enter_context(self._modes())
@@ -137,47 +134,18 @@ class PretendedDevices:
         """The function with the modes, for another thread or the backward pass: neither inherits function modes."""
 
         def inside(*args: Any, **kwargs: Any) -> Any:
-            entered = torch._C._len_torch_function_stack() > 0
-            with (
-                nullcontext() if entered else _Functions(self),
-                nullcontext() if self._is_seen() else _Operations(self),
-            ):
+            functions = nullcontext() if torch._C._len_torch_function_stack() else _Functions(self)
+            with functions, nullcontext() if torch._C._len_torch_dispatch_stack() else _Operations(self):
                 return function(*args, **kwargs)
 
         return inside
-
-    @staticmethod
-    def _is_seen() -> bool:
-        return torch._C._len_torch_dispatch_stack() > 0
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
         with _Functions(self), _Operations(self):
             yield
 
-    def _cuda(self) -> dict[str, Any]:
-        stream = SimpleNamespace(wait_stream=_nothing, wait_event=_nothing, record_event=_nothing, synchronize=_nothing)
-        event = SimpleNamespace(record=_nothing, wait=_nothing, synchronize=_nothing)
-        card = SimpleNamespace(name="pretended", total_memory=80 * GIB, major=9, minor=0, multi_processor_count=132)
-        return {
-            "is_available": lambda: self.kind == "cuda",
-            "is_initialized": lambda: True,
-            "device_count": lambda: self._count,
-            "current_device": lambda: self.current,
-            "set_device": self._set_current,
-            "mem_get_info": lambda *_: (self.free, 80 * GIB),
-            "get_device_properties": lambda *_: card,
-            "get_device_capability": lambda *_: (9, 0),
-            "is_bf16_supported": lambda *_, **__: True,
-            "Stream": lambda *_, **__: stream,
-            "Event": lambda *_, **__: event,
-            "current_stream": lambda *_: stream,
-            "stream": lambda *_: nullcontext(),
-            **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), lambda *_: 0),
-            **dict.fromkeys(("_lazy_init", "synchronize", "empty_cache", "reset_peak_memory_stats"), _nothing),
-        }
-
-    def _set_current(self, device: Any) -> None:
+    def set_current(self, device: Any) -> None:
         self._thread.index = self.named(device).index
 
     def _forget(self, key: weakref.ref) -> None:
@@ -188,19 +156,6 @@ class PretendedDevices:
 def _storage(tensor: torch.Tensor, freed: Callable[[weakref.ref], None] | None) -> weakref.ref:
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         return weakref.ref(tensor.untyped_storage(), freed)
-
-
-def _place() -> str:
-    """The innermost line of this package, or else of the libraries, that is being executed."""
-    frame, found = sys._getframe(2), "elsewhere"
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if "/sglp_llm/" in name:
-            return f"{name.rpartition('/sglp_llm/')[2]}:{frame.f_lineno}"
-        if found == "elsewhere" and ("/transformers/" in name or "/accelerate/" in name):
-            found = f"{name.rpartition('site-packages/')[2]}:{frame.f_lineno}"
-        frame = frame.f_back
-    return found
 
 
 class _Move(torch.autograd.Function):
@@ -354,7 +309,3 @@ class _Operations(TorchDispatchMode):
         if len(mixing) > 1:
             raise DeviceMismatch(f"{name}: expected all tensors to be on the same device, but found {sorted(mixing)}")
         return next(tag for tag in tags if tag is not None)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """What has no effect here."""

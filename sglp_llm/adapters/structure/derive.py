@@ -37,7 +37,7 @@ def derive(config: PretrainedConfig, written: Callable[[str], DecoderAdapter | N
     model = empty_model(config)
     path, depth_key = find_layers(model)
     stored = _stored_path(model, path)
-    found = {"layers": path, "stored_layers": stored if stored != path else "", "depth_key": depth_key}
+    found: dict[str, Any] = {"layers": path, "stored_layers": stored if stored != path else "", "depth_key": depth_key}
     exceptions = replace(exceptions, fused=_fused_in(model, exceptions.fused))
     if (family := written(str(text.model_type))) is not None:  # of a wrapper around a family with a file
         return replace(family, **found, exceptions=exceptions, is_derived=True)
@@ -151,10 +151,10 @@ def _decoder_path(model: PreTrainedModel) -> str:
     """Path of the module that a wrapper's nested configuration describes; empty otherwise."""
     if not is_wrapper(model.config):
         return ""
-    nested = model.config.text_config.model_type
-    for path, module in model.named_modules():
+    nested = str(text_config(model.config).model_type)
+    for path, module in model.named_modules():  # the outermost one
         if path and getattr(getattr(module, "config", None), "model_type", None) == nested:
-            return path
+            return str(path)
     return ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -59,6 +59,9 @@ from sglp_llm.cli.pushing import check_push, push_finished
 from sglp_llm.cli.quiet import prepare
 from sglp_llm.errors import UserError
 
+if TYPE_CHECKING:
+    from sglp_llm.processes import Processes
+
 
 def prune(
     model: Model = None,
@@ -80,6 +83,13 @@ def prune(
             metavar="FILE|3,7,11",
             help="Remove these layers instead of analysing: sglp_plan.json, mergekit's YAML, or 0-based indices.",
             rich_help_panel=panels.METHOD,
+        ),
+    ] = None,
+    merge_adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="MODEL is a PEFT adapter: write it, merged into its base model, to this folder, and prune that.",
+            rich_help_panel=panels.MODEL,
         ),
     ] = None,
     ratio: Ratio = None,
@@ -186,6 +196,8 @@ def prune(
         taken = preset if plan is not None else preset_of(preset, recipe, settings, output)
         chosen = recipe_of(recipe, settings, model, taken)
         name = model_of(model, chosen)
+        if merge_adapter is not None:
+            name = _merged(name, merge_adapter, overwrite, processes)
         reader = None if tokenizer is None else find_tokenizer(tokenizer)
         known_plan = None if plan is None else given_plan(plan, lambda: find_depth(name, chosen.revision))
         # For the reload check alone any text serves, and this one needs no network.
@@ -214,3 +226,12 @@ def prune(
         memory.print_peak()
     if push_to_hub is not None:
         push_finished(output, push_to_hub, private, as_json)
+
+
+def _merged(adapter: str, output: Path, overwrite: bool, processes: Processes) -> str:
+    from sglp_llm.healing.merging import merge_adapter
+
+    if processes.is_main:
+        merge_adapter(adapter, output, overwrite)
+    processes.wait()
+    return str(output)
