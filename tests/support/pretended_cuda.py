@@ -1,4 +1,4 @@
-"""What `torch.cuda` says while `pretended_devices` pretends devices."""
+"""What `torch.cuda` says while `pretended_devices` pretends devices, and which functions of torch it answers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,28 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from pretended_devices import PretendedDevices
 
 GIB = 2**30
+DEVICE_OF = torch.Tensor.device.__get__
+HALF = (torch.float16, torch.bfloat16)
+FACTORIES = {
+    getattr(torch, name)
+    for names in (
+        "zeros ones full empty arange tensor eye randn rand randint randperm linspace as_tensor asarray scalar_tensor",
+        "empty_strided tril_indices triu_indices zeros_like ones_like empty_like full_like rand_like randn_like",
+    )
+    for name in names.split(" ")
+}
+FACTORIES |= {getattr(torch.Tensor, f"new_{name}") for name in ("zeros", "ones", "full", "empty", "tensor")}
+FROM_PYTHON = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+HOOKS = (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook)
+ALONE = ("_to_copy", "set_", "detach", "resize_", "record_stream")  # the first argument alone decides
 
 
 def pretended_cuda(devices: PretendedDevices) -> dict[str, Any]:

@@ -19,27 +19,23 @@ from typing import Any
 from unittest import mock
 
 import torch
-from pretended_cuda import GIB, nothing, place_of_call, pretended_cuda
+from pretended_cuda import (
+    ALONE,
+    DEVICE_OF,
+    FACTORIES,
+    FROM_PYTHON,
+    GIB,
+    HALF,
+    HOOKS,
+    INDEXING,
+    WAITING,
+    nothing,
+    place_of_call,
+    pretended_cuda,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-DEVICE_OF = torch.Tensor.device.__get__
-HALF = (torch.float16, torch.bfloat16)
-FACTORIES = {
-    getattr(torch, name)
-    for names in (
-        "zeros ones full empty arange tensor eye randn rand randint randperm linspace as_tensor asarray scalar_tensor",
-        "empty_strided tril_indices triu_indices zeros_like ones_like empty_like full_like rand_like randn_like",
-    )
-    for name in names.split(" ")
-}
-FACTORIES |= {getattr(torch.Tensor, f"new_{name}") for name in ("zeros", "ones", "full", "empty", "tensor")}
-FROM_PYTHON = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
-INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
-HOOKS = (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook)
-ALONE = ("_to_copy", "set_", "detach", "resize_", "record_stream")  # the first argument alone decides
 
 
 class DeviceMismatch(RuntimeError):
