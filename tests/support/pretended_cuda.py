@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,10 @@ INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_ind
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
 HOOKS = (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook)
 ALONE = ("_to_copy", "set_", "detach", "resize_", "record_stream")  # the first argument alone decides
+
+
+class DeviceMismatch(RuntimeError):
+    """An operation got tensors on different devices."""
 
 
 def pretended_cuda(devices: PretendedDevices) -> dict[str, Any]:
@@ -70,3 +76,8 @@ def place_of_call() -> str:
             found = f"{name.rpartition('site-packages/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return found
+
+
+def storage_of(tensor: torch.Tensor, freed: Callable[[weakref.ref], None] | None) -> weakref.ref:
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        return weakref.ref(tensor.untypedstorage_of(), freed)

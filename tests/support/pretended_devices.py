@@ -38,10 +38,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class DeviceMismatch(RuntimeError):
-    """An operation got tensors on different devices."""
-
-
 class PretendedDevices:
     """CUDA devices that are pretended inside `pretended`.
 
@@ -78,10 +74,10 @@ class PretendedDevices:
 
     def of(self, tensor: torch.Tensor) -> torch.device | None:
         """The pretended device; ``None`` for a tensor that is really on the CPU."""
-        return self._tags.get(_storage(tensor, None))
+        return self._tags.get(storage_of(tensor, None))
 
     def put(self, tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-        key = _storage(tensor, self._forget)
+        key = storage_of(tensor, self._forget)
         if device is None or device.type != self.kind:
             self._forget(key)
         else:
@@ -90,11 +86,11 @@ class PretendedDevices:
         return tensor
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._pinned.add(_storage(tensor, self._forget))
+        self._pinned.add(storage_of(tensor, self._forget))
         return tensor
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
-        return _storage(tensor, None) in self._pinned
+        return storage_of(tensor, None) in self._pinned
 
     def wait(self, reason: str) -> None:
         self.waits[place_of_call(), reason] += 1
@@ -147,11 +143,6 @@ class PretendedDevices:
     def _forget(self, key: weakref.ref) -> None:
         self._tags.pop(key, None)
         self._pinned.discard(key)
-
-
-def _storage(tensor: torch.Tensor, freed: Callable[[weakref.ref], None] | None) -> weakref.ref:
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        return weakref.ref(tensor.untyped_storage(), freed)
 
 
 class _Move(torch.autograd.Function):
