@@ -80,4 +80,4 @@ def place_of_call() -> str:
 
 def storage_of(tensor: torch.Tensor, freed: Callable[[weakref.ref], None] | None) -> weakref.ref:
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        return weakref.ref(tensor.untypedstorage_of(), freed)
+        return weakref.ref(tensor.untyped_storage(), freed)

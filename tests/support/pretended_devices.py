@@ -29,9 +29,11 @@ from pretended_cuda import (
     HOOKS,
     INDEXING,
     WAITING,
+    DeviceMismatch,
     nothing,
     place_of_call,
     pretended_cuda,
+    storage_of,
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
