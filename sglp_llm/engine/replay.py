@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from sglp_llm.engine.modes import entering_states, leaving_states
 from sglp_llm.errors import UserError
@@ -105,6 +106,12 @@ class Replay:
         other = copy(self)
         other.ids = ids
         return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it keeps; masks are tokens x tokens."""
+        kept = [self.first_states, *tree_leaves([(call.args, call.kwargs) for call in self._calls])]
+        return sum({id(each): each.nbytes for each in kept if isinstance(each, torch.Tensor)}.values())
 
     @property
     def vocabulary(self) -> int:
