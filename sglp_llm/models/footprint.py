@@ -76,8 +76,10 @@ def attention_windows(config: PretrainedConfig) -> list[int | None]:
 
 
 def cached_numbers(config: PretrainedConfig) -> int:
-    """How many numbers a decoder layer caches for a token: a key and a value."""
-    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    """How many numbers a decoder layer caches for a token: a key and a value; none where nothing attends."""
+    key_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if not key_heads:
+        return 0  # nothing attends
     return int(2 * key_heads * head_size(config))
 
 
