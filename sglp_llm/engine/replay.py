@@ -153,8 +153,8 @@ def outputs_of(model: DecoderModel, ids: torch.Tensor) -> int:
     if not seen.one_by_one:
         raise UserError(
             f"the layers of a {model.model.config.model_type} model cannot be run one by one, because they hand on more than "
-            "hidden states: trials, compensation and the streamed engine do not work; --criterion sglp with --compensate none and "
-            "--engine resident does"
+            "hidden states: trials, compensation and the streamed engine do not work; --criterion sglp with --compensate none "
+            "and --engine resident does"
         )
     return seen.outputs
 

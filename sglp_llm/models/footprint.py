@@ -57,12 +57,13 @@ def _seen_in_cache(key: ConfigKey, depth: int) -> tuple[int, ...] | None:
             # On fake tensors torch multiplies stacked expert matrices in bfloat16 only.
             model = auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
             ids = torch.zeros(1, 1, dtype=torch.long)
-            cache = model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(config=config)).past_key_values
+            cache = model(input_ids=ids, use_cache=True).past_key_values
             tensors = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     except Exception:  # whatever a type's own code raises
         return None
     numbers = tuple(sum(each.numel() for each in pair if isinstance(each, torch.Tensor)) for pair in tensors)
-    return numbers if len(numbers) == depth else None
+    # A cache of a type's own may end with the last layer that attends.
+    return (*numbers, *[0] * (depth - len(numbers))) if len(numbers) <= depth else None
 
 
 def attention_windows(config: PretrainedConfig) -> list[int | None]:
