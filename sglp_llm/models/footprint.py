@@ -23,6 +23,7 @@ def footprint_of(decoder: DecoderModel, dtype: torch.dtype) -> Footprint:
     config = decoder.config
     layers = tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder.layers)
     windows = attention_windows(config)
+    windows = windows[:: max(1, len(windows) // max(1, len(layers)))]
     return Footprint(
         itemsize=dtype.itemsize,
         outside=decoder.num_parameters - sum(layers),
@@ -62,6 +63,9 @@ def _seen_in_cache(key: ConfigKey, depth: int) -> tuple[int, ...] | None:
     except Exception:  # whatever a type's own code raises
         return None
     numbers = tuple(sum(each.numel() for each in pair if isinstance(each, torch.Tensor)) for pair in tensors)
+    if len(numbers) > depth and len(numbers) % depth == 0:  # each layer fills several slots
+        slots = len(numbers) // depth
+        numbers = tuple(sum(numbers[first : first + slots]) for first in range(0, len(numbers), slots))
     # A cache of a type's own may end with the last layer that attends.
     return (*numbers, *[0] * (depth - len(numbers))) if len(numbers) <= depth else None
 
