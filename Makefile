@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO := demo-output
 WORKERS ?= 2
 
-.PHONY: setup demo test test-all faults lint docs bench bench-gpu clean
+.PHONY: setup demo test test-all test-lowest test-newest audit faults soak lint docs bench bench-gpu clean
 
 setup: $(READY)
 
@@ -29,9 +29,30 @@ test-all: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 	$(BIN)/python -m pytest -m slow
 
+# The lowest versions that setup.cfg allows (constraints-lowest.txt), and the newest that the index has.
+test-lowest test-newest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+	    $(if $(filter lowest,$*),--constraint constraints-lowest.txt) --editable '.[dev,heal,report]'
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(WORKERS) -m 'not slow'
+
+# Known vulnerabilities of the pinned versions, licences of what is installed; the wheel and the sdist as an index would take them.
+audit: setup
+	$(BIN)/python -m pip install --quiet build twine pip-audit pip-licenses
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
+	$(BIN)/pip-licenses --from=mixed --order=license --partial-match \
+	    --fail-on='GNU General Public License;GNU Affero General Public License;AGPL-3;GPL-3.0-only;GPL-3.0-or-later'
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
 # A signal at every moment of every command that writes, and disks that are full at every stage; about an hour.
 faults: setup
 	FAULTS=every OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+
+# 300 models pruned, exported and reloaded in one process; memory and open files must stay flat.
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --cycles 300
 
 lint: setup
 	$(BIN)/ruff check .
@@ -55,9 +76,9 @@ bench: setup
 	$(BIN)/python benchmarks/healing.py
 	$(BIN)/python benchmarks/trial_dtype.py
 
-# On one GPU with 40 GB or more; 16 GB of disk for a random model.
-bench-gpu: setup
-	$(BIN)/python benchmarks/gpu.py
+# On one GPU with 40 GB or more; 16 GB of disk for a random model. With the Python that has torch for the GPU.
+bench-gpu:
+	PYTHONPATH=. python3 benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) site build dist *.egg-info
+	rm -rf $(VENV) .venv-lowest .venv-newest $(DEMO) site build dist *.egg-info

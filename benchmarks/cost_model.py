@@ -1,4 +1,5 @@
-"""FLOPs and bytes read of an analysis (CKA and GradNorm) by the cost model of docs/performance.md, for the shapes in `shapes/`.
+"""FLOPs and bytes read of an analysis (CKA and GradNorm) by the cost model of docs/performance.md, for the shapes in `shapes/`;
+then the seconds of whole runs on named GPUs, as ``sglp-llm plan-memory --on GPU`` predicts them, and what most of each goes to.
 
     python benchmarks/cost_model.py [--tflops 400] [--gigabytes 2]
 
@@ -11,6 +12,13 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from sglp_llm.memory.duration import accelerator, predict_durations
+from sglp_llm.memory.prediction import work_of
+from sglp_llm.plan import Recipe, preset_settings
 
 SHAPES = Path(__file__).parent / "shapes"
 SETS = ((32, 512), (128, 2048))
@@ -40,6 +48,27 @@ def flops(config: dict[str, Any], sequences: int, tokens: int) -> tuple[float, f
     return resident, streamed, plain, 2 * 2 * layer * layers  # bfloat16, once forward and once backward
 
 
+RUNS = {
+    "analysis": Recipe(criterion="sglp", ratio=0.25, samples=32, seq_len=512),
+    "analysis + linear": Recipe(criterion="sglp", ratio=0.25, samples=32, seq_len=512, compensate="linear"),
+    "analysis + learned": Recipe(criterion="sglp", ratio=0.25, samples=64, seq_len=512, compensate="learned"),
+    "best": Recipe(**preset_settings("best"), ratio=0.25, samples=32, seq_len=512),
+}
+
+
+def whole_runs(gigabytes: float) -> None:
+    print("\n| model | run | GPU | resident | mostly | streamed | mostly |")
+    print("|---|---|---|---|---|---|---|")
+    for name in ("8b", "70b"):
+        config = AutoConfig.from_pretrained(SHAPES / f"llama-3.1-{name}")
+        for title, recipe in RUNS.items():
+            for gpu in ("rtx4090", "a100", "h100"):
+                device = accelerator(gpu)
+                both = predict_durations(config, torch.bfloat16, recipe, work_of(recipe), device, gigabytes * 1e9)
+                cells = " | ".join(f"{each.seconds:.0f} s | {each.dominating}" for each in both)
+                print(f"| {name.upper()} | {title} | {gpu} | {cells} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tflops", type=float, default=400.0)
@@ -63,6 +92,7 @@ def main() -> None:
                 f"{streamed / resident:.2f} | {resident / plain:.2f} | {read / 1e9:.0f} GB | "
                 f"{', '.join(f'{value:.0f} s' for value in seconds)} |"
             )
+    whole_runs(options.gigabytes)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,75 @@
-"""An analysis of an 8B-shaped random Llama in bfloat16 on one GPU: time over the floor, peak device memory, and the ratios of the
-two engines to each other and to plain transformers.
+"""Everything on an 8B-shaped random Llama in bfloat16 on one GPU, within nine minutes: a table, and JSON with ``--json FILE``.
 
-The floor is what the matrix products of forward and backward pass need, 2 x parameters x tokens multiply-adds (no weight
-gradients), at the rate that one large product reaches on the same GPU. Without a GPU it runs on the CPU, which is for trying it.
+The analysis (CKA and GradNorm) is compared with plain transformers forward and backward twice: with all weights frozen, which is
+what the analysis has to do at least, and with a gradient for every weight, which flatters us. The floor is what the matrix
+products of both passes need, 2 x parameters x tokens multiply-adds, at the rate of one large product on the same GPU. Then:
+streamed over resident, measured over predicted peak memory, a search with trials, the compensations, and generation.
 
-    python benchmarks/gpu.py [--samples 8] [--seq-len 2048] [--pairs 3] [--layers 32] [--hidden 4096] [--folder WHERE]
+Needs torch, transformers, accelerate and safetensors, no network and no data. Without a GPU it runs on the CPU, to be tried:
+``--layers 4 --hidden 256 --vocabulary 1000 --seq-len 64``. What does not fit into ``--minutes`` is left out, and says so.
+
+    PYTHONPATH=. python3 benchmarks/gpu.py [--samples 16] [--seq-len 512] [--batch-size 8] [--pairs 3] [--folder WHERE]
+        [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from machine import describe
 from random_llama import Shape, write_llama
+from transformers import AutoConfig
 
+from sglp_llm.analysis.observing import observe
 from sglp_llm.calibration import CalibrationSet
-from sglp_llm.criteria import make_criterion
-from sglp_llm.engine import run_pass
-from sglp_llm.engine.representations import CKAObserver
+from sglp_llm.compensation import FitSettings, get_method
+from sglp_llm.criteria import SetCriterion
+from sglp_llm.evaluation.benchmark import greedy
+from sglp_llm.memory.prediction import predict_memory
 from sglp_llm.models import find_source
+from sglp_llm.models.devices import own_device
 from sglp_llm.models.loading import DecoderModel, load_model, load_streamed
+from sglp_llm.plan import Recipe
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = own_device()
 GB = 1e9
+
+
+class Results:
+    """Rows of the table, as they are found; nothing is started after the time is up."""
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes
+        self.rows: dict[str, float | str] = {}
+
+    def add(self, what: str, value: float | str, unit: str = "") -> None:
+        self.rows[f"{what}{f' [{unit}]' if unit else ''}"] = value
+        shown = f"{value:.3g}" if isinstance(value, float) else value
+        print(f"{what:68} {shown} {unit}".rstrip(), flush=True)
+
+    def measure(self, what: str, seconds: float, function: Callable[[], Any]) -> float | None:
+        """The seconds that a call takes, as a row; ``None``, and a row that says why, where fewer than ``seconds`` are left."""
+        if time.monotonic() + seconds > self._end:
+            self.add(what, "left out: no time")
+            return None
+        start = synchronized()
+        try:
+            function()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self.add(what, "out of memory")
+            return None
+        taken = synchronized() - start
+        self.add(what, taken, "s")
+        return taken
 
 
 def synchronized() -> float:
@@ -37,13 +79,12 @@ def synchronized() -> float:
     return time.perf_counter()
 
 
-def peak() -> float:
-    """Peak device memory since the last call, in GB; 0 without a GPU."""
+def begin_peak() -> int:
+    """What is on the device now; `torch.cuda.max_memory_allocated` counts from here."""
     if DEVICE.type != "cuda":
-        return 0.0
-    found = torch.cuda.max_memory_allocated() / GB
+        return 0
     torch.cuda.reset_peak_memory_stats()
-    return found
+    return torch.cuda.memory_allocated()
 
 
 def products_a_second(size: int) -> float:
@@ -57,80 +98,148 @@ def products_a_second(size: int) -> float:
     return 2 * size**3 / best
 
 
-def analysis_seconds(model: DecoderModel, calibration: CalibrationSet, criterion: str) -> float:
-    """CKA and one gradient criterion."""
-    start = synchronized()
-    observer, cka = make_criterion(criterion, model.num_layers), CKAObserver(model.num_layers)
-    run_pass(model, calibration, [observer, cka])
-    observer.scores()
-    cka.result()
-    return synchronized() - start
-
-
-def plain_seconds(model: DecoderModel, calibration: CalibrationSet) -> float:
-    """One sequence per step, every weight requiring its gradient, gradient buffers kept."""
-    start = synchronized()
-    for ids in calibration.input_ids.to(DEVICE):
+def plain(model: DecoderModel, calibration: CalibrationSet, batch_size: int, frozen: bool) -> None:
+    """Forward and backward by transformers alone, in the same steps; the logits of a step are in memory at once, as always."""
+    model.model.requires_grad_(not frozen)
+    for ids in calibration.input_ids.to(DEVICE).split(batch_size):
         model.model.zero_grad(set_to_none=False)
-        model.model(input_ids=ids[None], labels=ids[None], use_cache=False).loss.backward()
-    seconds = synchronized() - start
+        states = model.model.get_input_embeddings()(ids).detach().requires_grad_(True)
+        model.model(inputs_embeds=states, labels=ids, use_cache=False).loss.backward()
     model.model.zero_grad(set_to_none=True)
-    return seconds
+    model.model.requires_grad_(False)
+
+
+def compare(
+    results: Results, models: dict[str, DecoderModel], calibration: CalibrationSet, recipe: Recipe, pairs: int
+) -> None:
+    """The two engines and plain transformers in turn; medians after one warm-up round."""
+
+    def analysis(model: DecoderModel, criterion: str) -> Callable[[], Any]:
+        return lambda: observe(model, calibration, recipe, [criterion], similarity=True).scores()
+
+    runs: dict[str, Callable[[], Any]] = {
+        "resident": analysis(models["resident"], "gradnorm"),
+        "streamed": analysis(models["streamed"], "gradnorm"),
+        "plain, weights frozen": lambda: plain(models["resident"], calibration, recipe.batch_size, True),
+        "plain, every weight's gradient": lambda: plain(models["resident"], calibration, recipe.batch_size, False),
+        "resident, taylor": analysis(models["resident"], "taylor"),
+        "streamed, taylor": analysis(models["streamed"], "taylor"),
+    }
+    times: dict[str, list[float]] = {}
+    for pair in range(pairs + 1):
+        for name, run in runs.items():
+            if pair and name not in times and pair > 1:
+                continue
+            taken = results.measure(f"round {pair}: {name}", 20, run)
+            if taken is not None and pair:
+                times.setdefault(name, []).append(taken)
+    middle = {name: median(values) for name, values in times.items()}
+    for over, under in (
+        ("resident", "plain, weights frozen"),
+        ("resident", "plain, every weight's gradient"),
+        ("streamed", "resident"),
+        ("streamed, taylor", "resident, taylor"),
+    ):
+        if over in middle and under in middle:
+            results.add(f"ratio: {over} / {under}", middle[over] / middle[under])
+
+
+def gradnorm(model: DecoderModel, calibration: CalibrationSet, recipe: Recipe) -> None:
+    observe(model, calibration, recipe, ["gradnorm"], similarity=True).scores()
+
+
+def memory(
+    results: Results, models: dict[str, DecoderModel], calibration: CalibrationSet, recipe: Recipe, plan: Any
+) -> None:
+    """Measured over predicted peaks; what the other engine's model takes is subtracted."""
+    for engine, model in models.items():
+        before = begin_peak()
+        taken = results.measure(f"for its peak: {engine}", 20, lambda m=model: gradnorm(m, calibration, recipe))
+        if taken is None:
+            continue
+        own = sum(parameter.nbytes for parameter in model.model.parameters() if not parameter.is_meta)
+        measured = torch.cuda.max_memory_allocated() - before + own if DEVICE.type == "cuda" else 0
+        predicted = getattr(plan, engine).device_peak
+        if predicted:
+            results.add(f"peak, {engine}: measured", measured / GB, "GB")
+            results.add(f"peak, {engine}: predicted", predicted / GB, "GB")
+            results.add(f"peak, {engine}: measured / predicted", measured / predicted)
+
+
+def removals(results: Results, model: DecoderModel, calibration: CalibrationSet, recipe: Recipe) -> None:
+    """A search with trials, and the compensations without an eighth of the layers."""
+    drop = max(1, model.num_layers // 8)
+    few = calibration.first(4)
+
+    def search() -> None:
+        criterion = observe(model, few, recipe, ["search"], similarity=False).criteria["search"]
+        assert isinstance(criterion, SetCriterion)
+        criterion.choose(drop, range(model.num_layers))
+
+    results.measure(f"search for {drop} layers, 4 sequences", 60, search)
+    removed = range(model.num_layers // 2, model.num_layers // 2 + drop)
+    settings = FitSettings(batch_size=recipe.batch_size)
+
+    def compensate(name: str) -> Callable[[], Any]:
+        return lambda: get_method(name).run(model, calibration, list(removed), settings)
+
+    for name, seconds in (("linear", 40), ("auto", 60), ("learned", 120)):
+        results.measure(f"compensate {name}", seconds, compensate(name))
+
+
+def generation(results: Results, model: DecoderModel, new_tokens: int = 64) -> None:
+    for batch in (1, 16):
+        prompt = torch.randint(3, 1000, (batch, 64), device=DEVICE)
+        taken = results.measure(
+            f"{new_tokens} new tokens, batch {batch}", 20, lambda p=prompt: greedy(model, p, new_tokens)
+        )
+        if taken is not None:
+            results.add(f"generation, batch {batch}", batch * new_tokens / taken, "tokens/s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--folder", type=Path, help="Where to write; default: the system's temporary folder.")
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--folder", type=Path, help="Where to write, and to find what was written; default: temporary.")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    heads = options.hidden // 128
-    shape = Shape(options.layers, options.hidden, options.hidden * 7 // 2, 128256, heads, max(heads // 4, 1))
-    ids = torch.randint(3, 128256, (options.samples, options.seq_len))
+    results = Results(options.minutes)
+    heads = max(options.hidden // 128, 2)
+    shape = Shape(
+        options.layers, options.hidden, options.hidden * 7 // 2, options.vocabulary, heads, max(heads // 4, 1)
+    )
+    ids = torch.randint(3, options.vocabulary, (options.samples, options.seq_len))
     calibration = CalibrationSet(ids, torch.ones_like(ids, dtype=torch.bool), "random", 0, "random", False)
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        total = write_llama(Path(name), shape, torch.bfloat16)
-        source = find_source(name)
-        resident, streamed = load_model(source), load_streamed(source)
+    recipe = Recipe(samples=options.samples, seq_len=options.seq_len, batch_size=options.batch_size, trial_samples=4)
+    results.add("machine", describe())
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = options.folder or Path(temporary)
+        if not (folder / "config.json").exists():
+            results.measure("write the model", 0, lambda: write_llama(folder, shape, torch.bfloat16, DEVICE))
+        source = find_source(str(folder))
+        plan = predict_memory(AutoConfig.from_pretrained(folder), recipe)
+        models: dict[str, DecoderModel] = {}
+        results.measure(
+            "load it", 0, lambda: models.update(resident=load_model(source), streamed=load_streamed(source))
+        )
         rate = products_a_second(min(8192, 2 * options.hidden))
-        embeddings = resident.model.get_input_embeddings().weight.numel()
-        floor = 2 * 2 * (resident.num_parameters - embeddings) * ids.numel() / rate
-        print(f"{describe()}; {total / GB:.1f} GB bfloat16, {options.samples} x {options.seq_len} tokens")
-        print(f"one matrix product: {rate / 1e12:.1f} TFLOP/s; floor of an analysis {floor:.2f} s", flush=True)
-        ratios: dict[str, list[float]] = {}
-        for pair in range(options.pairs + 1):
-            seconds, memory = {}, {}
-            peak()
-            for criterion in ("gradnorm", "taylor"):
-                for engine, model in (("resident", resident), ("streamed", streamed)):
-                    seconds[engine, criterion] = analysis_seconds(model, calibration, criterion)
-                    memory[engine, criterion] = peak()
-            plain = plain_seconds(resident, calibration)
-            if pair == 0:
-                continue
-            found = {
-                "resident gradnorm / floor": seconds["resident", "gradnorm"] / floor,
-                "resident gradnorm / plain transformers": seconds["resident", "gradnorm"] / plain,
-                "streamed / resident, gradnorm": seconds["streamed", "gradnorm"] / seconds["resident", "gradnorm"],
-                "streamed / resident, taylor": seconds["streamed", "taylor"] / seconds["resident", "taylor"],
-                "streamed gradnorm / plain transformers": seconds["streamed", "gradnorm"] / plain,
-            }
-            for what, ratio in found.items():
-                ratios.setdefault(what, []).append(ratio)
-            times = ", ".join(f"{engine} {name} {value:.2f} s" for (engine, name), value in seconds.items())
-            print(f"pair {pair}: plain {plain:.2f} s, {times}", flush=True)
-        for what, values in ratios.items():
-            print(f"{what}: median {median(values):.3f}, {min(values):.3f}..{max(values):.3f}")
-        if DEVICE.type != "cuda":
-            return
-        # The resident model is on the device all the time, so its weights are subtracted from the streamed engine's peak.
-        weights = sum(parameter.nbytes for parameter in resident.model.parameters()) / GB
-        for (engine, criterion), value in memory.items():
-            own = value if engine == "resident" else value - weights
-            print(f"peak device memory, {engine}, {criterion}: {own:.1f} GB")
+        embeddings = models["resident"].model.get_input_embeddings().weight.numel()
+        floor = 2 * 2 * (models["resident"].num_parameters - embeddings) * ids.numel() / rate
+        results.add("one matrix product", rate / 1e12, "TFLOP/s")
+        results.add("floor of an analysis", floor, "s")
+        compare(results, models, calibration, recipe, options.pairs)
+        memory(results, models, calibration, recipe, plan)
+        generation(results, models["resident"])
+        removals(results, models["resident"], calibration, recipe)
+    if options.json:
+        options.json.write_text(json.dumps(results.rows, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ calibration set does when it is written to be fast. Float32; the two alternate i
 pairs.
 
     python benchmarks/gradnorm.py [--model wide|smollm2] [--tokens 512 ...] [--pairs 5] [--norms auto] [--cpu-time]
+    python benchmarks/gradnorm.py --batched [--model wide] [--tokens 64 512] [--samples 8] [--cpu-time]
     python benchmarks/gradnorm.py --table [--cpu-time]
 
 ``wide`` is a random Llama of width 2048, MLP 5632 and 8 layers. ``--table`` shows where ghost norms stop paying: time of the
 Grams over that of the gradient formed in pieces, for a group of linears with a common input, and what ``auto`` takes.
-``--cpu-time`` counts the CPU time of one thread, for a machine that others use too.
+``--batched`` compares steps of all sequences with steps of one, and their numbers. ``--cpu-time`` counts the CPU time of one
+thread, for a machine that others use too.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import get_criterion
-from sglp_llm.engine import PassSettings, run_pass
-from sglp_llm.engine.ghost import Norms, linear_squared_norm
+from sglp_llm.engine import PassSettings, gradients, run_pass
+from sglp_llm.engine.norms.ghost import Norms, linear_squared_norm
 from sglp_llm.models.loading import DecoderModel, wrap_model
 from sglp_llm.models.opened import OpenedModel
 
@@ -93,6 +95,30 @@ def compare(name: str, tokens: int, options: argparse.Namespace, clock: Clock) -
     )
 
 
+def batched(name: str, tokens: int, options: argparse.Namespace, clock: Clock) -> None:
+    """Steps of all sequences at once, whatever their tokens, over steps of one."""
+    gradients.STEP_TOKENS["cpu"] = options.samples * tokens
+    model = load(name)
+    calibration = random_tokens(model, options.samples, tokens)
+    ratios, apart = [], 0.0
+    for pair in range(options.pairs + 1):
+        seconds, scores = [], []
+        for size in (options.samples, 1):
+            start = clock()
+            criterion = get_criterion("gradnorm")(model.num_layers)
+            run_pass(model, calibration, [criterion], PassSettings(size, norms=options.norms))
+            scores.append(criterion.scores())
+            seconds.append(clock() - start)
+        apart = max([apart, *(abs(one / other - 1) for one, other in zip(*scores, strict=True))])
+        if pair > 0:
+            ratios.append(seconds[0] / seconds[1])
+            print(f"pair {pair}: at once {seconds[0]:.2f} s, one by one {seconds[1]:.2f} s", flush=True)
+    print(
+        f"gradnorm, {name}, {options.samples} x {tokens} tokens: at once / one by one: median {median(ratios):.3f}, "
+        f"{min(ratios):.3f}..{max(ratios):.3f}; scores differ by at most {apart:.1e}"
+    )
+
+
 def table(repeats: int, clock: Clock) -> None:
     print("group of linears        tokens  ghost / direct   auto / the better of them")
     for width in (576, 1024, 2048, 4096):
@@ -122,6 +148,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--norms", choices=["auto", "ghost", "direct", "autograd"], default="auto")
+    parser.add_argument("--batched", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--cpu-time", action="store_true")
     options = parser.parse_args()
@@ -134,7 +161,7 @@ def main() -> None:
         return
     for name in options.model or TARGETS:
         for tokens in options.tokens:
-            compare(name, tokens, options, clock)
+            (batched if options.batched else compare)(name, tokens, options, clock)
 
 
 if __name__ == "__main__":

@@ -39,17 +39,19 @@ class Shape:
         }
 
 
-def write_llama(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32) -> int:
-    """Writes the checkpoint, without a tokenizer; returns its bytes. The weights are the same at every call."""
-    generator = torch.Generator().manual_seed(0)
+def write_llama(
+    folder: Path, shape: Shape, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> int:
+    """Writes the checkpoint, without a tokenizer; returns its bytes. The weights are the same at every call with a device."""
+    generator = torch.Generator(device).manual_seed(0)
     weight_map, total = {}, 0
     parts = list(_parts(shape))
     for number, part in enumerate(parts):
         file = f"model-{number + 1:05}-of-{len(parts):05}.safetensors"
         tensors = {}
         for name, size in part.items():
-            noise = torch.randn(size, generator=generator)
-            tensors[name] = (noise * 0.02 if len(size) > 1 else 1 + 0.1 * noise).to(dtype)
+            noise = torch.randn(size, generator=generator, device=device)
+            tensors[name] = (noise * 0.02 if len(size) > 1 else 1 + 0.1 * noise).to(dtype).cpu()
             weight_map[name] = file
         save_file(tensors, folder / file, {"format": "pt"})
         total += sum(tensor.nbytes for tensor in tensors.values())

@@ -12,8 +12,9 @@ import torch
 
 from sglp_llm.adapters import auto_class, is_wrapper
 from sglp_llm.analysis import open_for_analysis, run_analysis, software_versions
+from sglp_llm.analysis.decisions import Judge
 from sglp_llm.analysis.latency import drop_for_latency
-from sglp_llm.analysis.opening import Inputs, OnForecast, open_for_plan
+from sglp_llm.analysis.opening import Inputs, OnForecast, let_go, open_for_plan
 from sglp_llm.analysis.run import only_journal
 from sglp_llm.calibration import CalibrationSet, named_text
 from sglp_llm.checkpoint import atomic_folder
@@ -152,6 +153,7 @@ def prune(
             recipe = _with_text(recipe)
             check_shortened_output(output, overwrite)
             if is_gguf(output):
+                check_gguf_source(model, output)
                 _check_unchanged(recipe, output)
             if processes.is_main:
                 held.enter_context(only_run(lock_beside(output), output))
@@ -245,8 +247,6 @@ def _prune(
         else:
             raise UserError("how much to remove? Give a ratio, a number of layers to drop, a target, or a plan")
         opened = found.model
-        if is_gguf(output):
-            check_gguf_source(opened.source, output)
         plan = replace(plan, replaced=as_stored(opened.config, opened.source, plan.replaced))
     notes: list[str] = []
     quantised = opened.source.quantised if opened.source is not None else ""
@@ -286,13 +286,14 @@ def _prune(
         return RunReport(str(output), plan, written, verification, seconds, analysis, notes=(*notes, *said))
     with atomic_folder(output, overwrite) as folder, opened.unchanged_files():
         with timed(seconds, "export"):
-            _export(opened, plan, folder, max_shard_size, progress)
+            # Before the weights: what is wrong with a plan from elsewhere is seen here at the latest.
             save_plan(plan, folder / PLAN_FILE_NAME)
             save_recipe(
                 replace(recipe, model=opened.identity.name, revision=opened.revision), folder / RECIPE_FILE_NAME
             )
             write_model_card(folder / "README.md", plan, opened.card)
             write_report(folder)
+            _export(opened, plan, folder, max_shard_size, progress)
         opened.release()
         if expected is not None:
             with timed(seconds, "reload check"):
@@ -306,12 +307,30 @@ def _analysed(found: Inputs, recipe: Recipe, progress: Progress, processes: Proc
     with found.model.unchanged_files(), only_journal(recipe, processes):
         judge = open_judge(recipe, found.model)
         if recipe.target_latency is None:
-            return run_analysis(found, recipe, progress, processes, judge)
+            return _on_some_engine(found, recipe, progress, processes, judge)
         times = measure_decode(found.model, progress, processes)
         drop = drop_for_latency(recipe, times, found.model.staying)
-        analysis = run_analysis(found, recipe.with_changes(drop=drop), progress, processes, judge)
+        analysis = _on_some_engine(found, recipe.with_changes(drop=drop), progress, processes, judge)
     settings = {**analysis.plan.settings, "decode_times": times.to_dict()}
     return replace(analysis, plan=replace(analysis.plan, budget=recipe.budget.to_dict(), settings=settings))
+
+
+def _on_some_engine(
+    found: Inputs, recipe: Recipe, progress: Progress, processes: Processes, judge: Judge | None
+) -> Analysis:
+    """The analysis; where the engine was left open and the device runs out of memory, once more with streamed layers.
+
+    Not with several processes, of which others may wait for this one.
+    """
+    opened = found.model
+    try:
+        return run_analysis(found, recipe, progress, processes, judge)
+    except torch.OutOfMemoryError:
+        if recipe.engine != "auto" or opened.streamed or processes.count > 1 or not opened.can_stream:
+            raise
+    let_go(opened)  # outside the handler: the error holds the frames, and they hold tensors
+    opened.stream(recipe.scratch)
+    return run_analysis(found, recipe, progress, processes, judge)
 
 
 def _recipe(

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from checkpoints import run_cli, save_tiny
 from command_lines import parse, program
+from gguf_files import write_gguf
 from helpers import ROOT, TEXT
 from pages import PAGES, SHELL, Block, blocks, inline_commands, our_words, run_python, run_shell
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,16 +28,16 @@ RUNNING = [block for block in ALL if block.language in (*SHELL, "python") and no
 PAGES_THAT_RUN = list(dict.fromkeys(block.page for block in RUNNING))
 
 SMALLER = {
-    "--tokens 128k": "--tokens 1k --seq-len 32 --sequences 2",
-    "tokens=128_000": "tokens=1_024, seq_len=32, sequences=2",
+    "--tokens 128k": "--tokens 512 --seq-len 32 --sequences 2",
+    "tokens=128_000": "tokens=512, seq_len=32, sequences=2",
     "tokens=2_000_000": "tokens=4_000",
     "--limit 50": "--limit 1",
     "limit=200": "limit=1",
     "--ratios 0.1,0.2,0.3": "--ratios 0.1,0.2 --samples 2 --seq-len 32 --max-windows 2 --window 32",
-    "--search-budget 5m": "--search-budget 1s --heal-tokens 1k",
-    "--ratio 0.2 --output": "--ratio 0.2 --heal-tokens 1k --output",
-    "--drop 6 --output": "--drop 6 --heal-tokens 1k --output",
-    "--ratio 0.25 --engine": "--ratio 0.25 --heal-tokens 1k --engine",
+    "--search-budget 5m": "--search-budget 1s --heal-tokens 256",
+    "--ratio 0.2 --output": "--ratio 0.2 --heal-tokens 256 --output",
+    "--drop 6 --output": "--drop 6 --heal-tokens 256 --output",
+    "--ratio 0.25 --engine": "--ratio 0.25 --preset paper --engine",
     "seq_len=512": "seq_len=64",
     "samples=32": "samples=4",
     "32, 512": "4, 64",
@@ -47,8 +48,9 @@ SMALLER = {
 """What would take minutes, and what takes seconds; lm-eval's tasks from the Hub stand for generated ones."""
 
 SMALL_RUN = {
-    "analyze": "--samples 4 --seq-len 32 --calibration wikitext2",
-    "prune": "--samples 4 --seq-len 32 --calibration wikitext2",
+    "analyze": "--preset paper --samples 4 --seq-len 32 --calibration wikitext2",
+    "prune": "--samples 2 --seq-len 16 --calibration wikitext2",
+    "compare": "--calibration wikitext2",
     "eval": "--window 32 --max-windows 2",
     "bench": "--prompt-len 4 --new-tokens 2 --batch 2 --repeats 1",
 }
@@ -82,7 +84,9 @@ def test_every_option_in_a_comment_exists() -> None:
 
 def test_blocks_that_do_not_run_say_why_and_have_a_language() -> None:
     for page in PAGES:
-        marks = len(re.findall("<!-- parsed only:", (ROOT / page).read_text(encoding="utf-8")))
+        text = (ROOT / page).read_text(encoding="utf-8")
+        fences, marks = text.count("```"), len(re.findall("<!-- parsed only:", text))
+        assert fences == 2 * len(blocks(page)), f"{page}: a fence that is indented or unpaired is not tested"
         assert marks == sum(bool(block.why) for block in blocks(page)), f"{page}: a mark stands above no block"
     assert [f"{block.page}:{block.line}" for block in ALL if not block.language] == []
 
@@ -120,8 +124,8 @@ def headings(file: Path) -> set[str]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """Deep enough for the layer indices in the pages; its layers do enough for their removal to be felt."""
-    shape = {"num_hidden_layers": 20, "hidden_size": 16, "max_position_embeddings": 4096, "initializer_range": 0.3}
-    return save_tiny(tmp_path / "tiny", **shape)
+    shape = {"num_hidden_layers": 20, "hidden_size": 16, "max_position_embeddings": 4096, "initializer_range": 0.1}
+    return save_tiny(tmp_path / "tiny", **shape, bos_token_id=0, eos_token_id=1, pad_token_id=2)
 
 
 def stand_ins(tiny: Path) -> dict[str, str]:
@@ -141,6 +145,8 @@ def prepared(page: str, tiny: Path, folder: Path) -> dict[str, Any]:
     (folder / "scratch").mkdir()
     plan = json.dumps({"num_layers": 20, "removed": [13, 14, 15]})
     (folder / "plan.json").write_text(plan, encoding="utf-8")
+    if page == "docs/onwards.md":
+        write_gguf(folder / "SmolLM2-135M-Instruct.Q4_1.gguf", num_hidden_layers=20)
     for name in EARLIER.get(page, ()):
         assert run_cli("prune", tiny, "--plan", "plan.json", "-o", name, "--no-verify").code == 0
     model, other = (AutoModelForCausalLM.from_pretrained(tiny) for _ in range(2))

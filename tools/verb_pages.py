@@ -20,6 +20,7 @@ READ_ON = {
     "compare": "compare.md",
     "report": "command-line.md#output",
     "push": "hub.md",
+    "export": "onwards.md",
     "plan-memory": "larger-than-memory.md",
 }
 """The page that explains a verb."""

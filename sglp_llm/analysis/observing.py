@@ -102,6 +102,7 @@ def observe(
     progress: Progress = silent,
     processes: Processes = ALONE,
     journal: Journal | None = None,
+    step: int | None = None,
 ) -> Observations:
     """Runs one pass that shows all criteria what they need, and then each criterion's own trials.
 
@@ -114,6 +115,7 @@ def observe(
         progress: Reports finished sequences.
         processes: The processes that share the sequences; all return the same result.
         journal: Keeps the trials of criteria that can resume from them.
+        step: Most sequences a step of a pass with gradients; ``None`` = the recipe's ``batch_size``.
     """
     criteria = {
         name: make_criterion(name, model.num_layers, recipe.seed, recipe.options.get(name))
@@ -125,7 +127,8 @@ def observe(
             criterion.staying = limits
     cka = CKAObserver(model.num_layers, recipe.kernel, recipe.minibatch_sequences, recipe.minibatch_positions)
     observers = [*criteria.values(), *([cka] if similarity else [])]
-    loss = run_pass(model, calibration, observers, PassSettings(recipe.batch_size, progress, processes))
+    settings = PassSettings(recipe.batch_size, progress, processes, gradient_batch=step)
+    loss = run_pass(model, calibration, observers, settings)
     trials = Trials(
         model,
         calibration.first(recipe.trial_samples),

@@ -50,10 +50,12 @@ class Inputs:
     Attributes:
         model: The model; its weights are loaded when they are first used.
         calibration: The calibration set; ``None`` where no text is needed.
+        step: Sequences a step of a pass with gradients that are predicted to fit; ``None`` where nothing was predicted.
     """
 
     model: OpenedModel
     calibration: CalibrationSet | None
+    step: int | None = None
 
 
 def open_model(
@@ -109,8 +111,7 @@ def open_for_analysis(
     opened = _checked(model, recipe, [recipe], tokenizer, processes)
     _check_apart(opened, output)
     sequences = read_calibration(opened, recipe, calibration, progress)
-    _choose_engine(opened, recipe, processes, on_forecast)
-    return Inputs(opened, sequences)
+    return Inputs(opened, sequences, _choose_engine(opened, recipe, processes, on_forecast))
 
 
 def open_for_plan(
@@ -288,7 +289,9 @@ def _check_gradients(opened: OpenedModel, recipe: Recipe, recipes: Sequence[Reci
         refuse_quantised(opened.source, "training")
 
 
-def _choose_engine(opened: OpenedModel, recipe: Recipe, processes: Processes, on_forecast: OnForecast | None) -> None:
+def _choose_engine(
+    opened: OpenedModel, recipe: Recipe, processes: Processes, on_forecast: OnForecast | None
+) -> int | None:
     """Switches to the streamed engine where the recipe says so, or where ``auto`` predicts that the whole model does not fit.
 
     All processes use the same engine, because the order of the collective sums depends on it.
@@ -297,18 +300,21 @@ def _choose_engine(opened: OpenedModel, recipe: Recipe, processes: Processes, on
         UserError: The model cannot be streamed, or there is no scratch folder.
     """
     if opened.source is not None and opened.is_loaded:
-        _let_go(opened)  # it wrote text; its weights would count as memory that is not free
+        let_go(opened)  # it wrote text; its weights would count as memory that is not free
     # A forecast runs the model's code on fake tensors, so it is made only where it is shown or decides.
-    found = None if on_forecast is None else forecast(opened, recipe)
+    is_open = recipe.engine == "auto" and opened.can_stream
+    found = forecast(opened, recipe) if is_open or on_forecast is not None else None
     wanted = chosen_engine(opened, recipe) if found is None else found[0].engine
     votes = float(processes.sum(torch.tensor(float(wanted == "streamed"), dtype=torch.float64)))
     if votes > 0:
         opened.stream(recipe.scratch)
     if on_forecast is not None and found is not None:
         on_forecast(*found)
+    return None if found is None else found[0].step
 
 
-def _let_go(opened: OpenedModel) -> None:
+def let_go(opened: OpenedModel) -> None:
+    """Releases a model's weights, and returns their memory to the device and the system."""
     opened.release()
     gc.collect()
     if torch.cuda.is_available():

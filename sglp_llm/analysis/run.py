@@ -52,7 +52,9 @@ def run_analysis(
     model = opened.load()
     check_reachable(recipe, opened.footprint(), opened.staying)
     names = (recipe.deciding_criterion, *recipe.also)
-    observations = observe(model, calibration, recipe, names, recipe.is_segmented, progress, processes, journal)
+    observations = observe(
+        model, calibration, recipe, names, recipe.is_segmented, progress, processes, journal, inputs.step
+    )
     scores = observations.scores()
     decision = decide(opened, recipe, calibration, observations, progress, processes, judge)
     removed, segments, compensated = decision.removed, decision.segments, decision.compensated

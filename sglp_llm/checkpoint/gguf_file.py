@@ -52,13 +52,13 @@ def check_shortened_output(output: Path, overwrite: bool = False) -> None:
     (check_file if is_gguf(output) else check_output)(output, overwrite)
 
 
-def check_gguf_source(source: Source | None, output: Path) -> None:
-    """Checks that a GGUF file can be made of this model.
+def check_gguf_source(model: object, output: Path) -> None:
+    """Checks, before the model is opened, that a GGUF file can be made of it.
 
     Raises:
         UserError: It is none itself.
     """
-    if source is None or source.format != "gguf":
+    if not isinstance(model, str | Path) or Path(model).suffix != ".gguf":
         raise UserError(
             f"{output}: a GGUF file is made of a GGUF file, and the model is none: "
             "write a folder, and then `sglp-llm export FOLDER --to gguf`"
@@ -217,7 +217,7 @@ def derived_wrongly(config: PretrainedConfig, file: Path) -> list[str]:
     from transformers import AutoConfig
 
     wanted = config.to_dict()
-    found = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
+    found = AutoConfig.from_pretrained(file.parent, trust_remote_code=False, gguf_file=file.name).to_dict()
     return sorted(key for key in PER_LAYER & set(wanted) if found.get(key) != wanted[key])
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from sglp_llm.adapters import adapter_of, auto_class
 from sglp_llm.checkpoint.export import renamed
-from sglp_llm.engine.modes import replaced_weights, skipped
+from sglp_llm.engine.modes import leaving_states, replaced_weights, skipped
 from sglp_llm.errors import UserError
 from sglp_llm.models import find_source
 from sglp_llm.models.loading import DecoderModel, load_streamed
@@ -89,6 +89,9 @@ def expected_logits(
         removed: Original indices of the layers to skip.
         input_ids: ``[sequences, tokens]`` int64, for instance the calibration set's.
         replaced: A plan's replaced tensors, rounded as the export stores them (`as_stored`).
+
+    Raises:
+        UserError: A logit is not finite, so that there is nothing to compare with; the message names the first such layer.
     """
     ids = input_ids[:CHECK_SEQUENCES, :CHECK_TOKENS].to(model.input_device)
     kept = [layer for layer in range(model.num_layers) if layer not in removed]
@@ -99,8 +102,34 @@ def expected_logits(
         _buffers_as_loaded(model.model),
     ):
         logits = _logits(model.model, ids)
+        if not bool(logits.isfinite().all()):
+            raise _not_finite(model, ids)
     unused = (renamed(tensor, model.adapter, kept) for tensor in model.unused_tensors)
     return Expected(ids.cpu(), logits, frozenset(name for name in unused if name), _generates(model, ids))
+
+
+def _not_finite(model: DecoderModel, ids: torch.Tensor) -> UserError:
+    """The error for logits that are not finite; another forward pass finds the first layer whose output is not."""
+    broken: list[int] = []
+
+    def watch(index: int, output: Any) -> None:
+        if not broken and not bool(leaving_states(output).isfinite().all()):
+            broken.append(index)
+
+    handles = [
+        layer.register_forward_hook(lambda _module, _args, output, index=index: watch(index, output))
+        for index, layer in enumerate(model.layers)
+    ]
+    try:
+        _logits(model.model, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    place = f"decoder layer {broken[0]} is the first whose output is not" if broken else "every layer's output is"
+    dtype = str(model.model.dtype).removeprefix("torch.")
+    return UserError(
+        f"the logits of the shortened model are not finite: {place}; {dtype} may be too small (try --dtype float32)"
+    )
 
 
 def _generates(model: DecoderModel, ids: torch.Tensor) -> bool:
@@ -160,14 +189,15 @@ def verify_checkpoint(
 def _resident(
     folder: Path, dtype: torch.dtype, device: torch.device | str, config: PretrainedConfig | None
 ) -> DecoderModel:
-    options: dict[str, Any] = {"dtype": dtype, "device_map": device, "output_loading_info": True}
-    where = folder
+    where: Path = folder
+    options: dict[str, Any] = {"trust_remote_code": False}
     if folder.is_file():
-        where = folder.parent
-        options |= {"gguf_file": folder.name, "config": config}
+        where, options = folder.parent, {**options, "gguf_file": folder.name}
     try:
-        found = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model, report = auto_class(found).from_pretrained(where, trust_remote_code=False, **options)
+        found = config or AutoConfig.from_pretrained(where, **options)
+        model, report = auto_class(found).from_pretrained(
+            where, config=found, dtype=dtype, device_map=device, output_loading_info=True, **options
+        )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub each have their own for what is wrong

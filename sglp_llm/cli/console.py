@@ -154,10 +154,10 @@ def print_plan(plan: PrunePlan, calibration_loss: float | None = None, draw: boo
 
 def _print_decode_times(plan: PrunePlan) -> None:
     times = plan.settings.get("decode_times")
-    if "target_latency" in plan.budget and times is not None:
+    if "target_latency" in plan.budget and isinstance(times, Mapping) and {"depths", "seconds", "device"} <= set(times):
         shown = (
             f"{each * 1e3:.3g} ms ({depth} layers)"
-            for depth, each in zip(times["depths"], times["seconds"], strict=True)
+            for depth, each in zip(times["depths"], times["seconds"], strict=False)
         )
         print(f"Decode time       {', '.join(shown)}; {plan.budget['target_latency']} was wanted, on {times['device']}")
 

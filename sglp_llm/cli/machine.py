@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from packaging.requirements import Requirement
 
 from sglp_llm.calibration.cache import cache_folder
 from sglp_llm.cli.console import print_table
+from sglp_llm.errors import UserError
 from sglp_llm.evaluation.suites import DATA_VARIABLE
 from sglp_llm.memory.free import free_memory
 from sglp_llm.models.modes import has_fast_bfloat16
+from sglp_llm.onwards.gguf import find_converter
 from sglp_llm.sizes import show_bytes
 from sglp_llm.version import __version__
 
@@ -189,14 +192,27 @@ def _missing(hub: dict[str, Any]) -> dict[str, list[str]]:
         "prune": text,
         "analyze": text,
         "replan": [],
-        "heal": [*(["the Hub: --data pydoc or text:FILE"] if offline else []), *adapters],
+        "heal": [*(["the Hub: name a local original, and --data pydoc or text:FILE"] if offline else []), *adapters],
         "eval": scored,
         "bench": [],
         "compare": [*text, *plots],
         "report": [],
-        "export": [],
+        "export": _missing_for_export(),
         "push": [*(["the Hub"] if offline else []), *token],
         "plan-memory": [],
         "ls": [],
     }
     return {verb: [*everywhere, *lines] for verb, lines in found.items()}
+
+
+def _missing_for_export() -> list[str]:
+    lines = []
+    try:
+        find_converter()
+    except UserError as error:
+        lines.append(f"--to gguf, ollama: {error}")
+    if shutil.which("ollama") is None:
+        lines.append("--to ollama: ollama, to try what is written")
+    if find_spec("vllm") is None:
+        lines.append("--to vllm-draft: pip install vllm, to try what is written")
+    return lines

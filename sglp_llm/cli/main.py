@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -65,6 +66,13 @@ _add("doctor", doctor, panels.LOOK_UP, "--json")
 
 IN_MANY_PROCESSES = ("analyze", "prune", "heal")
 """Verbs that share their work between the processes that a launcher started."""
+
+_OF_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
+"""What is wrong with a name that was given, wherever it is noticed."""
+OUT_OF_MEMORY = (
+    "the device is out of memory: --engine streamed holds one layer at a time, --dtype bfloat16 halves the weights of float32, "
+    "and a smaller --batch-size or --seq-len leaves fewer activations"
+)
 
 _LIBRARIES = ("transformers", "tokenizers", "lm_eval", "datasets", "gguf", "jinja2", "peft")
 """Those that are given what others have written, apart from text and numbers that we have checked."""
@@ -159,10 +167,14 @@ def _run() -> int:
     except Exception as error:
         if os.environ.get("SGLP_LLM_TRACEBACK"):
             raise
+        if isinstance(error, OSError) and error.errno in _OF_NAMES:
+            return _fail(f"{error.filename}: cannot be used ({error.strerror})", 2)
         if not _is_expected(error):
             if (library := _foreign(error)) is None:
                 raise
             return _fail(f"{library} cannot use what it was given ({type(error).__name__}: {error})", 2)
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail(f"{OUT_OF_MEMORY} ({' '.join(str(error).split())[:120]})", 1)
         return _fail(str(error) or _WITHOUT_WORDS.get(type(error), type(error).__name__), 1)
 
 

@@ -174,7 +174,18 @@ JournalDir = Annotated[
 BatchSize = Annotated[
     int | None,
     typer.Option(
-        metavar="N", help="Sequences a forward-only pass computes at once. Default: 8.", rich_help_panel=panels.MEMORY
+        metavar="N",
+        help="Sequences that are computed at once, where they fit. Default: 8.",
+        rich_help_panel=panels.MEMORY,
+    ),
+]
+OnDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        metavar="GPU",
+        help="Also predict the time on this GPU: a100, h100, h200, l4, l40s, rtx4090.",
+        rich_help_panel=panels.MEMORY,
     ),
 ]
 Engine = Annotated[

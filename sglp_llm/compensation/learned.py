@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, ClassVar
 
 from sglp_llm.adapters import DecoderAdapter
@@ -17,9 +18,11 @@ from sglp_llm.calibration import CalibrationSet, split
 from sglp_llm.compensation import auto
 from sglp_llm.compensation.base import Compensated, Method
 from sglp_llm.compensation.repair.cuts import cuts_of
-from sglp_llm.compensation.repair.refine import Quality, Schedule, refinable_names, refine
+from sglp_llm.compensation.repair.refine import MOVING_SHARE, REFINED_BYTES, Quality, Schedule, refinable_names, refine
 from sglp_llm.compensation.repair.settings import DEFAULTS, FitSettings
+from sglp_llm.models.devices import free_on
 from sglp_llm.models.loading import DecoderModel
+from sglp_llm.processes import ALONE, Processes
 
 _START_SAMPLES = 64
 """Maximum number of sequences for the closed form, which needs fewer. They are fit sequences of the refinement (if it has at
@@ -72,7 +75,7 @@ class Learned(Method):
             removed,
             settings,
         )
-        names = refinable(model, removed)
+        names = affordable(model, refinable(model, removed), settings.processes)
         if not names:
             return Compensated(start.replaced, {**start.report, "method": "learned", "refined": {"taken": False}})
         found = refine(
@@ -129,6 +132,29 @@ def refinable(model: DecoderModel, removed: Sequence[int]) -> list[str]:
         for index in kept
         for name in refinable_names(model.layers[index], model.adapter, width)
     ]
+
+
+def affordable(model: DecoderModel, names: Sequence[str], processes: Processes = ALONE) -> list[str]:
+    """The parameters of as many layers as fit on the device, front to back: those near the first cut come first.
+
+    Args:
+        model: The whole model.
+        names: See `refinable`.
+        processes: All refine what the main one can; a collective call.
+    """
+    free = free_on(model.input_device)
+    if free is None:
+        return list(names)
+    room, kept = MOVING_SHARE * free, 0
+    layers = [
+        list(own) for _, own in groupby(names, key=lambda name: name.removeprefix(model.adapter.layers).split(".")[1])
+    ]
+    for own in layers:
+        numbers = sum(model.model.get_parameter(name).numel() for name in own)
+        room -= numbers * (REFINED_BYTES + model.model.dtype.itemsize)
+        kept += room >= 0
+    kept = processes.agreed(max(kept, 1))
+    return [name for own in layers[:kept] for name in own]
 
 
 def _reason_against(before: dict[str, Quality], after: dict[str, Quality]) -> str | None:

@@ -8,7 +8,7 @@ import torch
 
 from sglp_llm.criteria.base import ScoreCriterion
 from sglp_llm.engine import Batch, Need
-from sglp_llm.engine.ghost import squared_norm
+from sglp_llm.engine.norms.ghost import squared_norm
 from sglp_llm.engine.totals import LayerTotals
 from sglp_llm.errors import unknown
 from sglp_llm.processes import Processes

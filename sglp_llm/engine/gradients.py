@@ -10,28 +10,43 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglp_llm.engine.ghost import Norms, squared_norm
-from sglp_llm.engine.linears import WatchedLinears
+from sglp_llm.engine.norms.ghost import Norms, squared_norm
+from sglp_llm.engine.norms.linears import WatchedLinears
+from sglp_llm.engine.norms.vectors import WatchedVectors, sequences_are_separable
 from sglp_llm.engine.observer import Batch, Need, Observer
 from sglp_llm.engine.settings import PassSettings
-from sglp_llm.engine.vectors import WatchedVectors, sequences_are_separable
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.processes import Processes
 
+STEP_TOKENS = {"cpu": 512}
+"""Tokens of a step with gradients that keep a device busy: more take memory and save no time."""
 
-def sequences_a_step(model: DecoderModel, needs: Need, settings: PassSettings) -> int:
-    """How many sequences a step of a pass takes: ``batch_size``, or 1 where gradients could not be told apart by sequence.
+STEP_TOKENS_ELSEWHERE = 8192
 
-    That is so for whole gradients, and for norms where `sequences_are_separable` is false: experts see the tokens of all
-    sequences mixed.
+
+def sequences_a_step(model: DecoderModel, needs: Need, settings: PassSettings, tokens: int) -> int:
+    """How many sequences a step of a pass takes: ``batch_size``, or less with gradients.
+
+    It is 1 where gradients could not be told apart by sequence: whole ones, and norms where `sequences_are_separable` is false,
+    as experts see the tokens of all sequences mixed. Otherwise it is limited by `most_sequences` and by ``gradient_batch``.
     """
+    if not needs & Need.BACKWARD:
+        return settings.batch_size
+    size = min(
+        settings.gradient_batch or settings.batch_size, most_sequences(settings.batch_size, tokens, model.input_device)
+    )
     if Need.GRADIENTS in needs:
         return 1
-    if Need.GRADIENT_NORMS in needs and settings.batch_size > 1:
+    if Need.GRADIENT_NORMS in needs and size > 1:
         has_experts = model.adapter.active_experts_key is not None
         if settings.norms == "autograd" or has_experts or not sequences_are_separable(model.layers):
             return 1
-    return settings.batch_size
+    return size
+
+
+def most_sequences(batch_size: int, tokens: int, device: torch.device) -> int:
+    """The sequences of a step with gradients, of so many tokens each: a batch, or what keeps the device busy."""
+    return max(1, min(batch_size, STEP_TOKENS.get(device.type, STEP_TOKENS_ELSEWHERE) // tokens))
 
 
 @contextmanager

@@ -52,7 +52,8 @@ def run_pass(
     if differentiate or Need.HIDDEN_STATES in needs:
         if differentiate:
             _refuse_offloaded(model)
-            settings = replace(settings, batch_size=sequences_a_step(model, needs, settings))
+            size = sequences_a_step(model, needs, settings, calibration.input_ids.shape[1])
+            settings = replace(settings, batch_size=size)
         loss_sum = _run(model, calibration, observers, needs, settings)
         if differentiate:
             total = settings.processes.sum(torch.tensor(loss_sum, dtype=torch.float64))

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from sglp_llm.calibration import CalibrationSet
-from sglp_llm.engine.ghost import Norms
 from sglp_llm.engine.gradients import end_gradients, sequences_a_step, watched_gradients
 from sglp_llm.engine.head import loss_and_gradient
 from sglp_llm.engine.heap import trim
 from sglp_llm.engine.loss import not_finite
+from sglp_llm.engine.norms.ghost import Norms
 from sglp_llm.engine.observer import Batch, Need, Observer
 from sglp_llm.engine.replay import Replay
 from sglp_llm.engine.resident import batches, show_weights
@@ -92,7 +92,7 @@ def run_streamed(
     share = settings.processes.share(
         len(calibration.input_ids), math.lcm(*(observer.together for observer in observers))
     )
-    size = sequences_a_step(model, needs, settings)
+    size = sequences_a_step(model, needs, settings, calibration.input_ids.shape[1])
     steps = steps_of(model, calibration, size, share) if forward else []
     replays = Replays(model)
     work = model.num_layers * ((1 if forward else 0) + (2 if differentiate else 0))

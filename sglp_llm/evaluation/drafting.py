@@ -158,14 +158,14 @@ def check_pair(original: OpenedModel, draft: OpenedModel, tokens: int) -> None:
     Raises:
         UserError: The vocabularies differ in size, or a model has fewer positions.
     """
-    sizes = [int(model.config.vocab_size) for model in (original, draft)]
+    sizes = [int(model.text_config.vocab_size) for model in (original, draft)]
     if sizes[0] != sizes[1]:
         raise UserError(
             f"{draft.identity.name} cannot draft for {original.identity.name}: it has a vocabulary of {sizes[1]} tokens, "
             f"and the original one of {sizes[0]}"
         )
     for model in (original, draft):
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = getattr(model.text_config, "max_position_embeddings", None)
         if limit is not None and tokens > limit:
             raise UserError(
                 f"{model.identity.name}: prompt and new tokens are {tokens}, more than the model's {limit} positions; "

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sglp_llm.checkpoint.publish_file import replace_text
+from sglp_llm.errors import UserError
 from sglp_llm.plan.healing_recipe import LOG_FILE_NAME
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
@@ -90,8 +91,8 @@ def last_checkpoint(run: Run) -> Path | None:
     checkpoints = {int(path.name.split("-")[1]): path for path in run.folder.glob("checkpoint-*")}
     for _, path in sorted(checkpoints.items(), reverse=True):
         try:
-            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            read_json(path / TRAINER_STATE_NAME, "state of a training")
+        except UserError:
             continue
         break
     else:

@@ -7,13 +7,18 @@ measured: the memory of the interpreter with its libraries, and the allocator's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from transformers import PretrainedConfig
 
-from sglp_llm.adapters import text_config
+from sglp_llm.adapters import adapter_of, text_config
+from sglp_llm.compensation.repair.refine import MOVING_SHARE, REFINED_BYTES
 from sglp_llm.engine import Need
+from sglp_llm.engine.gradients import most_sequences
+from sglp_llm.engine.head import CHUNK_BYTES, DEVICE_CHUNK_BYTES
 from sglp_llm.errors import UserError
 from sglp_llm.memory.dry_run import DryRun
 from sglp_llm.memory.parameter_counts import ParameterCounts, count_parameters
@@ -30,9 +35,6 @@ FRAGMENTS = 0.2
 
 USABLE = 0.9
 """Share of the free memory that a run may be predicted to take."""
-
-LOSS_BYTES = 64 * 2**20
-"""Bytes of float32 logits that the streamed engine holds at once; the loss is computed over chunks of that size."""
 
 PREFETCHED = 2
 """Decoder layers that the streamed engine holds in memory: the current one and the next."""
@@ -54,6 +56,10 @@ class Work:
         compensation: Float64 matrices that the compensation holds, ``[hidden, hidden]``; ``None`` without one.
         of_inputs: Whether they are as wide as the MLP's hidden layer instead.
         refined_sequences: Sequences that the compensation computes gradients of at once; 0 where it computes none.
+        protected: Layers at the front that stay: what is refined begins with the layer before the first cut.
+        removed: Layers that are removed, or their share if below 1.
+        whole_on_host: Whether a resident model is in host memory as a whole before it is moved to a device, as all but
+            safetensors are.
     """
 
     needs: Need
@@ -67,9 +73,19 @@ class Work:
     compensation: int | None = None
     of_inputs: bool = False
     refined_sequences: int = 0
+    protected: int = 0
+    removed: float = 0
+    whole_on_host: bool = False
+
+    def refined(self, layers: int) -> int:
+        """How many layers are refined at most: those behind the first possible cut and the one before it, less the removed."""
+        gone = int(self.removed * layers) if self.removed < 1 else int(self.removed)
+        return max(1, layers - max(self.protected - 1, 0) - gone)
 
 
-def plan_memory(config: PretrainedConfig, dtype: torch.dtype, work: Work, on_device: bool) -> MemoryPlan:
+def plan_memory(
+    config: PretrainedConfig, dtype: torch.dtype, work: Work, on_device: bool, free: FreeMemory | None = None
+) -> MemoryPlan:
     """Predicts the peak of an analysis with both engines; the export after it takes less.
 
     Args:
@@ -77,6 +93,8 @@ def plan_memory(config: PretrainedConfig, dtype: torch.dtype, work: Work, on_dev
         dtype: The dtype of the computation.
         work: What the analysis does.
         on_device: Whether a CUDA device computes; the host then holds what need not be on the device.
+        free: What is free. Steps with gradients take as many sequences as fit, and so does what is elastic on a device: the
+            refined layers and the stored hidden states there. ``None`` = enough.
 
     Raises:
         UserError: transformers cannot run such a configuration.
@@ -86,12 +104,34 @@ def plan_memory(config: PretrainedConfig, dtype: torch.dtype, work: Work, on_dev
         counts = count_parameters(dry.model, dry.layers)
         text = text_config(config)
         model = _Model(counts, len(dry.layers), text.hidden_size, text.vocab_size, dtype.itemsize)
-        return MemoryPlan(_resident(dry, model, work, on_device), _streamed(dry, model, work, on_device))
+        free = free or FreeMemory(None)
+        step = _most_sequences(config, work, on_device)
+        plans = [
+            _with_step(step, free, partial(engine, dry, model, work, on_device, free))
+            for engine in (_resident, _streamed)
+        ]
+        return MemoryPlan(*plans)
     except Exception as error:  # a configuration that fits no model fails anywhere in transformers or torch
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(
             f"the memory cannot be predicted: a model of this configuration does not run ({reason})"
         ) from None
+
+
+def _most_sequences(config: PretrainedConfig, work: Work, on_device: bool) -> int:
+    if Need.GRADIENTS in work.needs or adapter_of(config).active_experts_key is not None:
+        return 1
+    device = torch.device("cuda" if on_device else "cpu")
+    return min(most_sequences(work.batch_size, work.seq_len, device), work.samples)
+
+
+def _with_step(step: int, free: FreeMemory, predict: Callable[[int], EngineMemory]) -> EngineMemory:
+    """The prediction for the largest step that fits: the given one, halved as often as need be."""
+    memory = predict(step)
+    while step > 1 and not fits(memory, free):
+        step //= 2
+        memory = predict(step)
+    return replace(memory, step=step)
 
 
 def fits(memory: EngineMemory, free: FreeMemory) -> bool:
@@ -118,7 +158,7 @@ class _Model:
         return sequences * tokens * self.hidden * self.itemsize
 
 
-def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool) -> EngineMemory:
+def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool, free: FreeMemory, step: int) -> EngineMemory:
     """The whole model; activations of one sequence in all layers, or of a batch in one; sums of gradients of all layers."""
     weights = model.counts.total * model.itemsize
     phases = [{"weights": weights}]
@@ -129,8 +169,8 @@ def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
         phases.append(
             {
                 "weights": weights,
-                "activations": _with_fragments(dry.kept_for_backward(model.layers, work.seq_len)),
-                "loss": _with_fragments(dry.training_peak(1, work.seq_len) - one),
+                "activations": _with_fragments(step * dry.kept_for_backward(model.layers, work.seq_len)),
+                "loss": _with_fragments(step * (dry.training_peak(1, work.seq_len) - one)),
                 "gradients": gradient + _sums(model.counts.matrices, work),
                 "observed": _observed(model, work),
             }
@@ -155,28 +195,30 @@ def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
         streams = {} if on_device else {"hidden states": _streams(model, work)}
         phases.append({"weights": weights, **phase, **streams})
         if work.refined_sequences:
-            kept = work.refined_sequences * dry.kept_for_backward(model.layers, work.seq_len)
-            phases.append({"weights": weights, **_refinement(model, kept), **streams})
+            kept = work.refined_sequences * dry.kept_for_backward(work.refined(model.layers), work.seq_len)
+            phases.append({"weights": weights, **_refinement(model, work, kept, weights, on_device, free), **streams})
     parts = max(phases, key=lambda phase: sum(phase.values()))
-    # A model that is moved to one device is loaded into the host's memory first.
-    return _placed("resident", parts, {"weights": weights} if on_device else {}, on_device, work, model, 0)
+    # Safetensors are loaded to the device tensor by tensor.
+    loaded = weights if work.whole_on_host else PREFETCHED * model.counts.largest * model.itemsize
+    staged = {"weights": loaded} if on_device else {}
+    return _placed("resident", parts, staged, on_device, work, model, 0)
 
 
-def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool) -> EngineMemory:
+def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool, free: FreeMemory, step: int) -> EngineMemory:
     """Two layers, final norm and head; activations in one layer; hidden states of all sequences between layers."""
     counts = model.counts
     weights = (PREFETCHED * counts.layer + counts.outside - counts.embedding) * model.itemsize
     phases, stored = [{"weights": weights}], [0]
     every = model.states(work.samples, work.seq_len)
     if _differentiates(work):
-        chunk = min(max(2, LOSS_BYTES // (4 * model.vocabulary)), work.seq_len)
+        chunk = min(max(2, _loss_bytes(on_device) // (4 * model.vocabulary)), step * work.seq_len)
         kept = dry.kept_for_backward(1, work.seq_len)
         loss = dry.training_peak(1, chunk) - dry.kept_for_backward(1, chunk)
         gradient = counts.largest * model.itemsize if Need.GRADIENTS in work.needs else 0
         phases.append(
             {
                 "weights": weights,
-                "activations": _with_fragments(kept),
+                "activations": _with_fragments(step * kept),
                 "loss": _with_fragments(loss),
                 "gradients": gradient + _sums(counts.layer_matrices, work),
                 "observed": _observed(model, work),
@@ -204,8 +246,8 @@ def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool) -> Engine
         if work.refined_sequences:
             # One layer at a time is recomputed for its gradients, from the hidden states that entered it.
             kept = work.refined_sequences * dry.kept_for_backward(1, work.seq_len)
-            kept += model.layers * model.states(work.refined_sequences, work.seq_len)
-            phases.append({"weights": weights, **_refinement(model, kept)})
+            kept += work.refined(model.layers) * model.states(work.refined_sequences, work.seq_len)
+            phases.append({"weights": weights, **_refinement(model, work, kept, weights, on_device, free)})
         stored.append(_streams(model, work))
     parts = max(phases, key=lambda phase: sum(phase.values()))
     staged = {"weights": PREFETCHED * counts.layer * model.itemsize} if on_device else {}
@@ -237,16 +279,29 @@ def _compensation(dry: DryRun, model: _Model, work: Work, layers: int) -> dict[s
     }
 
 
-def _refinement(model: _Model, kept: int) -> dict[str, int]:
+def _refinement(
+    model: _Model, work: Work, kept: int, weights: int, on_device: bool, free: FreeMemory
+) -> dict[str, int]:
     """Memory of the refinement by gradient: the kept activations, a chunk of the divergence, and the refined weights.
 
-    Each refined weight has five float32 numbers: value, gradient, Adam's two moments and the best value so far.
+    On the host each refined weight has five float32 numbers: value, gradient, Adam's two moments and the best value so far. On a
+    device the best value is on the host, and the value is there in the model's dtype too; no more layers are refined than fit.
     """
+    each = model.counts.refinable * work.refined(model.layers) // model.layers
+    size = each * (REFINED_BYTES + model.itemsize if on_device else 5 * 4)
+    if on_device and free.device is not None:
+        one_layer = size // work.refined(model.layers)
+        size = min(size, max(one_layer, int(MOVING_SHARE * (free.device - weights))))
     return {
         "activations": _with_fragments(kept),
-        "loss": _with_fragments(5 * LOSS_BYTES),
-        "refined weights": 5 * 4 * model.counts.refinable,
+        "loss": _with_fragments(5 * _loss_bytes(on_device)),
+        "refined weights": size,
     }
+
+
+def _loss_bytes(on_device: bool) -> int:
+    """Bytes of float32 logits at once, where the loss is computed over chunks."""
+    return DEVICE_CHUNK_BYTES if on_device else CHUNK_BYTES
 
 
 def _streams(model: _Model, work: Work) -> int:

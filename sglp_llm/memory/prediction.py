@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import PretrainedConfig
 
@@ -12,7 +14,7 @@ from sglp_llm.errors import UserError
 from sglp_llm.memory.free import free_memory
 from sglp_llm.memory.peaks import Work, choose_engine, plan_memory
 from sglp_llm.memory.records import EngineMemory, FreeMemory, MemoryPlan
-from sglp_llm.models.loading import DTYPES
+from sglp_llm.models.loading import DTYPES, gguf_dtype
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe
 
@@ -28,12 +30,13 @@ def predict_memory(config: PretrainedConfig, recipe: Recipe, gguf: bool = False)
     Raises:
         UserError: A criterion does not exist, or transformers cannot run such a model.
     """
-    return plan_memory(config, computed_in(config, recipe, gguf), work_of(recipe), torch.cuda.is_available())
+    work = replace(work_of(recipe), whole_on_host=gguf)
+    return plan_memory(config, computed_in(config, recipe, gguf), work, torch.cuda.is_available(), free_for(recipe))
 
 
 def computed_in(config: PretrainedConfig, recipe: Recipe, gguf: bool) -> torch.dtype:
-    """The dtype of the computation; for ``auto`` the configuration's, or float32 for GGUF and where it names none."""
-    stored = torch.float32 if gguf else getattr(config, "dtype", None)
+    """The dtype of the computation; for ``auto`` the configuration's, float32 where it names none, `gguf_dtype` for GGUF."""
+    stored = gguf_dtype() if gguf else getattr(config, "dtype", None)
     return DTYPES.get(recipe.dtype) or stored or torch.float32
 
 
@@ -60,6 +63,8 @@ def work_of(recipe: Recipe) -> Work:
         compensation=None if method is None else method.matrices,
         of_inputs=method is not None and method.of_inputs,
         refined_sequences=0 if method is None else method.refined_sequences,
+        protected=recipe.protect.first,
+        removed=recipe.drop or recipe.ratio or 0,
     )
 
 
@@ -71,7 +76,9 @@ def free_for(recipe: Recipe) -> FreeMemory:
 def predict_for(opened: OpenedModel, recipe: Recipe) -> MemoryPlan:
     """See `predict_memory`; a GGUF file is computed in float32 by default, a live model in its own dtype."""
     if opened.source is None:
-        return plan_memory(opened.config, opened.load().model.dtype, work_of(recipe), torch.cuda.is_available())
+        return plan_memory(
+            opened.config, opened.load().model.dtype, work_of(recipe), torch.cuda.is_available(), free_for(recipe)
+        )
     return predict_memory(opened.config, recipe, opened.source.format == "gguf")
 
 

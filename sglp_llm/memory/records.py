@@ -15,12 +15,14 @@ class EngineMemory:
         host: Parts on the host.
         device: Parts on the device; ``None`` when everything is computed on the host.
         disk: Bytes in the scratch folder.
+        step: Sequences per step of a pass with gradients.
     """
 
     engine: str
     host: Mapping[str, int]
     device: Mapping[str, int] | None
     disk: int
+    step: int = 1
 
     @property
     def host_peak(self) -> int:

@@ -37,13 +37,15 @@ def check_gguf(file: Path) -> None:
 
 class _Header:
     def __init__(self, file: Path, stream: BinaryIO) -> None:
-        self._file, self._stream = file, stream
+        self._file, self._stream, self._order = file, stream, "<"
         self._size = os.fstat(stream.fileno()).st_size
 
     def check(self) -> None:
         if self._stream.read(4) != b"GGUF":
             self._refuse("it does not begin with GGUF")
         version = self._number(4)
+        if version & 0xFFFF == 0:  # as the package does
+            self._order, version = ">", version >> 24
         if version not in (2, 3):
             self._refuse(f"version {version} is neither 2 nor 3")
         tensors, fields = self._number(8), self._number(8)
@@ -102,7 +104,7 @@ class _Header:
 
     def _number(self, size: int) -> int:
         self._need(size)
-        return int(struct.unpack(f"<{'_BH_I___Q'[size]}", self._stream.read(size))[0])
+        return int(struct.unpack(f"{self._order}{'_BH_I___Q'[size]}", self._stream.read(size))[0])
 
     def _need(self, count: int) -> None:
         if self._stream.tell() + count > self._size:

@@ -20,6 +20,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from sglp_llm.errors import UserError
+from sglp_llm.models.finite import check_finite
 from sglp_llm.models.source import Source
 from sglp_llm.tensor_files import TensorEntry
 from sglp_llm.tensor_files.mapped import forget_pages, mapped_tensor
@@ -59,6 +60,7 @@ class LayerWeights:
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._empty = [dict(layer.named_parameters()) for layer in self._layers]
         self._present: set[int] = set()
+        self._finite: set[int] = set()  # layers whose numbers have been looked at
         self._replaced: dict[str, torch.Tensor] = {}
         self._prefetcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._coming: dict[int, Future[None]] = {}
@@ -130,6 +132,10 @@ class LayerWeights:
                 value = self._sent({name: value.to(self._model.dtype)})[name]
                 _set(layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         self._check((f"layer {index}: {name}", parameter) for name, parameter in layer.named_parameters())
+        if index not in self._finite:
+            found = ((self._path_of(index, name), parameter) for name, parameter in layer.named_parameters())
+            check_finite(self._name, self._path, found)
+            self._finite.add(index)
 
     def _path_of(self, index: int, name: str) -> str:
         return f"{self._path}.{index}.{name}"

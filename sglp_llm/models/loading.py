@@ -17,6 +17,7 @@ from sglp_llm.errors import UserError
 from sglp_llm.models.devices import own_device
 from sglp_llm.models.hub import download
 from sglp_llm.models.layer_weights import LayerWeights
+from sglp_llm.models.modes import has_fast_bfloat16
 from sglp_llm.models.source import Source
 from sglp_llm.small_files import check_regular_files
 
@@ -121,7 +122,7 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
 
     Args:
         source: The result of `find_source`.
-        dtype: ``auto`` keeps the checkpoint's own (float32 for GGUF), or one of `DTYPES`.
+        dtype: ``auto`` keeps the checkpoint's own (for GGUF `gguf_dtype`), or one of `DTYPES`.
         device_map: accelerate's placement; ``None`` puts everything on the GPU where there is one, else on the CPU.
 
     Raises:
@@ -130,16 +131,21 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto")}
     if device_map is not None:
         options["device_map"] = device_map
+    elif torch.cuda.is_available() and source.format == "safetensors":
+        # Tensor by tensor: the whole model is never in host memory.
+        options["device_map"] = {"": str(own_device())}
     folder = source.path
     if source.format == "gguf":
         folder = source.path.parent
-        options |= {"gguf_file": source.path.name, "dtype": DTYPES.get(dtype, torch.float32), "config": source.config}
+        options |= {"gguf_file": source.path.name, "dtype": DTYPES.get(dtype) or gguf_dtype(), "config": source.config}
     name = source.identity.name
     check_size(source)
     try:
         # Otherwise the exception only says that sizes do not match, and refers to a report that is logged elsewhere.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         model, report = auto_class(source.config).from_pretrained(folder, trust_remote_code=False, **options)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # torch, pickle, safetensors and transformers each have their own for a damaged file
         if source.format == "bin" and isinstance(error, pickle.UnpicklingError | RuntimeError | EOFError):
             # torch's own message advises to load with weights_only=False, which would run what is in the file.
@@ -156,9 +162,14 @@ def load_model(source: Source, dtype: str = "auto", device_map: str | None = Non
     vars(model.config).pop("auto_map", None)  # it would be saved with the model, and name code that is not
     if source.format == "gguf":
         model = _dequantised(model)
-    if device_map is None and torch.cuda.is_available():
+    if "device_map" not in options and torch.cuda.is_available():
         model = model.to(own_device())
     return DecoderModel(model.eval(), source.adapter, frozenset(report["unexpected_keys"]))
+
+
+def gguf_dtype() -> torch.dtype:
+    """What the quantised weights of a GGUF file become: bfloat16 on a GPU, which is short of memory and not of bfloat16."""
+    return torch.bfloat16 if has_fast_bfloat16() and torch.cuda.is_available() else torch.float32
 
 
 def check_size(source: Source) -> None:

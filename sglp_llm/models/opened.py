@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from sglp_llm.adapters import text_config
 from sglp_llm.errors import UserError
 from sglp_llm.method.staying import Staying
+from sglp_llm.models.finite import check_finite
 from sglp_llm.models.footprint import footprint_of
 from sglp_llm.models.loading import (
     DecoderModel,
@@ -62,6 +63,7 @@ class OpenedModel:
         self._scratch: Path | None = None
         self.streamed = False
         self._loaded: DecoderModel | None = None
+        self._is_checked = False
         self.source: Source | None = None
         if isinstance(model, PreTrainedModel):
             self._loaded = wrap_model(model)
@@ -137,6 +139,11 @@ class OpenedModel:
             return dtype
         return stored_dtype(self.source, name)
 
+    @property
+    def can_stream(self) -> bool:
+        """Whether `stream` would not refuse the model itself: safetensors, which accelerate does not place."""
+        return self.source is not None and self.source.index is not None and self._device_map is None
+
     def stream(self, scratch: str | Path | None = None) -> None:
         """Makes `load` return a model whose decoder layers are loaded one at a time; to be called before it.
 
@@ -157,14 +164,23 @@ class OpenedModel:
         self.streamed, self._scratch = True, folder
 
     def load(self) -> DecoderModel:
-        """The model in memory; loaded on the first call."""
-        if self._loaded is None:
+        """The model in memory; loaded on the first call.
+
+        Raises:
+            UserError: The weights cannot be read, or hold numbers that are not finite.
+        """
+        loaded = self._loaded
+        if loaded is None:
             assert self.source is not None
             if self.streamed:
-                self._loaded = load_streamed(self.source, self._dtype, self._scratch)
+                loaded = load_streamed(self.source, self._dtype, self._scratch)
             else:
-                self._loaded = load_model(self.source, self._dtype, self._device_map)
-        return self._loaded
+                loaded = load_model(self.source, self._dtype, self._device_map)
+        if not self._is_checked:
+            check_finite(self.identity.name, self.adapter.layers, loaded.model.named_parameters())
+            self._is_checked = True
+        self._loaded = loaded
+        return loaded
 
     def footprint(self) -> Footprint:
         """What the model takes in memory, in the dtype that plain transformers loads an exported checkpoint in; loads it."""

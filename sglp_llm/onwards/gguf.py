@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -21,7 +22,8 @@ from sglp_llm.errors import UserError
 from sglp_llm.models import Source, find_source
 from sglp_llm.models.loading import checkpoint_dtype, load_model
 from sglp_llm.onwards.exported import Exported
-from sglp_llm.plan import PLAN_FILE_NAME, load_plan
+from sglp_llm.plan import PLAN_FILE_NAME, load_plan, plan_to_dict
+from sglp_llm.plan.published import without_local_paths
 
 GGUF_FILE_NAME = "model.gguf"
 CONVERTER = "convert_hf_to_gguf.py"
@@ -105,7 +107,8 @@ def _convert(converter: Path, source: Source, output: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode != 0 or not output.is_file():
         last = (ended.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"{source.path}: {CONVERTER} failed ({last[:300]})")
+        missing = "; pip install what its requirements/ name" if last.startswith("ModuleNotFoundError") else ""
+        raise UserError(f"{source.path}: {CONVERTER} failed ({last[:300]}){missing}")
 
 
 def _finish(source: Source, converted: Path, partial: Path, folder: Path) -> list[str]:
@@ -122,11 +125,10 @@ def _finish(source: Source, converted: Path, partial: Path, folder: Path) -> lis
                 "compare its answers with the checkpoint's before you use the file"
             )
         return notes
-    if derived_wrongly(source.config, converted):
-        theirs = replace(theirs, config=source.config)
-        plan = folder / PLAN_FILE_NAME
-        about = plan.read_text(encoding="utf-8") if plan.is_file() else "{}"
-        notes += copy_gguf(theirs, range(source.num_layers), partial, about)
+    if derived_wrongly(source.text_config, converted):
+        theirs = replace(theirs, config=source.text_config)
+        about = plan_to_dict(load_plan(folder)) if (folder / PLAN_FILE_NAME).is_file() else {}
+        notes += copy_gguf(theirs, range(source.num_layers), partial, json.dumps(without_local_paths(about)))
     notes.append(_compared(source, theirs))
     if converted.is_file() and not partial.is_file():
         converted.replace(partial)
@@ -135,7 +137,7 @@ def _finish(source: Source, converted: Path, partial: Path, folder: Path) -> lis
 
 def _several_kinds(source: Source) -> str | None:
     """A configuration key that says of some layers something else than of others."""
-    values = {key: getattr(source.config, key, None) for key in sorted({*PER_LAYER, *LAYER_KINDS})}
+    values = {key: getattr(source.text_config, key, None) for key in sorted({*PER_LAYER, *LAYER_KINDS})}
     return next(
         (key for key, value in values.items() if isinstance(value, list) and len(set(map(str, value))) > 1), None
     )
@@ -144,7 +146,7 @@ def _several_kinds(source: Source) -> str | None:
 def _compared(ours: Source, theirs: Source) -> str:
     """Compares the logits on random tokens, with one model in memory after the other."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(int(ours.config.vocab_size), _COMPARED, generator=generator)
+    ids = torch.randint(int(ours.text_config.vocab_size), _COMPARED, generator=generator)
     expected, found = _logits(ours, ids), _logits(theirs, ids)
     difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
     if not difference <= _TOLERANCE * largest:  # written so that NaN fails

@@ -56,8 +56,8 @@ class Recipe:
         engine: ``resident`` holds the whole model in memory, ``streamed`` one decoder layer at a time; ``auto`` is resident
             where that is predicted to fit. Both give the same plan.
         scratch: Folder for the hidden states that the streamed engine stores between layers; none = the host's memory.
-        batch_size: Sequences a forward-only pass computes at once; gradients are taken one sequence at a time. No result
-            depends on it.
+        batch_size: Sequences that are computed at once; with gradients fewer where memory is short, one on the CPU and where an
+            observer needs whole gradients. No result depends on it, except for rounding.
         criterion: ``sglp`` (CKA segments + gradnorm inside them, the paper's pipeline) or a name from ``criteria/``.
         also: More criteria to score in the same pass, for the record.
         options: Settings of single criteria, such as ``{angular: {tokens: all}}``.

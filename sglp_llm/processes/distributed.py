@@ -26,13 +26,15 @@ class Distributed(Processes):
     """
 
     def __init__(self) -> None:
+        if torch.cuda.is_available():
+            local_device()  # before anything waits for the others
         self._is_ours = not distributed.is_initialized()
         if self._is_ours:
             distributed.init_process_group("gloo")
         self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
         self._groups = {"cpu": self._group}
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            torch.cuda.set_device(local_device())
             self._groups["cuda"] = distributed.new_group(backend="nccl")
         self.index, self.count = distributed.get_rank(), distributed.get_world_size()
         self._has_failed = False
@@ -76,6 +78,22 @@ class Distributed(Processes):
             self._agree("over")
         if self._is_ours:
             distributed.destroy_process_group()
+
+
+def local_device() -> int:
+    """Index of this process's GPU: its rank on this host.
+
+    Raises:
+        UserError: There are fewer GPUs than processes on this host.
+    """
+    rank, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1))
+    if started > there:
+        raise UserError(
+            f"{started} processes on this host and {there} GPU{'s' * (there != 1)}: start at most one for each "
+            f"(torchrun --nproc-per-node {there})"
+        )
+    return rank
 
 
 class _Ended(UserError):

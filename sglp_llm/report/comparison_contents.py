@@ -16,7 +16,7 @@ from sglp_llm.report.numbers import shown
 from sglp_llm.small_files import read_json
 
 COMPARISON_FILE_NAME = "compare.json"
-_WIDTH = 320.0
+_WIDTH = 260.0
 _NUMBERS = {"log_gap": "ln(perplexity / dense perplexity)", "average": "average over the tasks"}
 
 

@@ -14,6 +14,7 @@ from sglp_llm.method.selection import lowest_scores, segment_capacities
 from sglp_llm.method.staying import staying_from
 from sglp_llm.plan import PLAN_FILE_NAME, RECIPE_FILE_NAME, load_plan
 from sglp_llm.plan.healing_recipe import HEALING_FILE_NAME, LOG_FILE_NAME
+from sglp_llm.plan.plan_fields import segments_of
 from sglp_llm.plan.published import last_part, without_local_paths, without_paths
 from sglp_llm.plan.results import Result, read_results
 from sglp_llm.records import PrunePlan, Segment
@@ -150,7 +151,10 @@ def _segments(plan: PrunePlan) -> Sequence[Segment]:
         isinstance(each, Sequence) and len(each) == 2 and all(type(end) is int for end in each) for each in given
     ):
         return plan.segments
-    return [Segment(*each) for each in given]
+    try:
+        return segments_of([list(each) for each in given], plan.num_layers, "")
+    except UserError:
+        return plan.segments
 
 
 def _heat_map(plan: PrunePlan, segments: Sequence[Segment]) -> HeatMap | None:
@@ -183,8 +187,8 @@ def _scores(plan: PrunePlan, segments: Sequence[int]) -> dict[str, Chart]:
 def _fisher(plan: PrunePlan) -> Chart | None:
     if plan.similarity is None:
         return None
-    features = plan.settings.get("features", "column_sum")
-    losses = layer_partitions(plan.similarity, features if isinstance(features, str) else "column_sum").losses
+    features = plan.settings.get("features")
+    losses = layer_partitions(plan.similarity, features if features in ("column_sum", "rows") else "column_sum").losses
     return chart(list(enumerate(losses, 1)), [f"{k} segments: {loss:.6g}" for k, loss in enumerate(losses, 1)])
 
 
@@ -240,7 +244,11 @@ def _training(file: Path) -> dict[str, Chart]:
     log = read_json_lines(file, "log of a training")
     drawn = {}
     for name, key in (("training loss", "loss"), ("held-out loss", "eval_loss")):
-        points = [(entry["step"], entry[key]) for entry in log if key in entry]
+        points = [
+            (entry["step"], entry[key])
+            for entry in log
+            if type(entry.get("step")) is int and isinstance(entry.get(key), float)
+        ]
         found = chart(points, [f"step {step}: {value:.4f}" for step, value in points])
         if found is not None:
             drawn[name] = found
@@ -273,7 +281,9 @@ def _choices(plan: PrunePlan) -> list[tuple[list[int], str]]:
     protect = plan.settings.get("protect")
     if scores is None or not plan.segments or not isinstance(protect, Mapping):
         return []
-    ends = (int(protect.get("first", 0)), int(protect.get("last", 0)))
+    ends = (protect.get("first", 0), protect.get("last", 0))
+    if not all(type(end) is int and 0 <= end <= plan.num_layers for end in ends):
+        return []
     limits = staying_from(plan.settings.get("staying"), "the plan")
     most = sum(segment_capacities(plan.segments, ends, limits))
     choices = []

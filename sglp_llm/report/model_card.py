@@ -35,7 +35,9 @@ def write_model_card(
     how = f"the criterion `{settings['criterion']}`" if "criterion" in settings else "a plan that was given"
     if "calibration" in settings:
         text = without_paths(str(settings["calibration"]))
-        how += f" on {settings['samples']} x {settings['seq_len']} tokens of `{text}`"
+        size = [settings.get(name) for name in ("samples", "seq_len")]
+        amount = f"{size[0]} x {size[1]} tokens of " if all(type(each) is int for each in size) else ""
+        how += f" on {amount}`{text}`"
     loaded_by = loaded_by_of(plan)
     special = f"{_special(plan)}{_compensation(plan)}{_healing(healing)}"
     rest = "the cuts repaired" if plan.replaced else "nothing retrained"

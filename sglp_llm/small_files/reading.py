@@ -40,7 +40,7 @@ def open_regular(file: Path, what: str = "file") -> BinaryIO:
         _check_regular(file, Path(file).stat(), what)  # before it is opened: to open a device may do something
         # Without waiting for a pipe's other end, should one have taken the file's place meanwhile.
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, UserError):
         raise
     except OSError as error:
         raise UserError(f"{file}: cannot read the {what} ({error.strerror})") from None

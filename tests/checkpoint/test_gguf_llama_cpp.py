@@ -60,7 +60,7 @@ def test_families(model_type: str, tmp_path: Path) -> None:
 
 
 def test_an_array_with_an_entry_a_layer(tmp_path: Path) -> None:
-    """llama.cpp demands arrays of exactly ``block_count`` entries: uncut, as by its own --prune-layers, the file does not load."""
+    """llama.cpp loads no array but of ``block_count`` entries, and its own --prune-layers leaves them uncut."""
     source = write_gguf(tmp_path / "tiny.gguf", extra={"expert_used_count": [0] * 6})
     output = pruned(source, REMOVED)
     found, _ = in_llama_cpp(output, TOKENS)

@@ -42,3 +42,18 @@ def test_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert "http://127.0.0.1:9: does not answer; no token" in outcome.out
     assert "hf auth login" in outcome.out
     assert "--data-dir" in outcome.out
+
+
+def test_a_converter_that_is_there_is_not_missing(
+    tmp_path: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> list[str]:
+        lines: list[str] = json.loads(run_cli("doctor", "--json").out)["missing"]["export"]
+        return lines
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    without = missing()
+    (tmp_path / "convert_hf_to_gguf.py").write_text("")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    assert without == [line for line in without if line.startswith("--to gguf")] + missing() != missing()

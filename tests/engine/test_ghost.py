@@ -18,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine import Batch, Need, Observer, PassSettings, run_pass
-from sglp_llm.engine.ghost import Norms, ghost_is_cheaper, linear_squared_norm
 from sglp_llm.engine.gradients import watched_gradients
-from sglp_llm.engine.vectors import sequences_are_separable
+from sglp_llm.engine.norms.ghost import Norms, ghost_is_cheaper, linear_squared_norm
+from sglp_llm.engine.norms.vectors import sequences_are_separable
 from sglp_llm.models.loading import DecoderModel, wrap_model
 
 WITHOUT_GRADIENTS: list[Norms] = ["ghost", "direct", "auto"]

@@ -15,7 +15,7 @@ from torch import nn
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import Criterion, ScoreCriterion, SetCriterion, criterion_names, get_criterion
 from sglp_llm.engine import Batch, Need, Observer, PassSettings, run_pass
-from sglp_llm.engine.ghost import Norms
+from sglp_llm.engine.norms.ghost import Norms
 from sglp_llm.engine.representations import CKAObserver
 from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel, wrap_model

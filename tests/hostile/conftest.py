@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checkpoints import save_tiny, tiny_model, write_gguf
+from checkpoints import save_tiny, tiny_model
+from gguf_files import write_gguf
 from helpers import tiny_tokenizer
 
 

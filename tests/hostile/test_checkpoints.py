@@ -20,6 +20,7 @@ HEADER = 8
 WAYS = {
     "copy": ("prune", *PLANNED, *RESIDENT, "--no-verify"),
     "check": ("prune", *PLANNED, *RESIDENT),
+    "pack": ("prune", *PLANNED, *RESIDENT, "--no-verify"),
     "stream": ("prune", *PLANNED, "--engine", "streamed"),
     "analyse": ("prune", "--drop", "2", "--criterion", "bi", *SMALL, *RESIDENT),
     "predict": ("plan-memory",),
@@ -32,7 +33,7 @@ def run(inputs: Path, model: Path, way: str) -> int:
     if verb == "plan-memory":
         return attempt(verb, model, *options, inputs=inputs)
     with tempfile.TemporaryDirectory() as place:
-        output = Path(place) / "out"
+        output = Path(place) / ("out.gguf" if way == "pack" else "out")
         return attempt(verb, model, *options, "--output", output, inputs=inputs, output=output)
 
 
@@ -46,9 +47,10 @@ def run_with(source: Path, name: str, content: bytes, way: str) -> int:
 
 def test_the_good_ones_pass(source: Path, sharded: Path, gguf: Path) -> None:
     """Otherwise nothing behind the first check would be tried."""
-    assert [run(source, source, way) for way in WAYS] == [0] * len(WAYS)
-    assert [run(sharded, sharded, way) for way in WAYS] == [0] * len(WAYS)
-    assert run(gguf.parent, gguf, "check") == 0
+    of_folders = [way for way in WAYS if way != "pack"]  # a GGUF file is made of another one alone
+    assert [run(source, source, way) for way in of_folders] == [0] * len(of_folders)
+    assert [run(sharded, sharded, way) for way in ("copy", "check")] == [0, 0]
+    assert [run(gguf.parent, gguf, way) for way in ("check", "pack", "predict")] == [0, 0, 0]
 
 
 @settings(max_examples=share(10), **FUZZ)
@@ -144,7 +146,7 @@ def test_indices(sharded: Path, data: st.DataObject, way: str) -> None:
 
 
 @settings(max_examples=share(12), **FUZZ)
-@given(data=st.data(), way=st.sampled_from(["copy", "check", "predict"]))
+@given(data=st.data(), way=st.sampled_from(["copy", "check", "predict", "pack"]))
 def test_gguf(gguf: Path, data: st.DataObject, way: str) -> None:
     good = gguf.read_bytes()
     end = 24_000  # fields, and the tensors' names and shapes

@@ -14,11 +14,15 @@ from checkpoints import SMALL, copied, edited, run_cli
 from hostile import attempt
 from hostile_data import as_json
 
+from sglp_llm.calibration import files, sequences
 from sglp_llm.criteria import make_criterion
 from sglp_llm.errors import UserError, one_line
 from sglp_llm.plan import load_recipe
 from sglp_llm.trials import Journal
 
+BUDGETS = ["drop", "ratio", "target-params", "target-memory", "target-latency", "plan"]
+OTHER_NUMBERS = ["context", "samples", "seq-len", "seed", "num-segments", "protect-first", "min-drop", "batch-size"]
+OTHER_NUMBERS += ["search-budget", "option"]
 RESIDENT = ("--engine", "resident")
 PLAN = {"num_layers": 6, "removed": [2, 4]}
 
@@ -40,7 +44,7 @@ PIPES: dict[str, tuple[str, Callable[[Path, Path, Path], str]]] = {
     "generation settings": ("generation_config.json", lambda pipe, source, out: said("plan-memory", pipe.parent)),
     "tokenizer": ("tokenizer.json", lambda pipe, source, out: said("eval", pipe.parent, "--data", SMALL[1])),
     "plan": ("mine.json", lambda pipe, source, out: prune_by(pipe, source, out)),
-    "folder's plan": ("sglp_plan.json", lambda pipe, source, out: said("report", pipe.parent)),
+    "folder's plan": ("sglp_plan.json", lambda pipe, source, out: said("export", pipe.parent, "--to", "mergekit")),
     "plan of mergekit": ("mine.yaml", lambda pipe, source, out: prune_by(pipe, source, out)),
     "recipe": ("mine.yaml", lambda pipe, source, out: said("plan-memory", source, "--recipe", pipe)),
     "suite": ("mine.yaml", lambda pipe, source, out: said("eval", source, "--suite", pipe)),
@@ -208,29 +212,12 @@ def test_recipes(source: Path, tmp_path: Path, text: str, expected: str) -> None
 @pytest.mark.parametrize("digits", [400, 5000])
 @pytest.mark.parametrize(
     "option",
-    [
-        "drop",
-        "ratio",
-        "target-params",
-        "target-memory",
-        "target-latency",
-        "context",
-        "samples",
-        "seq-len",
-        "seed",
-        "num-segments",
-        "protect-first",
-        "min-drop",
-        "batch-size",
-        "search-budget",
-        "option",
-        "plan",
-    ],
+    BUDGETS + OTHER_NUMBERS,
 )
 def test_numbers_of_many_digits(source: Path, tmp_path: Path, option: str, digits: int) -> None:
     number = "9" * digits
     value = {"option": f"gradnorm.norm={number}", "target-latency": f"{number}x"}.get(option, number)
-    budget = () if option in ("drop", "ratio", "plan") or option.startswith("target") else ("--drop", "1")
+    budget = () if option in BUDGETS else ("--drop", "1")
     said(
         "prune",
         source,
@@ -257,7 +244,8 @@ def gguf_with(name: bytes, kind: int, value: bytes) -> bytes:
         (gguf_with(b"a", 8, struct.pack("<Q", 2**62)), "it ends after"),
         (gguf_with(b"a", 99, b""), "a field of type 99"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), "tensors and"),
-        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "is neither 2 nor 3"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 2**60, 0), "tensors and"),
+        (b"GGUF" + struct.pack("<IQQ", 7, 0, 0), "is neither 2 nor 3"),
     ],
 )
 def test_gguf_headers(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -267,7 +255,10 @@ def test_gguf_headers(tmp_path: Path, content: bytes, expected: str) -> None:
 
 @pytest.mark.parametrize("form", ["text:{}", "jsonl:{}:text", "chat:{}"])
 @pytest.mark.parametrize("filling", [b"\0", b"\n", b"9"])
-def test_bombs(source: Path, tmp_path: Path, form: str, filling: bytes) -> None:
+def test_bombs(source: Path, tmp_path: Path, form: str, filling: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller bounds than ours: what is read to the bound is tokenised."""
+    monkeypatch.setattr(files, "MOST_LINE_BYTES", 2**18)
+    monkeypatch.setattr(sequences, "ENOUGH_TEXT_BYTES", 2**18)
     block = gzip.compress(filling * 2**24, 1)
     (tmp_path / "mine.gz").write_bytes(block * 64)  # a gigabyte in a few hundred kilobytes
     options = ("--calibration", form.format(tmp_path / "mine.gz"), "--samples", "2", "--seq-len", "8", *RESIDENT)

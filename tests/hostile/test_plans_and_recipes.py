@@ -46,6 +46,23 @@ def plan(analysed: Path) -> dict[str, Any]:
     }
 
 
+LOSSES = {"held_out": {"without": 2.0, "with": 1.0}}
+TOLD: dict[str, dict[str, Any]] = {
+    "settings": {
+        "search": {"segments": [[0, 3], [3, 6]], "races": [{"race": "a", "sequences": 2, "costs": [["0,1", 0.5]]}]},
+        "decode_times": {"depths": [6, 4], "seconds": [0.1, 0.05], "device": "cpu"},
+        "context": 16,
+        "removal_order": [4, 2],
+    },
+    "compensation": {
+        "method": "linear",
+        "cuts": [{"start": 2, "stop": 3}],
+        "losses": LOSSES,
+        "refined": {"losses": LOSSES},
+    },
+    "budget": {"target_latency": "0.8x", "target_memory": "1GB"},
+    "versions": {"torch": "2"},
+}
 PLAN_WAYS = ("prune", "prune", "report", "export", "replan")
 
 
@@ -75,6 +92,18 @@ def try_plan(source: Path, content: bytes, way: str) -> int:
 @given(data=st.data(), way=st.sampled_from(PLAN_WAYS))
 def test_plans(source: Path, plan: dict[str, Any], data: st.DataObject, way: str) -> None:
     try_plan(source, data.draw(file_like(plan)), way)
+
+
+@settings(max_examples=share(8), **FUZZ)
+@given(
+    data=st.data(),
+    way=st.sampled_from(PLAN_WAYS),
+    key=st.sampled_from(["settings", "compensation", "budget", "versions"]),
+)
+def test_what_plans_tell(source: Path, plan: dict[str, Any], data: st.DataObject, way: str, key: str) -> None:
+    """The parts that are plain data, which reports show as far as they have the form of our own."""
+    told = TOLD[key] | plan[key]
+    try_plan(source, as_json({**plan, key: data.draw(changed(told, 1) | changed(told))}), way)
 
 
 @settings(max_examples=share(16), **FUZZ)

@@ -19,14 +19,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sglp_llm.engine import Need
-from sglp_llm.memory import EngineMemory
+from sglp_llm.memory import EngineMemory, FreeMemory
 from sglp_llm.memory.dry_run import DryRun
 from sglp_llm.memory.parameter_counts import count_parameters
 from sglp_llm.memory.peaks import RUNTIME, Work, plan_memory
 from sglp_llm.memory.prediction import work_of
 from sglp_llm.plan import Recipe
 
-GRADIENTS = Work(Need.GRADIENT_NORMS, samples=4, seq_len=64, trial_samples=4)
+GRADIENTS = Work(Need.GRADIENT_NORMS, samples=4, seq_len=64, trial_samples=4, batch_size=4)
 
 
 def llama(**changes: Any) -> Any:
@@ -134,6 +134,31 @@ def test_streamed_holds_two_layers_and_stores_hidden_states() -> None:
     assert on_disk.host_peak == memory.host_peak - on_disk.disk
 
 
+def test_a_step_takes_as_many_sequences_as_fit() -> None:
+    """Halved until the activations fit; whole gradients and experts take one sequence a step."""
+    whole = plan_memory(llama(), torch.float32, GRADIENTS, True, FreeMemory(None, 10**12)).resident
+    assert whole.step == 4
+    assert whole.device_peak is not None
+    half = plan_memory(llama(), torch.float32, GRADIENTS, True, FreeMemory(None, whole.device_peak)).resident
+    assert half.step == 2
+    assert half.device_peak is not None
+    assert half.device_peak < whole.device_peak
+    assert plan_memory(llama(), torch.float32, replace(GRADIENTS, needs=Need.GRADIENTS), True).resident.step == 1
+    assert plan_memory(llama(), torch.float32, replace(GRADIENTS, seq_len=512), False).resident.step == 1
+
+
+def test_only_layers_behind_the_first_possible_cut_are_refined_and_no_more_than_fit() -> None:
+    refined = Work(Need.NOTHING, samples=8, seq_len=64, trial_samples=8, compensation=7, refined_sequences=4)
+    every = plan_memory(llama(), torch.float32, refined, True).resident.device
+    behind = plan_memory(llama(), torch.float32, replace(refined, protected=2, removed=1), True).resident.device
+    assert every is not None
+    assert behind is not None
+    assert behind["refined weights"] * 4 == every["refined weights"] * 2
+    little = plan_memory(llama(), torch.float32, refined, True, FreeMemory(None, 10**6)).resident.device
+    assert little is not None
+    assert little["refined weights"] * 4 == every["refined weights"]
+
+
 def test_sums_of_gradients_are_those_of_all_layers_or_of_one() -> None:
     plan = plan_memory(llama(), torch.bfloat16, replace(GRADIENTS, needs=Need.GRADIENTS), False)
     norms = plan_memory(llama(), torch.bfloat16, GRADIENTS, False)
@@ -151,7 +176,9 @@ def test_a_device_holds_what_computes_and_the_host_what_is_stored() -> None:
         stored = cpu.host.get("hidden states", 0)
         assert gpu.device_peak == cpu.host_peak - stored - RUNTIME
         assert gpu.host.get("hidden states", 0) == stored
-    assert there.resident.host["weights"] == there.resident.device["weights"]  # type: ignore[index]
+    assert there.resident.host["weights"] < there.resident.device["weights"]  # type: ignore[index,operator]
+    at_once = plan_memory(llama(), torch.float32, replace(work, whole_on_host=True), True).resident
+    assert at_once.host["weights"] == there.resident.device["weights"]  # type: ignore[index]
     moved = plan_memory(llama(), torch.float32, replace(work, sums_on_host=True), True).resident
     sums = 4 * 4 * (4 * 64 * 64 + 3 * 64 * 96)
     assert moved.host["gradients"] == sums

@@ -13,6 +13,8 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, GGUFWriter, get_t
 from helpers import tiny_tokenizer
 from transformers import PreTrainedModel
 
+from sglp_llm.checkpoint.export import drop_layers
+
 ARCHITECTURES = {
     "llama": MODEL_ARCH.LLAMA,
     "qwen2": MODEL_ARCH.QWEN2,
@@ -45,6 +47,7 @@ def write_gguf(
     model_type: str = "llama",
     quantised: GGMLQuantizationType | None = None,
     extra: dict[str, Any] | None = None,
+    removed: tuple[int, ...] = (),
     **changes: Any,
 ) -> Path:
     """Writes `gguf_model` with a tokenizer.
@@ -53,10 +56,13 @@ def write_gguf(
         path: The file.
         model_type: A key of `ARCHITECTURES`.
         quantised: Type of the matrices; ``None`` for float32.
-        extra: More metadata, arrays as numpy arrays.
+        extra: More metadata.
+        removed: Layers that the model lacks.
         changes: To the configuration.
     """
     model, tokenizer = gguf_model(model_type, **changes), json.loads(tiny_tokenizer()._tokenizer.to_str())["model"]
+    if removed:
+        drop_layers(model, removed)
     config, kind = model.config, ARCHITECTURES[model_type]
     arch = model_type.removesuffix("_text")
     writer = GGUFWriter(path, arch)

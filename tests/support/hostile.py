@@ -6,18 +6,21 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from checkpoints import Outcome, run_cli
+from huggingface_hub import constants
 from hypothesis import HealthCheck, Phase
 
 SECONDS = 60
-"""The longest time a command may take; most take a tenth of a second."""
+"""The longest processor time a command may take, and a fifth of the longest time; most take a tenth of a second."""
 
 MEMORY = 2 * 2**30
 """What a command may reserve beyond what the process has already."""
@@ -60,14 +63,29 @@ def guarded(seconds: int = SECONDS) -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, limits[1]))
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = [(number, signal.signal(number, stop)) for number in (signal.SIGALRM, signal.SIGPROF)]
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.alarm(5 * seconds)  # a wait takes no processor time
     try:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        for number, handler in before:
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@contextmanager
+def working_folder() -> Iterator[Path]:
+    """Inside the block an empty folder is the current one, and no library asks the Hub."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as place, patch.object(constants, "HF_HUB_OFFLINE", True):
+        os.chdir(place)
+        try:
+            yield Path(place)
+        finally:
+            os.chdir(before)
 
 
 def state(folder: Path) -> dict[str, tuple[int, int, int]]:

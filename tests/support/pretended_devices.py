@@ -332,7 +332,7 @@ class _Operations(TorchDispatchMode):
     ) -> torch.device | None:
         """The device of the result."""
         first = tags[0]
-        if name.startswith("_foreach") or name in ALONE:
+        if name.startswith(("_foreach", "_fused")) or name in ALONE:
             return first
         if name == "copy_":
             if len(tags) > 1 and first != tags[1]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 DEPTH = "block_count"
 """The number of decoder layers."""
 
-LAYER_TENSOR = re.compile(r"^(blk\.)(\d+)(\..+)$")
+LAYER_TENSOR = re.compile(r"^(blk\.)(0|[1-9][0-9]{0,8})(\..+)$")
 """The name of a decoder layer's tensor: before its index, the index, after it."""
 
 NOT_BY_LAYER = frozenset(

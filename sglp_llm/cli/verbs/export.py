@@ -13,7 +13,10 @@ from sglp_llm.cli.quiet import prepare
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that prune or heal has written.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="A folder that prune or heal has written; for ollama a .gguf file too."),
+    ],
     to: Annotated[
         str,
         typer.Option(

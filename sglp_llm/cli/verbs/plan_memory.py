@@ -11,6 +11,7 @@ from sglp_llm.cli.options import (
     Dtype,
     Json,
     Model,
+    OnDevice,
     Option,
     Preset,
     Quiet,
@@ -46,28 +47,36 @@ def plan_memory(
     revision: Revision = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
+    on: OnDevice = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Predict the memory that an analysis takes, with either engine. Needs the configuration, no weights."""
-    settings = settings_of(locals())
+    settings = {name: value for name, value in settings_of(locals()).items() if name != "on"}
     console = prepare(quiet)
     from sglp_llm.analysis.observing import check_criteria
     from sglp_llm.cli import memory_table
+    from sglp_llm.memory.duration import Duration, accelerator, predict_durations
     from sglp_llm.memory.peaks import choose_engine
-    from sglp_llm.memory.prediction import free_for, predict_memory
+    from sglp_llm.memory.prediction import computed_in, free_for, predict_memory, work_of
     from sglp_llm.models import find_config
 
     chosen = recipe_of(recipe, settings, model, preset_of(preset, recipe, settings))
     check_criteria(chosen)
+    device = None if on is None else accelerator(on)
     name = model_of(model, chosen)
     config, gguf = find_config(name, chosen.revision)
     plan = predict_memory(config, chosen, gguf)
     free = free_for(chosen)
     engine = choose_engine(plan, free)
+    durations: tuple[Duration, ...] = ()
+    if device is not None:
+        durations = predict_durations(config, computed_in(config, chosen, gguf), chosen, work_of(chosen), device)
     if as_json:
-        console.print_json(memory_table.to_dict(plan, free, engine))
+        console.print_json(memory_table.to_dict(plan, free, engine, durations))
         return
     columns, rows = memory_table.table(plan, free)
     console.print_table(memory_table.title(name, config, chosen, gguf), columns, rows, range(1, len(columns)))
     print(memory_table.advice(plan, free, engine))
+    for duration in durations:
+        print(memory_table.time_line(str(on), duration))

@@ -23,6 +23,12 @@ from sglp_llm.models.modes import evaluating
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Advance, Progress, silent
 
+MOVING_SHARE = 0.6
+"""Share of a device's free memory that the refined weights may take; the activations of a step need the rest."""
+
+REFINED_BYTES = 16
+"""Bytes of a refined weight on a device, beside its copy in the model's dtype: value, gradient, and Adam's two moments."""
+
 _ENTERING, _DENSE = "entering", "dense"
 
 
@@ -210,7 +216,10 @@ class _Refining:
             (schedule.vector_rate, [value for value in values if value.ndim == 1]),
         )
         optimizer = torch.optim.Adam(
-            [{"params": params, "full_rate": rate} for rate, params in kinds if params], lr=0.0, betas=(0.9, 0.95)
+            [{"params": params, "full_rate": rate} for rate, params in kinds if params],
+            lr=0.0,
+            betas=(0.9, 0.95),
+            fused=next(iter(values)).is_cuda or None,  # otherwise its temporaries take the memory of another moment
         )
         order, done = torch.Generator().manual_seed(schedule.seed), 0
         for _ in range(schedule.epochs):

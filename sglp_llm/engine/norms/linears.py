@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sglp_llm.engine.ghost import Norms, linear_squared_norm
+from sglp_llm.engine.norms.ghost import Norms, linear_squared_norm
 from sglp_llm.engine.observer import Batch
 
 Report = Callable[[Batch, str, torch.Tensor], None]

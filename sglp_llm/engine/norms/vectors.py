@@ -7,7 +7,7 @@ what the module returns for w = 1 less what it returns for w = 0, whatever the f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from sglp_llm.engine.linears import Report
+from sglp_llm.engine.norms.linears import Report
 from sglp_llm.engine.observer import Batch
 from sglp_llm.method.exact import exact
 
@@ -132,7 +132,7 @@ def _slopes(
         yield name, functional_call(module, {**nothing, name: torch.ones_like(nothing[name])}, (inputs,)) - base
 
 
-def _is_affine(module: nn.Module, own: dict[str, torch.Tensor]) -> bool:
+def _is_affine(module: nn.Module, own: Mapping[str, torch.Tensor]) -> bool:
     """Tries a module on random numbers: whether it is affine in its vectors, element by element, on one input."""
     width = next(iter(own.values())).shape
     if any(True for _ in module.children()) or len(width) != 1 or any(vector.shape != width for vector in own.values()):
