@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO := demo-output
 WORKERS ?= 2
 
-.PHONY: setup demo test test-all test-lowest test-newest audit faults soak lint docs bench bench-gpu clean
+.PHONY: setup demo test test-all test-lowest test-newest audit faults soak lint docs bench bench-gpu fuzz clean
 
 setup: $(READY)
 
@@ -79,6 +79,10 @@ bench: setup
 # On one GPU with 40 GB or more; 16 GB of disk for a random model. With the Python that has torch for the GPU.
 bench-gpu:
 	PYTHONPATH=. python3 benchmarks/gpu.py
+
+# Hostile files and options: make test tries 500 of them, the same ones each time.
+fuzz: setup
+	SGLP_FUZZ_INPUTS=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hostile -n $(WORKERS)
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-newest $(DEMO) site build dist *.egg-info

@@ -34,9 +34,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from tiny_types import DEPTH, tiny_config  # noqa: E402
+from tiny_wrappers import WRAPPERS  # noqa: E402
 
 from sglp_llm import prune  # noqa: E402
-from sglp_llm.adapters import adapter_names, adapter_of  # noqa: E402
+from sglp_llm.adapters import adapter_names, adapter_of, is_wrapper  # noqa: E402
+from sglp_llm.adapters.structure.exceptions import EXCEPTIONS, Exceptions  # noqa: E402
 from sglp_llm.adapters.structure.probed import TABLE  # noqa: E402
 from sglp_llm.calibration.sequences import CalibrationSet, hash_of  # noqa: E402
 from sglp_llm.errors import UserError  # noqa: E402
@@ -61,6 +63,9 @@ def random_model(config: Any) -> PreTrainedModel:
                 noise = torch.randn(parameter.shape)
                 parameter.copy_(0.2 * noise if parameter.ndim >= 2 else parameter + 0.1 * noise)
     return model.eval()
+
+
+WRAPPED = "a model of images and text, pruned whole; see above"
 
 
 def token_ids(rows: int = 2, tokens: int = 24) -> torch.Tensor:
@@ -162,6 +167,8 @@ def probe(model_type: str, folder: Path) -> dict[str, Any]:
     """One type: its adapter, and what came of each removal."""
     written = "written" if model_type in adapter_names() else "derived"
     config = tiny_config(model_type)
+    if is_wrapper(config) and not EXCEPTIONS.get(model_type, Exceptions()).refuse:
+        return {"adapter": "derived", "why": WRAPPED, "removals": []}
     raw = {**config.to_dict(), "model_type": model_type}
     (folder / "config.json").write_text(json.dumps(raw, default=str), encoding="utf-8")
     try:
@@ -279,7 +286,33 @@ load in plain transformers, give the original's logits with the layers skipped (
 generate with the cache as without. Then two layers are chosen by `--criterion sglp`, with each of
 {", ".join(f"`--compensate {method}`" for method in COMPENSATIONS)}; the logits are compared with those of the original with the
 layers skipped and the new values in place. What is refused is refused before anything is written. Patterns that are off by
-default in a type's configuration are not exercised, nor are real checkpoints.
+default in a type's configuration are not exercised, nor are real checkpoints. `sglp-llm ls adapters` prints what this page says.
+
+Some layers must stay: because later layers read what they compute, because the cache counts tokens by them, or because they alone
+are built as they are. The choice leaves them out with every criterion; the plan, the report and the model card name them.
+
+Encoders (BERT and its relatives) have no next token to predict, which every loss here is about: they are refused.
+
+## Models of images and text
+
+Types that `AutoModelForImageTextToText` loads and that have a `text_config` are pruned whole: their decoder is analysed with
+text, and the result is again the wrapper, with the vision tower and the files of its processor carried over bit for bit. The
+reload check compares text logits. Tried, as tiny random models, in `tests/adapters/test_wrappers.py`:
+{", ".join(sorted(WRAPPERS))}. What removed layers do to answers about images is not
+measured by a calibration on text. Layers behind which features of an image are added (`deepstack_visual_indexes`) stay.
+
+## Quantised checkpoints
+
+`prune --plan` copies the tensors of a quantised checkpoint (GPTQ, AWQ, FP8, compressed-tensors, bitsandbytes) as they are, and
+its settings that name modules of layers (`modules_to_not_convert`, `ignore`, `dynamic`) follow. Make the plan on the
+unquantised model: gradients, compensation and training need its weights. There is no reload check then.
+
+## PEFT adapters
+
+`sglp-llm prune ADAPTER --merge-adapter MERGED --output OUT` merges an adapter into its base model, writes that to `MERGED`, and
+prunes it.
+
+## Causal types
 
 transformers {table["transformers"]}, torch {table["torch"]}: {counts_of(results)}.
 

@@ -138,7 +138,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise UserError(f"{where}: not JSON ({error})") from None
     try:
-        checked_data(row)
+        checked_data(row, texts=False)  # `text_field` names the field that is none
     except ValueError as error:
         raise UserError(f"{where}: not JSON that can be used ({error})") from None
     if not isinstance(row, dict):

@@ -10,11 +10,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from sglp_llm.engine.modes import entering_states, leaving_states
 from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel
-from sglp_llm.models.modes import products_in_bfloat16
+from sglp_llm.models.modes import evaluating, products_in_bfloat16
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,12 @@ class Replay:
         return other
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of what it keeps; masks are tokens x tokens."""
+        kept = [self.first_states, *tree_leaves([(call.args, call.kwargs) for call in self._calls])]
+        return sum({id(each): each.nbytes for each in kept if isinstance(each, torch.Tensor)}.values())
+
+    @property
     def vocabulary(self) -> int:
         """Number of logits per token."""
         return int(self._model.config.vocab_size)
@@ -145,23 +152,53 @@ def outputs_of(model: DecoderModel, ids: torch.Tensor) -> int:
         ids: ``[batch, tokens]`` on the model's input device.
 
     Raises:
-        UserError: They do not, or not with ``[batch, tokens, hidden]``.
+        UserError: They do not; or see `check_states`.
     """
     if not model.adapter.is_derived:
         return 0
-    if model.model not in _OUTPUTS:
-        _OUTPUTS[model.model] = _seen_outputs(model, ids[:1, :_CHECKED_TOKENS])
-    return _OUTPUTS[model.model]
+    seen = _seen(model, ids)
+    if not seen.one_by_one:
+        raise UserError(
+            f"the layers of a {model.model.config.model_type} model cannot be run one by one, because they hand on more than "
+            "hidden states: trials, compensation and the streamed engine do not work; --criterion sglp with --compensate none "
+            "and --engine resident does"
+        )
+    return seen.outputs
 
 
-_OUTPUTS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+def check_states(model: DecoderModel, ids: torch.Tensor) -> None:
+    """Checks that the layers of a derived family pass on one vector of hidden states a token, which criteria look at.
+
+    Args:
+        model: The model.
+        ids: ``[batch, tokens]`` on the model's input device.
+
+    Raises:
+        UserError: They pass on something else.
+    """
+    if model.adapter.is_derived:
+        _seen(model, ids)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    outputs: int
+    one_by_one: bool
+
+
+_SEEN: WeakKeyDictionary[Any, _Seen] = WeakKeyDictionary()
 _CHECKED_TOKENS = 32
 _CLOSE = 1e-3  # of the largest number; recurrent layers may round differently
 
 
-@torch.no_grad()
-def _seen_outputs(model: DecoderModel, ids: torch.Tensor) -> int:
-    kind = model.model.config.model_type
+def _seen(model: DecoderModel, ids: torch.Tensor) -> _Seen:
+    if model.model not in _SEEN:
+        with torch.no_grad(), evaluating(model.model):
+            _SEEN[model.model] = _look(model, ids[:1, :_CHECKED_TOKENS])
+    return _SEEN[model.model]
+
+
+def _look(model: DecoderModel, ids: torch.Tensor) -> _Seen:
     left: list[Any] = []
     handles = [layer.register_forward_hook(lambda _, args, output: left.append(output)) for layer in model.layers]
     try:
@@ -169,22 +206,23 @@ def _seen_outputs(model: DecoderModel, ids: torch.Tensor) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    outputs = len(left[0]) if isinstance(left[0], tuple | list) else 0
-    whole, same = leaving_states(left[-1]), False
-    if whole.ndim == 3 and len(left) == model.num_layers:
-        try:
-            calls, states = recorded_calls(model, ids, None, outputs, nullcontext())
-            for call, layer in zip(calls, model.layers, strict=True):
-                states = leaving_states(layer(states, *call.args, **call.kwargs))
-            same = bool((states - whole).abs().max() <= _CLOSE * whole.abs().max())
-        except Exception:  # whatever a type's own code raises for what it did not get
-            same = False
-    if not same:
+    shapes = {tuple(leaving_states(output).shape) for output in left}
+    width = min(shapes)[-1]
+    if shapes != {(*ids.shape, width)} or len(left) != model.num_layers:
+        kind, shown = model.model.config.model_type, ", ".join(str(list(shape)) for shape in sorted(shapes))
         raise UserError(
-            f"the layers of a {kind} model cannot be run one by one, because they hand on more than hidden states: trials, "
-            "compensation and the streamed engine do not work; --criterion sglp with --compensate none and --engine resident does"
+            f"the layers of a {kind} model cannot be analysed: for {list(ids.shape)} tokens they pass on hidden states of shape "
+            f"{shown}, not one vector a token; choose layers yourself, with --plan"
         )
-    return outputs
+    outputs = len(left[0]) if isinstance(left[0], tuple | list) else 0
+    try:
+        calls, states = recorded_calls(model, ids, None, outputs, nullcontext())
+        for call, layer in zip(calls, model.layers, strict=True):
+            states = leaving_states(layer(states, *call.args, **call.kwargs))
+    except Exception:  # whatever a type's own code raises for what it did not get
+        return _Seen(outputs, False)
+    whole = leaving_states(left[-1])
+    return _Seen(outputs, bool((states - whole).abs().max() <= _CLOSE * whole.abs().max()))
 
 
 def _as_output(states: torch.Tensor, outputs: int) -> Any:

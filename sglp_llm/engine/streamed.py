@@ -26,9 +26,12 @@ from sglp_llm.engine.resident import batches, show_weights
 from sglp_llm.engine.settings import DEFAULTS, PassSettings
 from sglp_llm.engine.states import StateStore, state_store
 from sglp_llm.errors import UserError
+from sglp_llm.models.devices import free_on
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.models.modes import evaluating
 from sglp_llm.processes import Processes
+
+_MASK_SHARE = 16  # of which one part of a device's free memory may hold the masks of padded steps
 
 _LOSS = "loss"  # the slot of the loss gradient with respect to the hidden states between two layers
 
@@ -46,25 +49,38 @@ class Replays:
     """The arguments of every layer for every step.
 
     Without padding they are the same for all steps of one shape. With padding each step has its own masks, of size tokens x
-    tokens. These are recomputed when needed, at the cost of a forward pass without layers.
+    tokens. These are recomputed when needed, at the cost of a forward pass without layers; on a GPU, which the host would wait
+    for each time, they are kept while they take a small share of its free memory.
     """
 
     def __init__(self, model: DecoderModel, bfloat16: bool = False) -> None:
         self._model, self._bfloat16 = model, bfloat16
         self._plain: dict[torch.Size, Replay] = {}
+        self._padded: dict[int, Replay] = {}
+        self._room = (free_on(model.input_device) or 0) // _MASK_SHARE
 
     def first_states(self, step: Step) -> torch.Tensor:
         """The hidden states that enter layer 0, ``[batch, tokens, hidden]``."""
-        replay = Replay(self._model, step.ids, step.mask, self._bfloat16)
-        if step.mask is None:
-            self._plain.setdefault(step.ids.shape, replay)
+        if step.mask is not None:
+            return self._of_padded(step).first_states
+        replay = Replay(self._model, step.ids, None, self._bfloat16)
+        self._plain.setdefault(step.ids.shape, replay)
         return replay.first_states
 
     def of(self, step: Step) -> Replay:
         """A `Replay` that runs layers and the head on this step; after `first_states` of a step of this shape."""
         if step.mask is None:
             return self._plain[step.ids.shape].with_ids(step.ids)
-        return Replay(self._model, step.ids, step.mask, self._bfloat16)
+        return self._of_padded(step)
+
+    def _of_padded(self, step: Step) -> Replay:
+        if (known := self._padded.get(step.batch.first)) is not None:
+            return known
+        replay = Replay(self._model, step.ids, step.mask, self._bfloat16)
+        if replay.nbytes <= self._room:
+            self._room -= replay.nbytes
+            self._padded[step.batch.first] = replay
+        return replay
 
 
 def run_streamed(

@@ -23,6 +23,7 @@ def footprint_of(decoder: DecoderModel, dtype: torch.dtype) -> Footprint:
     config = decoder.config
     layers = tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder.layers)
     windows = attention_windows(config)
+    windows = windows[:: max(1, len(windows) // max(1, len(layers)))]
     return Footprint(
         itemsize=dtype.itemsize,
         outside=decoder.num_parameters - sum(layers),
@@ -57,12 +58,16 @@ def _seen_in_cache(key: ConfigKey, depth: int) -> tuple[int, ...] | None:
             # On fake tensors torch multiplies stacked expert matrices in bfloat16 only.
             model = auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
             ids = torch.zeros(1, 1, dtype=torch.long)
-            cache = model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(config=config)).past_key_values
+            cache = model(input_ids=ids, use_cache=True).past_key_values
             tensors = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     except Exception:  # whatever a type's own code raises
         return None
     numbers = tuple(sum(each.numel() for each in pair if isinstance(each, torch.Tensor)) for pair in tensors)
-    return numbers if len(numbers) == depth else None
+    if len(numbers) > depth and len(numbers) % depth == 0:  # each layer fills several slots
+        slots = len(numbers) // depth
+        numbers = tuple(sum(numbers[first : first + slots]) for first in range(0, len(numbers), slots))
+    # A cache of a type's own may end with the last layer that attends.
+    return (*numbers, *[0] * (depth - len(numbers))) if len(numbers) <= depth else None
 
 
 def attention_windows(config: PretrainedConfig) -> list[int | None]:
@@ -76,8 +81,10 @@ def attention_windows(config: PretrainedConfig) -> list[int | None]:
 
 
 def cached_numbers(config: PretrainedConfig) -> int:
-    """How many numbers a decoder layer caches for a token: a key and a value."""
-    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    """How many numbers a decoder layer caches for a token: a key and a value; none where nothing attends."""
+    key_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if not key_heads:
+        return 0  # nothing attends
     return int(2 * key_heads * head_size(config))
 
 

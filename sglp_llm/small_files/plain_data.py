@@ -36,8 +36,12 @@ def decoded_json(text: str) -> Any:
     return checked_data(data)
 
 
-def checked_data(data: Any) -> Any:
+def checked_data(data: Any, texts: bool = True) -> Any:
     """The same data.
+
+    Args:
+        data: Decoded JSON or YAML.
+        texts: Whether texts are checked too.
 
     Raises:
         ValueError: Nested too deeply, or in itself; too many lists and objects; a number of too many digits; or a text that is
@@ -49,20 +53,20 @@ def checked_data(data: Any) -> Any:
         containers = [each for each in level if isinstance(each, Mapping | list | tuple)]
         if not containers:
             return data
-        level = list(islice(_inside(containers), MOST_CONTAINERS + 1 - count))
+        level = list(islice(_inside(containers, texts), MOST_CONTAINERS + 1 - count))
         count += len(level)
         if count > MOST_CONTAINERS:
             raise ValueError(f"more than {MOST_CONTAINERS} parts")
     raise ValueError(f"nested too deeply, more than {MOST_NESTING} times")
 
 
-def _inside(containers: Iterable[Mapping[Any, Any] | Sequence[Any]]) -> Iterator[Any]:
+def _inside(containers: Iterable[Mapping[Any, Any] | Sequence[Any]], texts: bool) -> Iterator[Any]:
     """What is to be looked at one level deeper: the containers. Numbers and texts are checked on the way."""
     for each in chain.from_iterable(
         chain(each.keys(), each.values()) if isinstance(each, Mapping) else each for each in containers
     ):
         if isinstance(each, str):
-            if not each.isascii():
+            if texts and not each.isascii():
                 _check_text(each)
         elif isinstance(each, Mapping | list | tuple):
             yield each

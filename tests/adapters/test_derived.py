@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from calibration_sets import plain_set
 from helpers import ROOT
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 from sglp_llm import analyze, prune, replan
 from sglp_llm.adapters import adapter_names
@@ -16,7 +17,7 @@ from sglp_llm.errors import UserError
 from sglp_llm.plan import load_plan, plan_from_indices
 
 sys.path.append(str(ROOT / "tools"))
-from probe_families import in_a_process, random_model
+from probe_families import in_a_process, random_model, token_ids
 from tiny_types import tiny_config
 
 
@@ -48,6 +49,24 @@ def test_where_the_end_of_the_mlp_is_not_found_nothing_is_folded(tmp_path: Path)
     with pytest.raises(UserError, match="the linear layer at the end of its MLP was not found; --compensate none"):
         prune(tmp_path / "source", tmp_path / "other", compensate="linear", **settings)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "falcon_mamba", "minimax"])
+def test_layers_with_other_outputs_and_caches_are_analysed(model_type: str, tmp_path: Path) -> None:
+    model = random_model(tiny_config(model_type))
+    compensate = "linear" if model_type == "bloom" else "none"
+    plan = analyze(model, criterion="sglp", compensate=compensate, drop=2, calibration=plain_set(4, 16)).plan
+    assert plan.footprint is not None
+    cache = model(input_ids=token_ids(1, 6), use_cache=True).get("past_key_values") or DynamicCache()
+    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    numbers = [sum(each.numel() for each in pair if isinstance(each, torch.Tensor)) for pair in pairs]
+    numbers += [0] * (model.config.num_hidden_layers - len(numbers))
+    assert numbers == [6 * cached for cached in plan.footprint.cached]
+
+
+def test_hidden_states_that_are_no_vector_a_token_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"pass on hidden states of shape \[1, 16, 4, 64\], .* with --plan"):
+        analyze(random_model(tiny_config("deepseek_v4")), criterion="sglp", drop=2, calibration=plain_set(4, 16))
 
 
 @pytest.mark.parametrize("verify", [True, False])

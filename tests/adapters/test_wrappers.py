@@ -80,6 +80,7 @@ def test_the_whole_wrapper_is_exported(model_type: str, tmp_path: Path) -> None:
     assert "AutoModelForImageTextToText" in (out / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "compensate"), [("gemma3", "scale"), ("qwen2_5_vl", "linear"), ("llava", "refit")]
 )

@@ -108,7 +108,7 @@ SETTINGS = [
     ("--private", "give --push-to-hub REPO too"),
     ("--revision main", "a revision is for models on the Hub"),
     ("--recipe smollm", "did you mean 'smollm2-135m'?"),
-    ("--recipe /nowhere/recipe.yaml", "cannot read the recipe"),
+    ("--recipe /nowhere/recipe.yaml", "there is no such recipe"),
     ("--recipe {misspelt.yaml}", "did you mean 'ratio'?"),
     ("--recipe {typed.yaml}", "ratio must be a number, not 'half'"),
     ("--recipe {broken.yaml}", "not a YAML file"),

@@ -71,7 +71,8 @@ def test_the_command_says_what_most_of_the_time_goes_to(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
     outcome = run_cli("plan-memory", str(tmp_path), "--criterion", "gradnorm", "--on", "h100", "--json")
     times = json.loads(outcome.out)["times"]
-    assert times["resident"]["seconds"] < times["streamed"]["seconds"]
+    assert set(times["resident"]["terms"]) == {"products", "float64", "bus", "disk"}
+    assert all(times[engine]["seconds"] > 0 for engine in ("resident", "streamed"))
     wrong = run_cli("plan-memory", str(tmp_path), "--on", "h10")
     assert wrong.code == 2
     assert "h100" in wrong.err

@@ -106,7 +106,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "NaN": (tensors(**{UP: NAN}), f"tensor {UP!r} of decoder layer"),
     "layers missing": (config(num_hidden_layers=8), "says 8 decoder layers, but layer 6 has no tensors"),
     "layers too many": (config(num_hidden_layers=4), "says 4 decoder layers, but there are tensors of layer 4"),
-    "depth of 0": (config(num_hidden_layers=0), "says 0 decoder layers"),
+    "depth of 0": (config(num_hidden_layers=0), "num_hidden_layers must be a whole number in 1..10000, not 0"),
     "no config": (without("config.json"), "no config.json"),
     "cut config": (cut("config.json", 100), "config.json: not a JSON file"),
     "binary config": (written("config.json", b"\xff\xfe"), "config.json: not a JSON file"),
@@ -188,8 +188,8 @@ def test_code_in_a_pickle_is_not_run(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda data: b"", "not a whole GGUF file (cannot mmap an empty file)"),
-        (lambda data: b"a text, and a model not at all", "not a whole GGUF file (GGUF magic invalid)"),
+        (lambda data: b"", "not a whole GGUF file (it does not begin with GGUF)"),
+        (lambda data: b"a text, and a model not at all", "not a whole GGUF file (it does not begin with GGUF)"),
         (lambda data: data[:500], "not a whole GGUF file"),
         (lambda data: data[: len(data) // 2], "not a whole GGUF file"),
         (lambda data: data[:-40], "not a whole GGUF file"),

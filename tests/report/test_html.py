@@ -68,7 +68,7 @@ def test_analyze_and_the_verb_write_it(source: Path, tmp_path: Path) -> None:
     assert outcome.code == 0
     assert str(tmp_path / "out" / "report.html") in outcome.out
     assert (tmp_path / "out" / "report.html").read_text() == written
-    assert "no sglp_plan.json here" in run_cli("report", source).error
+    assert "no sglp_plan.json" in run_cli("report", source).error
 
 
 def test_nothing_is_fetched_and_everything_is_escaped(source: Path, tmp_path: Path) -> None:

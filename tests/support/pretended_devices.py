@@ -9,43 +9,35 @@ Not covered: kernels, what streams order, NCCL, and the numerics of a GPU.
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from pretended_cuda import (
+    ALONE,
+    DEVICE_OF,
+    FACTORIES,
+    FROM_PYTHON,
+    GIB,
+    HALF,
+    HOOKS,
+    INDEXING,
+    WAITING,
+    DeviceMismatch,
+    nothing,
+    place_of_call,
+    pretended_cuda,
+    storage_of,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-GIB = 2**30
-DEVICE_OF = torch.Tensor.device.__get__
-HALF = (torch.float16, torch.bfloat16)
-FACTORIES = {
-    getattr(torch, name)
-    for names in (
-        "zeros ones full empty arange tensor eye randn rand randint randperm linspace as_tensor asarray scalar_tensor",
-        "empty_strided tril_indices triu_indices zeros_like ones_like empty_like full_like rand_like randn_like",
-    )
-    for name in names.split(" ")
-}
-FACTORIES |= {getattr(torch.Tensor, f"new_{name}") for name in ("zeros", "ones", "full", "empty", "tensor")}
-FROM_PYTHON = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
-INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
-HOOKS = (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook)
-ALONE = ("_to_copy", "set_", "detach", "resize_", "record_stream")  # the first argument alone decides
-
-
-class DeviceMismatch(RuntimeError):
-    """An operation got tensors on different devices."""
 
 
 class PretendedDevices:
@@ -65,8 +57,7 @@ class PretendedDevices:
     def __init__(self, count: int = 1, current: int = 0, kind: str = "cuda") -> None:
         self.waits: Counter[tuple[str, str]] = Counter()
         self.used: set[torch.device] = set()
-        self.free, self.kind = 70 * GIB, kind
-        self._count = count
+        self.count, self.free, self.kind = count, 70 * GIB, kind
         self._tags: dict[weakref.ref, torch.device] = {}
         self._pinned: set[weakref.ref] = set()
         self._thread = threading.local()
@@ -85,10 +76,10 @@ class PretendedDevices:
 
     def of(self, tensor: torch.Tensor) -> torch.device | None:
         """The pretended device; ``None`` for a tensor that is really on the CPU."""
-        return self._tags.get(_storage(tensor, None))
+        return self._tags.get(storage_of(tensor, None))
 
     def put(self, tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-        key = _storage(tensor, self._forget)
+        key = storage_of(tensor, self._forget)
         if device is None or device.type != self.kind:
             self._forget(key)
         else:
@@ -97,14 +88,14 @@ class PretendedDevices:
         return tensor
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._pinned.add(_storage(tensor, self._forget))
+        self._pinned.add(storage_of(tensor, self._forget))
         return tensor
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
-        return _storage(tensor, None) in self._pinned
+        return storage_of(tensor, None) in self._pinned
 
     def wait(self, reason: str) -> None:
-        self.waits[_place(), reason] += 1
+        self.waits[place_of_call(), reason] += 1
 
     def across(self, source: torch.Tensor, target: torch.Tensor | None, to: torch.device | None, behind: bool) -> None:
         """Counts the wait of a copy between a device and the host; ``behind`` is torch's ``non_blocking``."""
@@ -125,9 +116,9 @@ class PretendedDevices:
             keep(hooks, self.hooked(pack), self.hooked(unpack))
 
         with ExitStack() as stack:
-            for name, fake in self._cuda().items():
+            for name, fake in pretended_cuda(self).items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, fake))
-            stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", _nothing))
+            stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", nothing))
             stack.enter_context(mock.patch.object(ThreadPoolExecutor, "submit", submitted))
             stack.enter_context(mock.patch.object(torch.autograd.graph.saved_tensors_hooks, "__init__", kept))
             stack.enter_context(self._modes())
@@ -137,70 +128,23 @@ class PretendedDevices:
         """The function with the modes, for another thread or the backward pass: neither inherits function modes."""
 
         def inside(*args: Any, **kwargs: Any) -> Any:
-            entered = torch._C._len_torch_function_stack() > 0
-            with (
-                nullcontext() if entered else _Functions(self),
-                nullcontext() if self._is_seen() else _Operations(self),
-            ):
+            functions = nullcontext() if torch._C._len_torch_function_stack() else _Functions(self)
+            with functions, nullcontext() if torch._C._len_torch_dispatch_stack() else _Operations(self):
                 return function(*args, **kwargs)
 
         return inside
-
-    @staticmethod
-    def _is_seen() -> bool:
-        return torch._C._len_torch_dispatch_stack() > 0
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
         with _Functions(self), _Operations(self):
             yield
 
-    def _cuda(self) -> dict[str, Any]:
-        stream = SimpleNamespace(wait_stream=_nothing, wait_event=_nothing, record_event=_nothing, synchronize=_nothing)
-        event = SimpleNamespace(record=_nothing, wait=_nothing, synchronize=_nothing)
-        card = SimpleNamespace(name="pretended", total_memory=80 * GIB, major=9, minor=0, multi_processor_count=132)
-        return {
-            "is_available": lambda: self.kind == "cuda",
-            "is_initialized": lambda: True,
-            "device_count": lambda: self._count,
-            "current_device": lambda: self.current,
-            "set_device": self._set_current,
-            "mem_get_info": lambda *_: (self.free, 80 * GIB),
-            "get_device_properties": lambda *_: card,
-            "get_device_capability": lambda *_: (9, 0),
-            "is_bf16_supported": lambda *_, **__: True,
-            "Stream": lambda *_, **__: stream,
-            "Event": lambda *_, **__: event,
-            "current_stream": lambda *_: stream,
-            "stream": lambda *_: nullcontext(),
-            **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), lambda *_: 0),
-            **dict.fromkeys(("_lazy_init", "synchronize", "empty_cache", "reset_peak_memory_stats"), _nothing),
-        }
-
-    def _set_current(self, device: Any) -> None:
+    def set_current(self, device: Any) -> None:
         self._thread.index = self.named(device).index
 
     def _forget(self, key: weakref.ref) -> None:
         self._tags.pop(key, None)
         self._pinned.discard(key)
-
-
-def _storage(tensor: torch.Tensor, freed: Callable[[weakref.ref], None] | None) -> weakref.ref:
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        return weakref.ref(tensor.untyped_storage(), freed)
-
-
-def _place() -> str:
-    """The innermost line of this package, or else of the libraries, that is being executed."""
-    frame, found = sys._getframe(2), "elsewhere"
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if "/sglp_llm/" in name:
-            return f"{name.rpartition('/sglp_llm/')[2]}:{frame.f_lineno}"
-        if found == "elsewhere" and ("/transformers/" in name or "/accelerate/" in name):
-            found = f"{name.rpartition('site-packages/')[2]}:{frame.f_lineno}"
-        frame = frame.f_back
-    return found
 
 
 class _Move(torch.autograd.Function):
@@ -354,7 +298,3 @@ class _Operations(TorchDispatchMode):
         if len(mixing) > 1:
             raise DeviceMismatch(f"{name}: expected all tensors to be on the same device, but found {sorted(mixing)}")
         return next(tag for tag in tags if tag is not None)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """What has no effect here."""

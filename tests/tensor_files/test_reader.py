@@ -282,8 +282,8 @@ def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", denied)
-    assert "cannot read it (Permission denied)" in refusal(tmp_path)
+    monkeypatch.setattr(os, "open", denied)
+    assert "cannot read the file (Permission denied)" in refusal(tmp_path)
 
 
 def test_no_tensor_library_is_imported() -> None:

@@ -32,7 +32,7 @@ def derive(config: PretrainedConfig, written: Callable[[str], DecoderAdapter | N
     """
     model_type, text = str(config.model_type), text_config(config)
     exceptions = EXCEPTIONS.get(model_type) or EXCEPTIONS.get(str(text.model_type), Exceptions())
-    if reason := exceptions.refuse or _other_kind(config):
+    if reason := exceptions.refuse or _other_kind(config) or _other_kind(text):
         raise UserError(f"layers of a model of type {model_type!r} cannot be removed: {reason}")
     model = empty_model(config)
     path, depth_key = find_layers(model)

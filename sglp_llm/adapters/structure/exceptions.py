@@ -57,6 +57,10 @@ EXCEPTIONS: Mapping[str, Exceptions] = MappingProxyType(
         "blt": Exceptions(refuse=_STACKS),
         "gemma4_assistant": Exceptions(refuse=_DRAFTER),
         "gemma4_unified_assistant": Exceptions(refuse=_DRAFTER),
+        "diffusion_gemma": Exceptions(
+            refuse="it fills in blocks of tokens, and the losses here are those of the next one"
+        ),
+        "mllama": Exceptions(refuse="some of its layers read an image alone, and a calibration on text skips them"),
         "moshi": Exceptions(refuse=_STACKS),
         "musicgen": Exceptions(refuse=_STACKS),
         "musicgen_melody": Exceptions(refuse=_STACKS),
