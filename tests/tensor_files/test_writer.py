@@ -270,7 +270,11 @@ def test_disk_that_fills_up_is_an_error_and_leaves_nothing(
         monkeypatch.delattr(os, "sendfile")
     index = read_index(source)
     output = source.parent / "output"
-    with pytest.raises(OSError, match="File too large"), disk_of_300_kb(), atomic_folder(output) as folder:
+    with (
+        pytest.raises(UserError, match="cannot be written: File too large"),
+        disk_of_300_kb(),
+        atomic_folder(output) as folder,
+    ):
         write_shards(folder, [list(index.tensors.items())], index.metadata, ignore)
     assert names(source.parent) == ["source"]
 
