@@ -26,6 +26,7 @@ MOST_CHARACTERS = 280
 """The longest message; what comes from files and options may have any length, and would fill a screen."""
 
 _KEPT_AT_THE_END = 110
+_MOST_OF_A_COMMAND = 1000
 
 
 class UserError(ValueError):
@@ -49,13 +50,17 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
 def one_line(message: str) -> str:
     """The message as one line of at most `MOST_CHARACTERS`, without what a terminal would take for a command.
 
-    Its beginning says what is wrong, and its end what would be right: the middle of a longer one is left out.
+    Its beginning says what is wrong, and its end what would be right: the middle of a longer one is left out. A command at the
+    end, which is there to be copied, is kept whole unless it has more than `_MOST_OF_A_COMMAND` characters.
     """
     text = " ".join(message.split())
     if not text.isprintable():
         text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
     if len(text) <= MOST_CHARACTERS:
         return text
+    before, colon, command = text.rpartition(": sglp-llm ")
+    if colon and len(command) <= _MOST_OF_A_COMMAND:
+        return f"{one_line(before)}{colon}{command}"
     return f"{text[: MOST_CHARACTERS - _KEPT_AT_THE_END - 5]} ... {text[-_KEPT_AT_THE_END:]}"
 
 
