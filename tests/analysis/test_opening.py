@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,17 @@ def test_where_only_the_analysis_does_not_fit_the_model_writes_and_is_streamed_t
     def chosen_engine(opened: OpenedModel, recipe: Recipe) -> str:
         assert not opened.is_loaded  # what it takes would count as not free
         asked.append(recipe.criterion)
-        return "resident" if recipe.criterion == "random" else "streamed"
+        return "resident"
+
+    def forecast(opened: OpenedModel, recipe: Recipe) -> tuple[Any, FreeMemory]:
+        assert not opened.is_loaded
+        asked.append(recipe.criterion)
+        found = prediction.forecast(opened, recipe)
+        assert found is not None
+        return replace(found[0], engine="streamed"), found[1]
 
     monkeypatch.setattr(opening, "chosen_engine", chosen_engine)
+    monkeypatch.setattr(opening, "forecast", forecast)
     streamed = analyze(tiny, calibration="self", **SETTINGS)
     assert asked == ["random", "bi"]
     monkeypatch.undo()

@@ -74,6 +74,7 @@ def test_files(finished: Path) -> None:
         "measured",
         "plans",
         "pairs.csv",
+        "report.html",
         *(f"compare.{suffix}" for suffix in ("json", "csv", "md", "png", "svg")),
     }
     table = list(csv.reader((finished / "compare.csv").read_text().splitlines()))

@@ -32,7 +32,7 @@ def test_a_suite_has_a_name_and_a_path() -> None:
     assert load_suite("offline") == load_suite(EVAL / "offline.yaml")
     with pytest.raises(UserError, match="unknown suite 'ofline'; did you mean 'offline'"):
         load_suite("ofline")
-    with pytest.raises(UserError, match="cannot read the suite"):
+    with pytest.raises(UserError, match="there is no such suite"):
         load_suite("ofline.yaml")
 
 
@@ -64,7 +64,7 @@ def test_a_wrong_suite_is_named_in_one_line(tmp_path: Path, text: str, said: str
 
 
 def test_a_missing_suite(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the suite"):
+    with pytest.raises(UserError, match="there is no such suite"):
         load_suite(tmp_path / "nothing.yaml")
 
 

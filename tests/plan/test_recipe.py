@@ -38,7 +38,7 @@ RECIPES = st.builds(
     seed=WHOLE,
     journal=st.none() | TEXT,
     engine=st.sampled_from(["auto", "streamed"]),
-    scratch=st.none() | TEXT,
+    scratch=st.none() | TEXT.filter(bool),
     batch_size=POSITIVE,
     criterion=TEXT,
     also=st.lists(TEXT, max_size=3).map(tuple),

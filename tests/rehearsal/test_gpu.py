@@ -13,7 +13,7 @@ import torch
 from calibration_sets import plain_set, sampled_set
 from helpers import ROOT, TEXT
 from placements import llama, spread
-from test_devices import STEPS, assert_same, values
+from rehearsed_steps import STEPS, assert_same, values
 from tiny_models import load_plain, random_model, save_tiny
 from transformers import AutoConfig
 
