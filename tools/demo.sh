@@ -14,7 +14,7 @@ run prune "$model" --ratio 0.2 --calibration pydoc --samples 32 --seq-len 256 --
 run eval "$output" --data pydoc --window 512 --record
 
 printf '\nThe result is an ordinary checkpoint:\n'
-"$bin/python" - "$model" "$output" <<'PYTHON'
+TQDM_DISABLE=1 "$bin/python" - "$model" "$output" <<'PYTHON'
 import sys
 from pathlib import Path
 
