@@ -42,8 +42,8 @@ columns then say how well the text is learned, rather than how near the model is
 text.
 
 `learned-6` was made anew before `partial` was trained from it; the other rows of `learned-6` began at 0.366 and 0.333.
-`closed-form-9` with its rows, `learned-9+full` and `sglp-9+full` come from the second machine, where the dense perplexities are 29.45 and 34.55
-and the minutes of the last two are too long, because it did much other work.
+`closed-form-9` with its rows, `learned-9+full` and `sglp-9+full` come from the second machine, where the dense perplexities are
+29.45 and 34.55 and the minutes of the last two are too long, because it did much other work.
 """
 
 LONG = """## With more time

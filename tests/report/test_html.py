@@ -98,3 +98,15 @@ def test_settings_of_another_program(odd: dict[str, object], source: Path, tmp_p
     assert run_cli("report", tmp_path).code == 0
     assert "1 of 6 decoder layers removed: 2" in page_of(tmp_path).text
     assert "The plan holds no CKA matrix." in page_of(tmp_path).text
+
+
+def test_plots_of_an_analysis(source: Path, tmp_path: Path) -> None:
+    from matplotlib import image
+
+    assert run_cli("analyze", source, "-o", tmp_path / "out", "--drop", 2, *QUICK).code == 0
+    for name in ("cka.png", "scores.png"):
+        pixels = image.imread(tmp_path / "out" / name)[..., :3]
+        assert min(pixels.shape[:2]) > 300
+    # The frames of removed layers are the only red in the drawing of the matrix.
+    red = image.imread(tmp_path / "out" / "cka.png")
+    assert ((red[..., 0] > 0.9) & (red[..., 1] < 0.2) & (red[..., 2] < 0.2)).any()

@@ -129,6 +129,7 @@ def analyze(
     from sglp_llm.processes.distributed import current_processes
     from sglp_llm.progress import silent
     from sglp_llm.report.html import write_report
+    from sglp_llm.report.plots import can_plot, plot_plan
 
     processes = current_processes()
     with ExitStack() as held:
@@ -157,6 +158,8 @@ def analyze(
                 used = {"model": model_of(model, chosen), "calibration": named_text(chosen.calibration)}
                 save_recipe(chosen.with_changes(**used), folder / RECIPE_FILE_NAME)
                 write_report(folder)
+                if can_plot():
+                    plot_plan(analysis.plan, folder)
     if as_json:
         console.print_json({**console.analysis_to_dict(analysis), "memory": memory.to_dict()})
     else:
