@@ -84,6 +84,8 @@ def test_killed_at_any_moment(overwrite: bool, source: Path, tmp_path: Path) -> 
         if output.exists():
             assert any(torch.equal(logits(output), whole) for whole in allowed)
         for folder in output.parent.glob(".*") if output.parent.exists() else ():
+            if folder.name == ".out.lock":  # of a dead run, which holds nothing
+                continue
             assert folder.name.startswith(".out.partial-")
             try:
                 left = logits(folder)
