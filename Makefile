@@ -27,7 +27,7 @@ test: setup
 # What CI runs: the tests on the real model too.
 test-all: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 # The lowest versions that setup.cfg allows (constraints-lowest.txt), and the newest that the index has.
 test-lowest test-newest: test-%:
