@@ -71,7 +71,13 @@ def test_plan_of_an_analysis_exports_the_same_bytes(tiny: Path, tmp_path: Path) 
     plan = json.loads((tmp_path / "plan" / "sglp_plan.json").read_text())
     assert set(KEYS) == set(plan) == PLAN_KEYS
     assert plan["source"]["name"] == str(tiny)
-    assert sorted(contents(tmp_path / "plan")) == ["report.html", "sglp_plan.json", "sglp_recipe.yaml"]
+    assert sorted(contents(tmp_path / "plan")) == [
+        "cka.png",
+        "report.html",
+        "scores.png",
+        "sglp_plan.json",
+        "sglp_recipe.yaml",
+    ]
 
     assert run_cli("prune", tiny, "-o", tmp_path / "direct", *options).code == 0
     file = tmp_path / "plan" / "sglp_plan.json"
