@@ -156,7 +156,7 @@ def open_for_plan(
         refuse_quantised(opened.source, "training")
     _check_apart(opened, output)
     sequences = None
-    if verify and not (opened.source and opened.source.quantised):
+    if verify and not quantised:
         seq_len = min(recipe.seq_len, CHECK_TOKENS, _positions(opened) or CHECK_TOKENS)
         checked = replace(recipe, samples=CHECK_SEQUENCES, seq_len=seq_len)
         sequences = read_calibration(opened, checked, calibration, progress)

@@ -43,10 +43,3 @@ def check_file(output: Path, overwrite: bool = False) -> None:
         raise UserError(f"{output}: there is no folder {output.parent}")
     if output.exists() and not overwrite:
         raise UserError(f"{output}: already exists; choose another file, or replace it with --overwrite")
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Writes a file that one run rewrites and a later one reads: a kill leaves it as it was, or as it is now."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

@@ -8,9 +8,7 @@ from rich.style import Style
 from rich.text import Text
 
 from sglp_llm.records import Segment, SimilarityMatrix
-
-_RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-"""Five points of matplotlib's viridis, from the least value to 1."""
+from sglp_llm.report.drawing import shade
 
 _SHADES = " ░▒▓█"
 _MARGIN = 5
@@ -93,14 +91,5 @@ def _scaled(value: float, least: float) -> float:
 
 def _style(above: float | None, below: float | None, least: float) -> Style:
     if above is None:
-        return Style() if below is None else Style(color=_colour(below, least))
-    return Style(color=_colour(above, least), bgcolor=None if below is None else _colour(below, least))
-
-
-def _colour(value: float, least: float) -> str:
-    place = _scaled(value, least) * (len(_RAMP) - 1)
-    first = min(int(place), len(_RAMP) - 2)
-    mixed = (
-        round(low + (high - low) * (place - first)) for low, high in zip(_RAMP[first], _RAMP[first + 1], strict=True)
-    )
-    return "#" + "".join(f"{part:02x}" for part in mixed)
+        return Style() if below is None else Style(color=shade(_scaled(below, least)))
+    return Style(color=shade(_scaled(above, least)), bgcolor=None if below is None else shade(_scaled(below, least)))

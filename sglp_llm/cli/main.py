@@ -60,7 +60,7 @@ _add(
 _add("report", report, panels.HAND_ON, "smollm2-20")
 _add("export", export, panels.HAND_ON, "smollm2-20 --to mergekit")
 _add("push", push, panels.HAND_ON, "smollm2-20 me/smollm2-20 --private")
-_add("plan-memory", plan_memory, panels.LOOK_UP, "meta-llama/Llama-3.1-8B --preset paper --scratch /tmp/states")
+_add("plan-memory", plan_memory, panels.LOOK_UP, "meta-llama/Llama-3.1-8B --preset paper --scratch states")
 _add("ls", list_members, panels.LOOK_UP, "criteria")
 _add("doctor", doctor, panels.LOOK_UP, "--json")
 

@@ -283,6 +283,7 @@ PushToHub = Annotated[
     str | None, typer.Option(metavar="REPO", help="Upload the finished folder to the Hub.", rich_help_panel=panels.HUB)
 ]
 Private = Annotated[bool, typer.Option(help="Create the Hub repository private.", rich_help_panel=panels.HUB)]
+Overwrite = Annotated[bool, typer.Option(help="Replace the output folder if it exists.", rich_help_panel=panels.OUTPUT)]
 Quiet = Annotated[
     bool,
     typer.Option(

@@ -16,12 +16,11 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sglp_llm.checkpoint.publish_file import replace_text
 from sglp_llm.errors import UserError
 from sglp_llm.plan.healing_recipe import LOG_FILE_NAME
 from sglp_llm.processes import ALONE, Processes
 from sglp_llm.progress import Progress, silent
-from sglp_llm.small_files import read_json, read_json_lines
+from sglp_llm.small_files import read_json, read_json_lines, replace_text
 from sglp_llm.tensor_files.tensors import read_tensors, write_tensors
 
 DIVERGED = 0.1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from sglp_llm.checkpoint import atomic_folder, check_output
@@ -10,6 +9,7 @@ from sglp_llm.checkpoint.export import carry_over
 from sglp_llm.errors import UserError
 from sglp_llm.models import find_source
 from sglp_llm.models.loading import load_model, refuse_quantised
+from sglp_llm.small_files import read_json
 
 _CONFIG = "adapter_config.json"
 
@@ -31,9 +31,9 @@ def merge_adapter(adapter: str | Path, output: str | Path, overwrite: bool = Fal
     folder, output = Path(adapter).expanduser(), Path(output).expanduser()
     check_output(output, overwrite)
     try:
-        settings = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        settings = read_json(folder / _CONFIG, "adapter's configuration")
         base, revision = settings["base_model_name_or_path"], settings.get("revision")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, UserError, KeyError, TypeError) as error:
         raise UserError(
             f"{adapter}: not the folder of a PEFT adapter: {_CONFIG} must name its base model ({type(error).__name__})"
         ) from None

@@ -10,7 +10,6 @@ from typing import get_args
 import torch
 
 from sglp_llm.calibration import TrainingSequences
-from sglp_llm.checkpoint.publish_file import replace_text
 from sglp_llm.errors import UserError
 from sglp_llm.healing.opening import HealingModels
 from sglp_llm.healing.planning import (
@@ -29,7 +28,7 @@ from sglp_llm.healing.trained import Trained
 from sglp_llm.plan.healing_recipe import HealingRecipe
 from sglp_llm.processes import Processes
 from sglp_llm.progress import Progress
-from sglp_llm.small_files import read_text
+from sglp_llm.small_files import read_text, replace_text
 from sglp_llm.trials import Journal
 
 _STEPS_FILE_NAME = "steps"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sglp_llm.adapters import DecoderAdapter, adapter_names, adapter_of, get_adapter, text_config
 from sglp_llm.adapters.structure.config_keys import PREDICTORS
 from sglp_llm.adapters.structure.gguf_keys import WINDOWS
-from sglp_llm.adapters.structure.wrappers import TEXT_KEY
+from sglp_llm.adapters.structure.wrappers import TEXT_KEY, loads_images
 from sglp_llm.errors import UserError
 from sglp_llm.models.gguf_header import check_gguf
 from sglp_llm.models.hub import download
@@ -315,7 +315,7 @@ def _refuse_form(raw: Mapping[str, Any], adapter: DecoderAdapter | None, name: s
                 "use a conversion to a model family of transformers"
             )
     wrapped = [key for key in ("text_config", "vision_config", "audio_config") if key in raw]
-    if wrapped and not _loads_images(model_type):
+    if wrapped and not loads_images(model_type):
         text = raw.get("text_config")
         inner = text.get("model_type", f"{model_type}_text") if isinstance(text, dict) else f"{model_type}_text"
         raise UserError(
@@ -324,17 +324,11 @@ def _refuse_form(raw: Mapping[str, Any], adapter: DecoderAdapter | None, name: s
         )
 
 
-def _loads_images(model_type: str) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-
 def _refuse_type(model_type: str, name: str) -> None:
     """Refuses a type of which transformers has no causal language model, nor one of images and text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _loads_images(model_type):
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not loads_images(model_type):
         near = get_close_matches(model_type.lower(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1, cutoff=0.5)
         raise UserError(
             f"{name}: unknown model family (model_type) {model_type!r}{f'; did you mean {near[0]!r}?' if near else '.'} "

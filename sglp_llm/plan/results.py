@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sglp_llm.errors import UserError
-from sglp_llm.small_files import read_json
+from sglp_llm.small_files import read_json, replace_text
 
 RESULTS_FILE_NAME = "sglp_results.json"
 _FORMAT = 1
@@ -70,10 +70,7 @@ def keep_results(folder: Path, results: Sequence[Result]) -> list[Result]:
     """
     kept = {each.what: each for each in [*read_results(folder), *results]}
     data = {"format": _FORMAT, "results": [asdict(each) for each in kept.values()]}
-    file = folder / RESULTS_FILE_NAME
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
+    replace_text(folder / RESULTS_FILE_NAME, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     return list(kept.values())
 
 

@@ -10,6 +10,7 @@ from sglp_llm.plan.published import without_paths
 from sglp_llm.plan.results import Result, keep_results
 from sglp_llm.report.html import write_report
 from sglp_llm.report.numbers import shown
+from sglp_llm.small_files import replace_text
 
 RESULTS_PLACE = ("<!-- results -->", "<!-- end of results -->")
 """Between these lines of a model card stand the results; the rest of it is its author's."""
@@ -62,9 +63,7 @@ def _write_into_card(card: Path, results: Sequence[Result]) -> None:
     place = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     text, replaced = place.subn(lambda _: section, found.text, count=1)
     found.text = text if replaced else f"{found.text.rstrip()}\n\n{section}\n"
-    partial = card.with_name(f"{card.name}.partial")
-    partial.write_text(f"---\n{found.data}\n---\n{found.text}", encoding="utf-8")
-    partial.replace(card)
+    replace_text(card, f"---\n{found.data}\n---\n{found.text}")
 
 
 def _metric_name(result: Result) -> str:

@@ -1,4 +1,6 @@
-"""Returns the content of small files that others may have written, and copies what a checkpoint carries. Start with `reading.py`.
+"""Returns what small files hold that others may have written, copies what a checkpoint carries, and writes our own small files.
+
+Start with `reading.py`.
 
 Nothing else in the program opens such a file. Only the standard library is used.
 """
@@ -15,6 +17,7 @@ from sglp_llm.small_files.reading import (
     read_json_lines,
     read_text,
 )
+from sglp_llm.small_files.writing import replace_text
 
 __all__ = [
     "Carried",
@@ -29,4 +32,5 @@ __all__ = [
     "read_json",
     "read_json_lines",
     "read_text",
+    "replace_text",
 ]

@@ -12,9 +12,14 @@ def is_wrapper(config: Any) -> bool:
     """Whether ``AutoModelForImageTextToText`` loads such a model, and its decoder has a configuration of its own."""
     if not hasattr(getattr(config, TEXT_KEY, None), "model_type"):
         return False
+    return loads_images(config.model_type)
+
+
+def loads_images(model_type: str) -> bool:
+    """Whether ``AutoModelForImageTextToText`` knows the type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def text_config(config: Any) -> Any:

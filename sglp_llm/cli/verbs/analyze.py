@@ -28,6 +28,7 @@ from sglp_llm.cli.options import (
     Model,
     NumSegments,
     Option,
+    Overwrite,
     Preset,
     ProtectFirst,
     ProtectLast,
@@ -101,9 +102,7 @@ def analyze(
             rich_help_panel=panels.OUTPUT,
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace the output folder if it exists.", rich_help_panel=panels.OUTPUT)
-    ] = False,
+    overwrite: Overwrite = False,
     draw: Annotated[
         bool | None,
         typer.Option(

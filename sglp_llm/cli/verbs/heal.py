@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sglp_llm.cli import completion, panels
-from sglp_llm.cli.options import Json, Private, PushToHub, Quiet, Scratch, healing_recipe_of
+from sglp_llm.cli.options import Json, Overwrite, Private, PushToHub, Quiet, Scratch, healing_recipe_of
 from sglp_llm.cli.pushing import check_push, push_finished
 from sglp_llm.cli.quiet import prepare, say
 from sglp_llm.errors import UserError
@@ -254,9 +254,7 @@ def heal(
         list[str] | None,
         typer.Option(metavar="NAME", help="wandb, tensorboard or trackio; repeatable.", rich_help_panel=panels.OUTPUT),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace the output folder if it exists.", rich_help_panel=panels.OUTPUT)
-    ] = False,
+    overwrite: Overwrite = False,
     verify: Annotated[
         bool,
         typer.Option(

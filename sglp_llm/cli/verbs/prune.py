@@ -28,6 +28,7 @@ from sglp_llm.cli.options import (
     Model,
     NumSegments,
     Option,
+    Overwrite,
     Preset,
     Private,
     ProtectFirst,
@@ -153,9 +154,7 @@ def prune(
         str | None,
         typer.Option(metavar="1.6M", help="Training tokens, e.g. 1.6M. Default: 128k.", rich_help_panel=panels.REPAIR),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace the output folder if it exists.", rich_help_panel=panels.OUTPUT)
-    ] = False,
+    overwrite: Overwrite = False,
     verify: Annotated[
         bool,
         typer.Option(
