@@ -5,8 +5,8 @@
 Every cycle draws a family and a configuration of it, weights, a file format, an engine, a criterion, a compensation and a number
 of layers; writes the model, prunes it, loads the result with plain transformers, and compares its logits with those of the source
 with the layers skipped and the plan's tensors in place: they must be equal. A combination that is refused in one line is drawn
-anew, and may have written nothing. At the end a line is fitted to each of `MEASURES` over the second half of the cycles. Exit code 1
-where an export differs, one of them grows, or there are more open files at the end than after the first cycle.
+anew, and may have written nothing. At the end a line is fitted to each of `MEASURES` over the second half of the cycles.
+Exit code 1 where an export differs, one of them grows, or there are more open files at the end than after the first cycle.
 
 What is in use is told apart from what the process holds. Python's memory blocks and the bytes in use on C's heap are counted by
 their allocators: a leak raises one of them by the same amount at every cycle. Resident pages grow without any leak too, by parts
