@@ -1,6 +1,6 @@
 """SIGKILL, SIGTERM and SIGINT at moments of every command that writes: the result is whole or what was there before.
 
-Without the variable FAULTS a few moments are tried; ``make faults`` sets it to ``every``.
+Without the variable FAULTS a few moments are tried; ``make faults`` sets it to ``every``, and a number tries so many.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import pytest
 from faulty_runs import LONG_RUNS, RUNS, Run, marked
 from forked import Server, hidden
 
-EVERY = os.environ.get("FAULTS") == "every"
+FAULTS = os.environ.get("FAULTS")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 def moments_of(total: int) -> list[tuple[int, signal.Signals]]:
-    """Pairs of a moment and a signal, spread over a run; or every moment, with the signals in turn."""
-    if EVERY:
-        return [(at, SIGNALS[at % 3]) for at in range(1, total + 1)]
-    return [(1 + total // 3, signal.SIGKILL), (total - total // 4, SIGNALS[1 + total % 2])]
+    """Pairs of a moment and a signal, spread over a run; or as many as FAULTS says, with the signals in turn."""
+    if FAULTS is None:
+        return [(1 + total // 3, signal.SIGKILL), (total - total // 4, SIGNALS[1 + total % 2])]
+    tried = total if FAULTS == "every" else min(total, int(FAULTS))
+    return [(1 + number * total // tried, SIGNALS[number % 3]) for number in range(tried)]
 
 
 @pytest.mark.parametrize("run", marked(RUNS + LONG_RUNS), ids=str)
