@@ -330,7 +330,8 @@ def _on_some_engine(
             raise
     let_go(opened)  # outside the handler: the error holds the frames, and they hold tensors
     opened.stream(recipe.scratch)
-    return run_analysis(found, recipe, progress, processes, judge)
+    opened.state_bytes = 0  # the prediction was too small: nothing is kept there that need not be
+    return run_analysis(replace(found, step=1), recipe, progress, processes, judge)
 
 
 def _recipe(

@@ -310,7 +310,11 @@ def _choose_engine(
         opened.stream(recipe.scratch)
     if on_forecast is not None and found is not None:
         on_forecast(*found)
-    return None if found is None else found[0].step
+    if found is None:
+        return None
+    # Processes may find different memory free, but each keeps its own states on its own device.
+    opened.state_bytes = found[0].state_bytes
+    return found[0].step
 
 
 def let_go(opened: OpenedModel) -> None:

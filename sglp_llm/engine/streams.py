@@ -113,6 +113,5 @@ def state_streams(
     for name, part in parts.items():
         share = processes.share(len(part))
         steps[name] = steps_of(model, calibration, batch_size, part[share.start : share.stop])
-    scratch = None if model.weights is None else model.weights.scratch
-    with evaluating(model.model), torch.no_grad(), state_store(model.input_device, scratch) as store:
+    with evaluating(model.model), torch.no_grad(), state_store(model) as store:
         yield StateStreams(model, steps, store, advance)

@@ -118,7 +118,6 @@ def refine(
     Raises:
         UserError: A layer is offloaded, or the divergence is not finite.
     """
-    scratch = None if model.weights is None else model.weights.scratch
     groups = {name: _groups(model, calibration, part, schedule.sequences, processes) for name, part in parts.items()}
     # Quality is measured on all held-out steps and on as many fit steps.
     judged = {name: each[: len(groups["held_out"])] for name, each in groups.items()}
@@ -131,7 +130,7 @@ def refine(
     with (
         evaluating(model.model),
         frozen(model.model),
-        state_store(model.input_device, scratch) as store,
+        state_store(model) as store,
         progress("Refining", passes) as advance,
     ):
         student = Student(model, removed, names, start)
