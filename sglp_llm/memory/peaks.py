@@ -258,8 +258,8 @@ def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool, free: Fre
     if on_device:
         staged = {"weights": PREFETCHED * counts.layer * model.itemsize}
         return _on_device("streamed", parts, staged, work, model, max(stored), free)
-    kept = {} if work.scratch or not max(stored) else {"hidden states": max(stored)}
-    return EngineMemory("streamed", {**parts, **kept, "runtime": RUNTIME}, None, max(stored) if work.scratch else 0)
+    waiting = {} if work.scratch or not max(stored) else {"hidden states": max(stored)}
+    return EngineMemory("streamed", {**parts, **waiting, "runtime": RUNTIME}, None, max(stored) if work.scratch else 0)
 
 
 def _on_device(
