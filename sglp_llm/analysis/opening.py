@@ -320,6 +320,11 @@ def _choose_engine(
 def let_go(opened: OpenedModel) -> None:
     """Releases a model's weights, and returns their memory to the device and the system."""
     opened.release()
+    give_back()
+
+
+def give_back() -> None:
+    """Returns the memory of what nobody holds to the device and the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
