@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sglp_llm.models import opened
 from sglp_llm.models.loading import wrap_model
 from sglp_llm.plan import Recipe
 from sglp_llm.processes.distributed import local_device
+from sglp_llm.records import PrunePlan
 from sglp_llm.trials import measures
 
 EVERYTHING_ON_0: dict[str, int | str] = dict.fromkeys(
@@ -91,15 +93,27 @@ PHASES: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_an_open_engine_becomes_the_streamed_one(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_tiny(llama(), tmp_path)
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PrunePlan]:
+    """The plan that an engine finds."""
+    source = save_tiny(llama(), tmp_path_factory.mktemp("model"))
     settings: dict[str, Any] = {"criterion": "gradnorm", "also": ("ppl",), "drop": 1, "protect": {"first": 1}}
     settings |= {"compensate": "learned", "calibration": calibration(), "batch_size": 2}
-    expected = analyze(source, engine="streamed", **settings).plan
+    return lambda engine: analyze(source, engine=engine, **settings).plan
+
+
+@pytest.fixture(scope="module")
+def expected(planned: Callable[[str], PrunePlan]) -> PrunePlan:
+    return planned("streamed")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_open_engine_becomes_the_streamed_one(
+    phase: str, planned: Callable[[str], PrunePlan], expected: PrunePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     part, name = PHASES[phase]
     seen = out_of_memory(monkeypatch, 1, part, name)
-    found = analyze(source, engine="auto", **settings).plan
+    found = planned("auto")
     assert seen[0] >= 1
     assert found.kept == expected.kept
     for name, scores in expected.scores.items():
