@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import QUICK, save_tiny
-from helpers import ROOT
+from helpers import ROOT, TEXT
 from tiny_models import Tiny, every_tiny, tiny_model, token_ids
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -199,7 +199,7 @@ def test_the_peak_of_a_process_is_near_the_prediction(tmp_path: Path) -> None:
     )
     source = save_tiny(tmp_path / "source")  # for its tokenizer
     AutoModelForCausalLM.from_config(config).save_pretrained(source)
-    command = [sys.executable, "-m", "sglp_llm", "analyze", str(source), *QUICK[:2], "--samples", "1"]
+    command = [sys.executable, "-m", "sglp_llm", "analyze", str(source), *QUICK[:2], "--samples", "1", "--calibration", TEXT]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [*command, "--seq-len", "512", "--json"], env=environment, capture_output=True, text=True, check=True
