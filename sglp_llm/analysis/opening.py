@@ -285,7 +285,7 @@ def _check_gradients(opened: OpenedModel, recipe: Recipe, recipes: Sequence[Reci
     """Refuses what quantised weights cannot do: they have no gradients, and take no new values."""
     for each in recipes:
         for name in (each.deciding_criterion, *each.also):
-            if get_criterion(name).needs & Need.BACKWARD:
+            if get_criterion(name).needs & (Need.BACKWARD | Need.SYNAPTIC_FLOW):
                 refuse_quantised(opened.source, f"criterion {each.criterion}, which computes gradients,")
     if recipe.compensate != NONE:
         refuse_quantised(opened.source, f"compensate {recipe.compensate}")
