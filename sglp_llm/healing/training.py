@@ -122,7 +122,7 @@ class _Distiller(Trainer):
             # In an on-policy step a sequence is not the one that was seen before.
             again = [] if recipe.on_policy else [number for number, count in Counter(order).items() if count > 1]
             teacher.remember([*held_out, *again])
-        self.keeper = Keeper(trained.model, run)
+        self.keeper = Keeper(trained.model, run, recipe.patience, recipe.least_gain)
         self._plain = trained.plain
         every = max(1, steps // recipe.evaluations)
         arguments = TrainingArguments(

@@ -253,6 +253,28 @@ def test_interrupted_while_writing(tiny: Path, tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_librarys_pool_ends_its_workers_silently() -> None:
+    """lm-eval's standard errors come from a pool of processes, which has this process's handlers of signals."""
+    code = """
+import multiprocessing, time
+from sglp_llm.cli import main as entry
+
+def run():
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.map(abs, range(4))
+        time.sleep(0.2)  # until they wait for work
+    return 0
+
+entry._run = run
+entry.main()
+"""
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_full_disk(overwrite: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
