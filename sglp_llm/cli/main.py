@@ -80,12 +80,17 @@ _LIBRARIES = ("transformers", "tokenizers", "lm_eval", "datasets", "gguf", "jinj
 
 _ALLOCATION = "DefaultCPUAllocator"
 _WITHOUT_WORDS: dict[type, str] = {MemoryError: "out of memory"}
-_INTERRUPTED = 130
-"""The exit code that Typer returns on Ctrl-C, without a message."""
+_BY_SIGNAL = 128
+"""A shell's exit code of a program that a signal ended is this and the signal's number: 130 for Ctrl-C, 143 for SIGTERM."""
 
+_INTERRUPTED = _BY_SIGNAL + signal.SIGINT
+"""What Typer makes of a `KeyboardInterrupt`, without a message."""
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that ask a run to end."""
+
+_received: list[int] = []
+"""The one of them that this run was sent: an exception that says which does not come through Typer."""
 
 
 @app.callback(invoke_without_command=True)
@@ -106,7 +111,7 @@ def version(
 
 
 def main() -> None:
-    """Entry point: exit code 0, 2 for the user's mistake (one line on stderr), 1 otherwise."""
+    """Entry point: exit code 0, 2 for the user's mistake (one line on stderr), 128 + N after signal N, 1 otherwise."""
     _open_closed_streams()
     for number in _ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job
@@ -146,6 +151,7 @@ def _end(number: int, frame: object) -> None:
         os.kill(os.getpid(), number)
     for each in _ENDING:
         signal.signal(each, signal.SIG_IGN)
+    _received.append(number)
     raise KeyboardInterrupt
 
 
@@ -165,9 +171,8 @@ def _run() -> int:
     except BrokenPipeError:  # the reader of stdout has closed it, as in `sglp-llm ls criteria | head -3`
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        if process_index() > 0:
-            return 1
-        return _fail("interrupted", 1)
+        code = _BY_SIGNAL + (_received[0] if _received else signal.SIGINT)
+        return code if process_index() > 0 else _fail("interrupted", code)
     except Exception as error:
         if os.environ.get("SGLP_LLM_TRACEBACK"):
             raise

@@ -249,7 +249,7 @@ def test_interrupted_while_writing(tiny: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "copy_file_range", interrupt)
     outcome = run_cli("prune", tiny, "-o", tmp_path / "new" / "out", *QUICK, "--drop", 1)
-    assert (outcome.code, outcome.err.splitlines()[-1]) == (1, "sglp-llm: error: interrupted")
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (130, "sglp-llm: error: interrupted")
     assert list(tmp_path.iterdir()) == []
 
 
