@@ -20,7 +20,7 @@ from sglp_llm.calibration import CalibrationSet, calibration_set, check_spec
 from sglp_llm.calibration.cache import cache_folder
 from sglp_llm.calibration.self_text import self_text, tokens_to_write
 from sglp_llm.checkpoint.export import check_carried, check_plan
-from sglp_llm.checkpoint.shorten import check_shortened
+from sglp_llm.checkpoint.shorten import check_removable, check_shortened
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS
 from sglp_llm.compensation import NONE, check_compensation
 from sglp_llm.criteria import get_criterion
@@ -29,6 +29,7 @@ from sglp_llm.engine.heap import trim
 from sglp_llm.errors import UserError
 from sglp_llm.memory import EngineMemory, FreeMemory
 from sglp_llm.memory.prediction import chosen_engine, forecast
+from sglp_llm.method.selection import removable_layers
 from sglp_llm.models.loading import refuse_quantised
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe
@@ -268,6 +269,8 @@ def _checked(
     check_compensation(recipe.compensate, opened.adapter, opened.text_config, recipe.samples)
     for each in recipes:
         check_selection(each, opened.num_layers, opened.staying)
+    protect = (recipe.protect.first, recipe.protect.last)
+    check_removable(opened, removable_layers(opened.num_layers, protect, opened.staying))
     check_context(recipe, _positions(opened), opened.identity.name)
     longest = _positions(opened)
     if longest is not None and recipe.seq_len > longest:

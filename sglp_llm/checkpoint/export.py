@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sglp_llm.adapters import DecoderAdapter
+from sglp_llm.adapters import DecoderAdapter, text_config
 from sglp_llm.adapters.structure.config_keys import OTHER_INDEX, OWN_INDEX, renumbered
 from sglp_llm.checkpoint.shorten import shortened_copy, shortened_json, shortened_values
 from sglp_llm.errors import UserError
 from sglp_llm.models import Source
+from sglp_llm.models.staying import staying_of
 from sglp_llm.plan import plan_from_indices
 from sglp_llm.plan.plans import check_replaced
 from sglp_llm.progress import Progress, silent
@@ -246,6 +247,9 @@ def _prove_live(model: PreTrainedModel, adapter: DecoderAdapter, kept: Sequence[
             f"{name}: tensors outside the layers hold a part for each layer, and are shortened in files alone: "
             "save the model and give the folder"
         )
+    depth = int(getattr(text_config(model.config), adapter.depth_key))
+    if broken := staying_of(model.config, adapter, depth).broken_by(set(range(depth)) - set(kept)):
+        raise UserError(f"{name}: {broken}")
     prove(model.config, shortened_copy(model.config, adapter, kept), adapter, kept, name)
 
 

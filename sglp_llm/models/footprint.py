@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from copy import deepcopy
 from functools import lru_cache
 
@@ -14,14 +15,15 @@ from sglp_llm.records import Footprint
 
 
 def footprint_of(decoder: DecoderModel, dtype: torch.dtype) -> Footprint:
-    """Counts a model; parameters on ``meta`` count too.
+    """Counts a model; parameters on ``meta`` count too, and those that several layers share count as outside the layers.
 
     Args:
         decoder: The model.
         dtype: Of the weights and the KV cache.
     """
     config = decoder.config
-    layers = tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder.layers)
+    holders = Counter(parameter for layer in decoder.layers for parameter in layer.parameters())
+    layers = tuple(sum(each.numel() for each in layer.parameters() if holders[each] == 1) for layer in decoder.layers)
     windows = attention_windows(config)
     windows = windows[:: max(1, len(windows) // max(1, len(layers)))]
     return Footprint(

@@ -107,10 +107,10 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     Raises:
         UserError: transformers has no such model, or cannot build it.
     """
-    from accelerate import init_empty_weights
+    from sglp_llm.adapters.structure.empty import without_weights
 
     try:
-        with init_empty_weights(include_buffers=False):
+        with without_weights():
             model: PreTrainedModel = auto_class(config).from_config(deepcopy(config)).eval()
             return model
     except Exception as error:  # whatever a type's own code raises for a configuration that does not fit it
