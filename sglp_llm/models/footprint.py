@@ -46,7 +46,7 @@ def _cached(decoder: DecoderModel) -> tuple[int, ...]:
     whole, depth = decoder.model.config, decoder.num_layers
     if decoder.adapter.is_derived and (seen := _seen_in_cache(ConfigKey(whole), depth)) is not None:
         return seen
-    return (cached_numbers(decoder.config),) * depth
+    return tuple(cached_numbers(of_layer(decoder.config, layer)) for layer in range(depth))
 
 
 @lru_cache(maxsize=8)
@@ -80,6 +80,12 @@ def attention_windows(config: PretrainedConfig) -> list[int | None]:
     layers = DynamicCache(config=config).layers
     # A recurrent layer's cache has no window and no keys.
     return [int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None for layer in layers]
+
+
+def of_layer(config: PretrainedConfig, layer: int) -> PretrainedConfig:
+    """The configuration of one decoder layer; of most models the same for all."""
+    one: PretrainedConfig = config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+    return one
 
 
 def cached_numbers(config: PretrainedConfig) -> int:
