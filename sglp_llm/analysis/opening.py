@@ -163,7 +163,7 @@ def open_for_plan(
         seq_len = min(recipe.seq_len, CHECK_TOKENS, _positions(opened) or CHECK_TOKENS)
         checked = replace(recipe, samples=CHECK_SEQUENCES, seq_len=seq_len)
         sequences = read_calibration(opened, checked, calibration, progress)
-    _choose_engine(opened, recipe, processes, None)
+    _choose_engine(opened, _forward_passes(recipe), processes, None)
     return Inputs(opened, sequences)
 
 
@@ -241,9 +241,8 @@ def self_file(opened: OpenedModel, recipe: Recipe, progress: Progress = silent) 
     needs_it_whole = f"calibration {recipe.calibration!r}: to write text the whole model must be in memory"
     if recipe.engine == "streamed":
         raise UserError(f"{needs_it_whole}: leave out --engine streamed, or name another text")
-    # The memory of forward passes alone; the analysis is planned afterwards.
-    writing = replace(recipe, criterion="random", also=(), options={}, segments=None, compensate=NONE)
-    if chosen_engine(opened, writing) == "streamed":
+    # The analysis is planned afterwards.
+    if chosen_engine(opened, _forward_passes(recipe)) == "streamed":
         raise UserError(f"{needs_it_whole}, and is predicted not to fit: name another text, or --engine resident")
     folder = cache_folder("self-text")
     # Not the recipe's batch size: no result depends on that one, and this text does.
@@ -290,11 +289,16 @@ def _checked(
     return opened
 
 
+def _forward_passes(recipe: Recipe) -> Recipe:
+    """A recipe that takes the memory of forward passes alone, where nothing is analysed."""
+    return replace(recipe, criterion="random", also=(), options={}, segments=None, compensate=NONE)
+
+
 def _check_gradients(opened: OpenedModel, recipe: Recipe, recipes: Sequence[Recipe]) -> None:
     """Refuses what quantised weights cannot do: they have no gradients, and take no new values."""
     for each in recipes:
         for name in (each.deciding_criterion, *each.also):
-            if get_criterion(name).needs & Need.BACKWARD:
+            if get_criterion(name).needs & (Need.BACKWARD | Need.SYNAPTIC_FLOW):
                 refuse_quantised(opened.source, f"criterion {each.criterion}, which computes gradients,")
     if recipe.compensate != NONE:
         refuse_quantised(opened.source, f"compensate {recipe.compensate}")
