@@ -251,8 +251,11 @@ def _prune(
         plan = replace(plan, replaced=as_stored(opened.config, opened.source, plan.replaced))
     notes: list[str] = []
     quantised = opened.source.quantised if opened.source is not None else ""
-    if quantised and plan.source is not None and plan.source.fingerprint != opened.identity.fingerprint:
-        notes.append(f"the plan was made for {plan.source.name}, which has other tensors")
+    made_for = plan.source or opened.identity
+    is_same = made_for.fingerprint == opened.identity.fingerprint
+    if not is_same and opened.source is not None and opened.source.format != "gguf":
+        notes.append(f"the plan was made for {made_for.name}, which has other tensors or settings")
+        plan = replace(plan, source=opened.identity, revision=opened.revision)  # a teacher is the sibling itself
     if verify and quantised and analysis is None:
         verify = False
         notes.append(f"no reload check: {quantised} weights are copied as they are, and not run")

@@ -1,6 +1,6 @@
 """Removes layers from a tiny random model of every causal type of the installed transformers, and writes docs/families.md.
 
-    python tools/probe_families.py                  # every type, about half an hour on one core
+    python tools/probe_families.py                  # every type, about an hour on one core
     python tools/probe_families.py llama jamba      # these only; the rest of the table stays
 
 Of each type a checkpoint of eight decoder layers is written by transformers and pruned by four plans: two layers in the middle,
@@ -22,6 +22,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ REMOVALS = ((1, 3), (0,), (DEPTH - 1,), (2, 4, 5))
 _QUICK = {"engine": "resident", "verify": False}
 COMPENSATIONS: dict[str, dict[str, Any]] = {"none": {}, "linear": _QUICK, "scale": _QUICK, "learned": _QUICK}
 """The compensations, and settings beside them: memory predicted and the result reloaded by this package once are enough."""
-SECONDS = 900
+SECONDS = 3600
+"""The limit of one type: what hangs is stopped, what waits for a busy machine is not."""
 PAGE = ROOT / "docs" / "families.md"
 
 
@@ -314,12 +316,18 @@ prunes it.
 
 ## Causal types
 
-transformers {table["transformers"]}, torch {table["torch"]}: {counts_of(results)}.
+{said_of_the_run(table)}: {counts_of(results)}.
 
 | model_type | adapter | by four plans | chosen by sglp | why not |
 |---|---|---|---|---|
 {rows}
 """
+
+
+def said_of_the_run(table: dict[str, Any]) -> str:
+    """When the types were probed, with which releases, and which of them again since."""
+    text = f"One run over all types, {table['date']}, transformers {table['transformers']}, torch {table['torch']}"
+    return f"{text}; run again since: {', '.join(table['again'])}" if table["again"] else text
 
 
 def main() -> None:
@@ -329,14 +337,19 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     named = sys.argv[1:]
-    before = json.loads(TABLE.read_text(encoding="utf-8"))["types"] if named and TABLE.exists() else {}
-    results = {name: found for name, found in before.items() if name not in named}
+    before = (
+        json.loads(TABLE.read_text(encoding="utf-8"))
+        if named
+        else {"date": str(date.today()), "again": [], "types": {}}
+    )
+    results = {name: found for name, found in before["types"].items() if name not in named}
     for model_type in named or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         found = results[model_type] = in_a_process(model_type)
         verdicts = f"{verdict(found['removals']):16} {verdict(found.get('analyses', [])):16}"
         print(f"{model_type:28} {found['adapter']:8} {verdicts} {reasons_of(found)}", flush=True)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
-    table = {**versions, "types": dict(sorted(results.items()))}
+    again = sorted({*before["again"], *named})
+    table = {"date": before["date"], **versions, "again": again, "types": dict(sorted(results.items()))}
     print(counts_of(results))
     TABLE.write_text(f"{json.dumps(table, indent=1)}\n", encoding="utf-8")
     PAGE.write_text(page(table), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
 import sys
@@ -79,12 +80,17 @@ _LIBRARIES = ("transformers", "tokenizers", "lm_eval", "datasets", "gguf", "jinj
 
 _ALLOCATION = "DefaultCPUAllocator"
 _WITHOUT_WORDS: dict[type, str] = {MemoryError: "out of memory"}
-_INTERRUPTED = 130
-"""The exit code that Typer returns on Ctrl-C, without a message."""
+_BY_SIGNAL = 128
+"""A shell's exit code of a program that a signal ended is this and the signal's number: 130 for Ctrl-C, 143 for SIGTERM."""
 
+_INTERRUPTED = _BY_SIGNAL + signal.SIGINT
+"""What Typer makes of a `KeyboardInterrupt`, without a message."""
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that ask a run to end."""
+
+_received: list[int] = []
+"""The one of them that this run was sent: an exception that says which does not come through Typer."""
 
 
 @app.callback(invoke_without_command=True)
@@ -105,7 +111,7 @@ def version(
 
 
 def main() -> None:
-    """Entry point: exit code 0, 2 for the user's mistake (one line on stderr), 1 otherwise."""
+    """Entry point: exit code 0, 2 for the user's mistake (one line on stderr), 128 + N after signal N, 1 otherwise."""
     _open_closed_streams()
     for number in _ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job
@@ -140,8 +146,12 @@ def _open_closed_streams() -> None:
 
 def _end(number: int, frame: object) -> None:
     """Ends a run as Ctrl-C does, so that nothing half-written is left; no second signal disturbs that."""
+    if multiprocessing.parent_process() is not None:  # a worker of a library's pool, which ends its workers in this way
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
     for each in _ENDING:
         signal.signal(each, signal.SIG_IGN)
+    _received.append(number)
     raise KeyboardInterrupt
 
 
@@ -161,9 +171,8 @@ def _run() -> int:
     except BrokenPipeError:  # the reader of stdout has closed it, as in `sglp-llm ls criteria | head -3`
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        if process_index() > 0:
-            return 1
-        return _fail("interrupted", 1)
+        code = _BY_SIGNAL + (_received[0] if _received else signal.SIGINT)
+        return code if process_index() > 0 else _fail("interrupted", code)
     except Exception as error:
         if os.environ.get("SGLP_LLM_TRACEBACK"):
             raise

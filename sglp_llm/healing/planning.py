@@ -18,7 +18,7 @@ from sglp_llm.healing.loss import divergence, next_token_loss, sampled_positions
 from sglp_llm.healing.opening import HealingModels
 from sglp_llm.healing.teacher import Teacher, logits_at
 from sglp_llm.healing.trained import count_trained, layers_around, seams_of
-from sglp_llm.memory.dry_run import DryRun
+from sglp_llm.memory.dry_run import dry_run
 from sglp_llm.memory.free import free_memory
 from sglp_llm.memory.parameter_counts import count_parameters
 from sglp_llm.memory.peaks import USABLE
@@ -80,7 +80,7 @@ def footprint(models: HealingModels, recipe: HealingRecipe, trained_parameters: 
         trained_parameters: Number of trained parameters.
     """
     config = models.student.config
-    student = DryRun(config, torch.float32)
+    student = dry_run(config, torch.float32)
     activations = student.training_peak(len(student.layers), recipe.seq_len)
     logits = _LOGITS * 4 * recipe.seq_len * int(config.vocab_size)
     teacher = 0
@@ -93,7 +93,7 @@ def footprint(models: HealingModels, recipe: HealingRecipe, trained_parameters: 
 
 
 def _parameters_of(opened: OpenedModel) -> int:
-    dry = DryRun(opened.config, torch.float32)
+    dry = dry_run(opened.config, torch.float32)
     return count_parameters(dry.model, dry.layers).total
 
 

@@ -31,11 +31,13 @@ class Trained:
         model: What is trained: the model itself, or peft's wrapper around it. Trained parameters are float32.
         parameters: Number of trained parameters.
         changed: Names of the parameters of the plain model that training changes.
+        front: The decoder layers in front of all that is trained: what leaves them does not change.
     """
 
     model: nn.Module
     parameters: int
     changed: frozenset[str]
+    front: tuple[nn.Module, ...] = ()
 
     @property
     def plain(self) -> PreTrainedModel:
@@ -120,7 +122,17 @@ def make_trainable(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan
         parameter.requires_grad_(True)
         count += parameter.numel()
         changed.add(name)
-    return Trained(model, count, frozenset(changed))
+    return Trained(model, count, frozenset(changed), _front(decoder))
+
+
+def _front(decoder: DecoderModel) -> tuple[nn.Module, ...]:
+    """None where anything outside the layers is trained (a tied head is the embedding, too), or layers may hand on more."""
+    trained = {id(parameter) for parameter in decoder.model.parameters() if parameter.requires_grad}
+    inside = [{id(parameter) for parameter in layer.parameters()} for layer in decoder.layers]
+    if decoder.adapter.is_derived or not trained <= set().union(*inside):
+        return ()
+    first = next(index for index, own in enumerate(inside) if own & trained)
+    return tuple(decoder.layers[index] for index in range(first))
 
 
 def count_trained(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan | None) -> int:

@@ -21,7 +21,7 @@ from sglp_llm.engine.gradients import most_sequences
 from sglp_llm.engine.head import CHUNK_BYTES, DEVICE_CHUNK_BYTES
 from sglp_llm.engine.states import DEVICE_SHARE
 from sglp_llm.errors import UserError
-from sglp_llm.memory.dry_run import DryRun
+from sglp_llm.memory.dry_run import DryRun, dry_run
 from sglp_llm.memory.parameter_counts import ParameterCounts, count_parameters
 from sglp_llm.memory.records import EngineMemory, FreeMemory, MemoryPlan
 
@@ -101,7 +101,7 @@ def plan_memory(
         UserError: transformers cannot run such a configuration.
     """
     try:
-        dry = DryRun(config, dtype)
+        dry = dry_run(config, dtype)
         counts = count_parameters(dry.model, dry.layers)
         text = text_config(config)
         model = _Model(counts, len(dry.layers), text.hidden_size, text.vocab_size, dtype.itemsize)

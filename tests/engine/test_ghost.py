@@ -100,6 +100,16 @@ def test_half_precision_neither_overflows_nor_rounds_sums(norms: Norms, dtype: t
 
 
 @EITHER
+@pytest.mark.parametrize(("scale", "others"), [(1e25, 0.0), (1e25, 1e-22), (1e-3, 1e25)], ids=["zero", "tiny", "huge"])
+def test_squares_beyond_float32_of_a_gradient_within_it(norms: Norms, scale: float, others: float) -> None:
+    """One token's input is huge, and its output has no gradient, or a tiny one; or the gradient is huge."""
+    inputs, gradient = random_matrix(300, 24, 0), random_matrix(300, 40, 1)
+    inputs[130] *= scale
+    gradient[130] *= others
+    assert squared_norm(inputs, [gradient], norms) == pytest.approx(formed(inputs, [gradient]), rel=1e-5)
+
+
+@EITHER
 @pytest.mark.parametrize("seed", range(8))
 def test_a_gradient_of_zero_has_no_negative_norm(norms: Norms, seed: int) -> None:
     """Equal tokens whose gradients cancel: rounding leaves anything around 0, below it in half of the cases."""
@@ -131,6 +141,28 @@ def test_every_sequence_of_a_batch_has_the_norms_that_it_has_alone(tiny: Tiny) -
     model, calibration = wrap_model(tiny_model(tiny)), padded_set(3, "left")
     expected = squares(model, calibration, "auto")
     assert squares(model, calibration, "auto", 3) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("norms", [*WITHOUT_GRADIENTS, "autograd"])
+def test_a_finite_model_whose_gram_matrices_overflow_is_scored(norms: Norms) -> None:
+    """The value weights of one layer are huge and its output weights tiny: its outputs stay the same."""
+    plain, scaled = (wrap_model(tiny_model(Tiny("llama", 0))) for _ in range(2))
+    factor = 2.0**66
+    with torch.no_grad():
+        scaled.layers[1].self_attn.v_proj.weight.mul_(factor)
+        scaled.layers[1].self_attn.o_proj.weight.div_(factor)
+    expected, told = true_squares(plain), true_squares(scaled)
+    assert told[0] == pytest.approx(expected[0])
+    assert told[1] > 1e30
+    found = squares(scaled, plain_set(1), norms)
+    assert [found[0, layer] for layer in range(scaled.num_layers)] == pytest.approx(told, rel=1e-4)
+
+
+def true_squares(model: DecoderModel) -> list[float]:
+    """Of each layer's gradient on one sequence, by autograd, summed in float64."""
+    ids = plain_set(1).input_ids
+    model.model(input_ids=ids, labels=ids).loss.backward()
+    return [sum(float(each.grad.double().square().sum()) for each in layer.parameters()) for layer in model.layers]
 
 
 def test_families_whose_sequences_are_told_apart() -> None:

@@ -44,7 +44,7 @@ def test_whole_or_nothing(run: Run, places: dict[str, Path], server: Server, tmp
         if number == signal.SIGKILL:
             assert killed.code == -number, where
         else:
-            assert (killed.code, killed.error) == (1, "interrupted"), where
+            assert (killed.code, killed.error) == (128 + number, "interrupted"), where
             assert hidden(folder) == [], where
             left = {path.name for path in folder.iterdir()} - {"out", run.works_in, "out.pruned"}
             assert left == set(), where

@@ -53,7 +53,7 @@ def test_the_good_ones_pass(source: Path, sharded: Path, gguf: Path) -> None:
     assert [run(gguf.parent, gguf, way) for way in ("check", "pack", "predict")] == [0, 0, 0]
 
 
-@settings(max_examples=share(10), **FUZZ)
+@settings(max_examples=share("configurations"), **FUZZ)
 @given(data=st.data(), way=st.sampled_from(sorted(WAYS)))
 def test_configurations(source: Path, data: st.DataObject, way: str) -> None:
     good = json.loads((source / "config.json").read_text())
@@ -73,7 +73,7 @@ TOKENIZER = {
 }
 
 
-@settings(max_examples=share(10), **FUZZ)
+@settings(max_examples=share("tokenizers"), **FUZZ)
 @given(data=st.data(), name=st.sampled_from(sorted(TOKENIZER)), way=st.sampled_from(["check", "analyse"]))
 def test_tokenizers(source: Path, data: st.DataObject, name: str, way: str) -> None:
     file = source / name
@@ -101,7 +101,7 @@ GENERATION = {
 }
 
 
-@settings(max_examples=share(12), **FUZZ)
+@settings(max_examples=share("generation settings"), **FUZZ)
 @given(data=st.data(), way=st.sampled_from(["check", "check", "copy", "analyse"]))
 def test_generation_settings(source: Path, data: st.DataObject, way: str) -> None:
     run_with(source, "generation_config.json", data.draw(file_like(GENERATION)), way)
@@ -124,7 +124,7 @@ def test_legal_generation_settings_change_nothing_in_the_reload_check(source: Pa
     assert run_with(source, "generation_config.json", as_json(legal), "check") == 0
 
 
-@settings(max_examples=share(10), **FUZZ)
+@settings(max_examples=share("safetensors"), **FUZZ)
 @given(data=st.data(), way=st.sampled_from(["copy", "check", "stream", "analyse"]))
 def test_safetensors(source: Path, data: st.DataObject, way: str) -> None:
     good = (source / "model.safetensors").read_bytes()
@@ -138,14 +138,14 @@ def test_safetensors(source: Path, data: st.DataObject, way: str) -> None:
     run_with(source, "model.safetensors", content, way)
 
 
-@settings(max_examples=share(16), **FUZZ)
+@settings(max_examples=share("indices"), **FUZZ)
 @given(data=st.data(), way=st.sampled_from(["copy", "check"]))
 def test_indices(sharded: Path, data: st.DataObject, way: str) -> None:
     name = "model.safetensors.index.json"
     run_with(sharded, name, data.draw(file_like(json.loads((sharded / name).read_text()))), way)
 
 
-@settings(max_examples=share(12), **FUZZ)
+@settings(max_examples=share("GGUF"), **FUZZ)
 @given(data=st.data(), way=st.sampled_from(["copy", "check", "predict", "pack"]))
 def test_gguf(gguf: Path, data: st.DataObject, way: str) -> None:
     good = gguf.read_bytes()

@@ -118,7 +118,7 @@ def options(draw: st.DrawFn) -> list[str]:
     return given_ + draw(st.lists(st.sampled_from(FLAGS[:-1]), max_size=1)) + ["--no-heal"]
 
 
-@settings(max_examples=share(5), **FUZZ)
+@settings(max_examples=share("options of prune"), **FUZZ)
 @given(chosen=options(), verb=st.sampled_from(["prune", "prune", "prune", "prune", "plan-memory"]))
 def test_prune(source: Path, chosen: list[str], verb: str) -> None:
     with working_folder() as place:
@@ -183,7 +183,7 @@ WRITING = ("compare", "heal")
 """Verbs with an output; they get one odd option at least, and no work to do."""
 
 
-@settings(max_examples=share(8), **FUZZ)
+@settings(max_examples=share("options of other verbs"), **FUZZ)
 @given(data=st.data(), verb=st.sampled_from(sorted(OTHER_VERBS)))
 def test_other_verbs(source: Path, data: st.DataObject, verb: str) -> None:
     names = data.draw(st.lists(st.sampled_from(OTHER_VERBS[verb]), min_size=1, max_size=3, unique=True))

@@ -88,13 +88,13 @@ def try_plan(source: Path, content: bytes, way: str) -> int:
         return outcome.code
 
 
-@settings(max_examples=share(6), **FUZZ)
+@settings(max_examples=share("plans"), **FUZZ)
 @given(data=st.data(), way=st.sampled_from(PLAN_WAYS))
 def test_plans(source: Path, plan: dict[str, Any], data: st.DataObject, way: str) -> None:
     try_plan(source, data.draw(file_like(plan)), way)
 
 
-@settings(max_examples=share(8), **FUZZ)
+@settings(max_examples=share("what plans tell"), **FUZZ)
 @given(
     data=st.data(),
     way=st.sampled_from(PLAN_WAYS),
@@ -106,7 +106,7 @@ def test_what_plans_tell(source: Path, plan: dict[str, Any], data: st.DataObject
     try_plan(source, as_json({**plan, key: data.draw(changed(told, 1) | changed(told))}), way)
 
 
-@settings(max_examples=share(16), **FUZZ)
+@settings(max_examples=share("tensors of plans"), **FUZZ)
 @given(data=st.data())
 def test_tensors_of_plans(source: Path, data: st.DataObject) -> None:
     good = {
@@ -172,7 +172,7 @@ def yaml_like(data: Any) -> st.SearchStrategy[bytes]:
     return st.one_of(changed(data).map(as_yaml), changed(data).map(as_yaml), damaged(as_yaml(data)), ODD_FILES)
 
 
-@settings(max_examples=share(6), **FUZZ)
+@settings(max_examples=share("recipes"), **FUZZ)
 @given(data=st.data(), verb=st.sampled_from(["analyze", "prune", "plan-memory"]))
 def test_recipes(source: Path, data: st.DataObject, verb: str) -> None:
     good = (
@@ -215,22 +215,27 @@ MERGEKIT = {
 }
 
 
-@pytest.mark.parametrize(
-    ("load", "good"),
-    [(load_healing_recipe, HEALING), (load_suite, SUITE)],
-    ids=["healing recipes", "suites"],
-)
-@settings(max_examples=share(12), **FUZZ)
-@given(data=st.data())
-def test_other_recipes(load: Callable[[Path], object], good: dict[str, Any], data: st.DataObject) -> None:
+def try_loading(load: Callable[[Path], object], content: bytes) -> None:
     with tempfile.TemporaryDirectory() as place, guarded():
         file = Path(place) / "mine.yaml"
-        file.write_bytes(data.draw(yaml_like(good)))
+        file.write_bytes(content)
         with suppress(UserError):
             load(file)
 
 
-@settings(max_examples=share(16), **FUZZ)
+@settings(max_examples=share("healing recipes"), **FUZZ)
+@given(content=yaml_like(HEALING))
+def test_healing_recipes(content: bytes) -> None:
+    try_loading(load_healing_recipe, content)
+
+
+@settings(max_examples=share("suites"), **FUZZ)
+@given(content=yaml_like(SUITE))
+def test_suites(content: bytes) -> None:
+    try_loading(load_suite, content)
+
+
+@settings(max_examples=share("plans of mergekit"), **FUZZ)
 @given(data=st.data())
 def test_plans_of_mergekit(source: Path, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as place:
@@ -244,7 +249,7 @@ def test_plans_of_mergekit(source: Path, data: st.DataObject) -> None:
 VALUES = {"numbers": {"perplexity": 3.5}, "losses": [1.0, 2.0]}
 
 
-@settings(max_examples=share(12), **FUZZ)
+@settings(max_examples=share("journals"), **FUZZ)
 @given(data=st.data(), which=st.sampled_from(["piece", "piece", "setting"]))
 def test_journals(data: st.DataObject, which: str) -> None:
     """A damaged piece is made again, and has the value it had; of a damaged setting nobody knows what it was."""
@@ -266,7 +271,7 @@ LINES = [
 ] * 3
 
 
-@settings(max_examples=share(8), **FUZZ)
+@settings(max_examples=share("texts"), **FUZZ)
 @given(
     data=st.data(),
     form=st.sampled_from(["text:{}", "jsonl:{}:text", "chat:{}"]),

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import QUICK, save_tiny
-from helpers import ROOT
+from helpers import ROOT, TEXT
 from tiny_models import Tiny, every_tiny, tiny_model, token_ids
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sglp_llm.engine import Need
 from sglp_llm.memory import EngineMemory, FreeMemory
-from sglp_llm.memory.dry_run import DryRun
+from sglp_llm.memory.dry_run import DryRun, dry_run
 from sglp_llm.memory.parameter_counts import count_parameters
 from sglp_llm.memory.peaks import RUNTIME, Work, fits, plan_memory
 from sglp_llm.memory.prediction import work_of
@@ -100,6 +100,23 @@ def test_a_mixture_in_float32_takes_twice_what_it_takes_in_bfloat16() -> None:
     config = tiny_model(next(tiny for tiny in every_tiny() if tiny.adapter.active_experts_key)).config
     wide, narrow = (DryRun(config, dtype).kept_for_backward(2, 40) for dtype in (torch.float32, torch.bfloat16))
     assert wide == 2 * narrow
+
+
+def test_equal_configurations_share_a_dry_run() -> None:
+    named = llama()
+    named.name_or_path = "/another/folder"
+    shared = dry_run(llama(), torch.float32)
+    assert dry_run(named, torch.float32) is shared
+    changed = (
+        (llama(hidden_size=128), torch.float32),
+        (llama(num_hidden_layers=5), torch.float32),
+        (llama(), torch.half),
+    )
+    assert all(dry_run(config, dtype) is not shared for config, dtype in changed)
+    for sizes in ((1, 16), (4, 16), (1, 24), (1, 16)):
+        fresh = DryRun(llama(), torch.float32)
+        assert shared.training_peak(*sizes) == fresh.training_peak(*sizes)
+        assert shared.kept_for_backward(*sizes) == fresh.kept_for_backward(*sizes)
 
 
 # What grows with what
@@ -220,7 +237,18 @@ def test_the_peak_of_a_process_is_near_the_prediction(tmp_path: Path) -> None:
     )
     source = save_tiny(tmp_path / "source")  # for its tokenizer
     AutoModelForCausalLM.from_config(config).save_pretrained(source)
-    command = [sys.executable, "-m", "sglp_llm", "analyze", str(source), *QUICK[:2], "--samples", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "sglp_llm",
+        "analyze",
+        str(source),
+        *QUICK[:2],
+        "--samples",
+        "1",
+        "--calibration",
+        TEXT,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [*command, "--seq-len", "512", "--json"], env=environment, capture_output=True, text=True, check=True

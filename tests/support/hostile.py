@@ -33,6 +33,27 @@ BEGINNING = "sglp-llm: error: "
 INPUTS = int(os.environ.get("SGLP_FUZZ_INPUTS", "500"))
 """How many hostile inputs are tried in all."""
 
+PERCENT = {
+    "configurations": 6,
+    "tokenizers": 6,
+    "generation settings": 4,
+    "safetensors": 6,
+    "indices": 3,
+    "GGUF": 5,
+    "options of prune": 11,
+    "options of other verbs": 7,
+    "plans": 9,
+    "what plans tell": 7,
+    "tensors of plans": 3,
+    "recipes": 9,
+    "healing recipes": 4,
+    "suites": 4,
+    "plans of mergekit": 4,
+    "journals": 5,
+    "texts": 7,
+}
+"""How many of a hundred inputs are of a kind; one test a kind."""
+assert sum(PERCENT.values()) == 100
 
 FUZZ: dict[str, Any] = {
     "deadline": None,
@@ -44,9 +65,9 @@ FUZZ: dict[str, Any] = {
 """Of every test with hostile inputs: the same inputs at every call, unless their number is given."""
 
 
-def share(parts: int) -> int:
-    """How many of the inputs one of so many tests tries."""
-    return max(1, INPUTS // parts)
+def share(kind: str) -> int:
+    """How many inputs of a kind are tried."""
+    return max(1, INPUTS * PERCENT[kind] // 100)
 
 
 class TooLong(BaseException):

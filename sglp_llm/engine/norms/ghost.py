@@ -8,6 +8,10 @@ al., arXiv 2110.05679, for sequences)::
 
 For linear layers with the same input X X^T is computed once, and the sum of their squared norms is obtained from the sum of
 their G G^T. Products of half precision matrices accumulate in float32; sums over whole matrices are float64.
+
+Inner products and squares overflow float32 from 2e19 on, where the gradient itself and its norm are still finite: one token with
+such an input is enough, and times the 0 of a token without gradient its infinity is NaN. There the gradient itself is computed,
+and its squares in float64.
 """
 
 from __future__ import annotations
@@ -31,8 +35,7 @@ def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
 
     Computed row by row, because a float32 sum over a whole matrix has a relative error of up to 1e-3.
     """
-    rows = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
-    norm: torch.Tensor = torch.linalg.vector_norm(exact(rows))
+    norm: torch.Tensor = torch.linalg.vector_norm(_norms_of_rows(gradient))
     return norm.square()
 
 
@@ -52,7 +55,7 @@ def linear_squared_norm(inputs: torch.Tensor, gradients: Sequence[torch.Tensor],
         _, tokens, width_in = inputs.shape
         widths_out = [gradient.shape[-1] for gradient in gradients]
         norms = "ghost" if ghost_is_cheaper(tokens, width_in, widths_out, _block(inputs.device)) else "direct"
-    formula = _by_grams if norms == "ghost" else _by_pieces
+    formula = _by_grams_if_finite if norms == "ghost" else _by_pieces
     inputs, gradients = _multipliable(inputs), [_multipliable(gradient) for gradient in gradients]
     if inputs.device.type == "cpu":  # one by one, so that the products of a sequence stay in the cache
         sequences = range(len(inputs))
@@ -73,6 +76,11 @@ def ghost_is_cheaper(tokens: int, width_in: int, widths_out: Sequence[int], bloc
     # Narrow blocks multiply less efficiently: by a factor of 1.03 to 1.21 where the two cost about the same, measured on one
     # AVX-512 core in float32 (benchmarks/gradnorm.py --table). A wrong choice within this range costs about a tenth.
     return 1.15 * entries * (width_in + sum(widths_out)) <= tokens * width_in * sum(widths_out)
+
+
+def _by_grams_if_finite(inputs: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = _by_grams(inputs, gradients)
+    return total if bool(total.isfinite().all()) else _by_pieces(inputs, gradients)
 
 
 def _by_grams(inputs: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -96,8 +104,14 @@ def _by_pieces(inputs: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch
     for gradient in gradients:
         for piece in gradient.mT.split(rows, dim=-2):
             formed = _sum_of_products([(piece, inputs)])
-            total += torch.linalg.vector_norm(exact(torch.linalg.vector_norm(formed, dim=-1)), dim=-1).square()
+            total += torch.linalg.vector_norm(_norms_of_rows(formed), dim=-1).square()
     return total
+
+
+def _norms_of_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """``[..., rows]`` float64; computed in float32, which is several times as fast, where the squares fit into it."""
+    rows = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.promote_types(matrix.dtype, torch.float32))
+    return exact(rows) if bool(rows.isfinite().all()) else torch.linalg.vector_norm(exact(matrix), dim=-1)
 
 
 def _block(device: torch.device) -> int:
