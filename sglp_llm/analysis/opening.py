@@ -26,12 +26,12 @@ from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS
 from sglp_llm.compensation import NONE, check_compensation
 from sglp_llm.criteria import get_criterion
 from sglp_llm.engine import Need
-from sglp_llm.engine.heap import trim
 from sglp_llm.errors import UserError
 from sglp_llm.memory import EngineMemory, FreeMemory
 from sglp_llm.memory.prediction import chosen_engine, forecast
 from sglp_llm.method.selection import removable_layers
 from sglp_llm.models.footprint import layer_sizes
+from sglp_llm.models.heap import trim
 from sglp_llm.models.loading import refuse_quantised
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe
