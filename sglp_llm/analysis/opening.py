@@ -327,12 +327,21 @@ def _choose_engine(
         opened.stream(recipe.scratch)
     if on_forecast is not None and found is not None:
         on_forecast(*found)
-    return None if found is None else found[0].step
+    if found is None:
+        return None
+    # Processes may find different memory free, but each keeps its own states on its own device.
+    opened.state_bytes = found[0].state_bytes
+    return found[0].step
 
 
 def let_go(opened: OpenedModel) -> None:
     """Releases a model's weights, and returns their memory to the device and the system."""
     opened.release()
+    give_back()
+
+
+def give_back() -> None:
+    """Returns the memory of what nobody holds to the device and the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

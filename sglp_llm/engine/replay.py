@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from sglp_llm.engine.modes import entering_states, forwards_replaced, leaving_states
+from sglp_llm.engine.tail import tail_of
 from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.models.modes import evaluating, products_in_bfloat16
@@ -88,11 +89,20 @@ class Replay:
             states: ``[batch, tokens, hidden]`` at these positions only.
             positions: The positions, as a range or as indices.
         """
-        mask = None if self.mask is None else self.mask[:, positions]
-        # After the layers only the number of tokens matters: id 0 throughout reads one row of the embedding matrix.
-        ids = torch.zeros_like(self.ids[:, positions])
+        with self._products():
+            if modules := tail_of(self._model, states, self._by_the_model):
+                for module in modules:
+                    states = module(states)
+                return states
+            return self._by_the_model(states, positions)
+
+    def _by_the_model(self, states: torch.Tensor, positions: slice | torch.Tensor | None = None) -> torch.Tensor:
+        positions = slice(states.shape[1]) if positions is None else positions
+        # After the layers neither mask nor ids matter: id 0 throughout reads one row of the embedding matrix.
+        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=self.ids.device)
+        mask = None if self.mask is None else self.mask[: len(states), positions]
         returns = [lambda args, kwargs: _as_output(states, self._outputs)] * self._model.num_layers
-        with forwards_replaced(self._model.layers, returns), self._products():
+        with forwards_replaced(self._model.layers, returns):
             logits: torch.Tensor = self._model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits
 

@@ -115,7 +115,7 @@ def run_streamed(
     loss = None
     with (
         evaluating(model.model),
-        state_store(model.input_device, model.weights.scratch) as store,
+        state_store(model) as store,
         torch.no_grad(),
         settings.progress("Analysing", work or model.num_layers) as advance,
     ):

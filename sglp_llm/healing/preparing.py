@@ -181,6 +181,10 @@ def teacher_on_disk(
     if models.teacher is None:
         return None
     assert recipe.top_k is not None
+    # Its engine was chosen before the student was in memory.
+    is_open = recipe.engine == "auto" and models.teacher.can_stream and not models.teacher.streamed
+    if processes.agreed(int(is_open and not footprint(models, recipe, 0).fits(1, True))):
+        models.teacher.stream(recipe.scratch)
     teacher = store_teacher(
         models.teacher.load(),
         sequences.input_ids,

@@ -95,6 +95,8 @@ def check_peft(recipe: HealingRecipe) -> None:
 def make_trainable(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan | None) -> Trained:
     """Lets the recipe's parameters take gradients, in float32, and no others.
 
+    Of the others only the weights of linears may stay narrower: what the layers hand on is float32 in any case.
+
     Args:
         decoder: The shortened model, in memory.
         recipe: For ``train`` and what belongs to it.
@@ -109,6 +111,10 @@ def make_trainable(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan
     _drop_nothing(model)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    linears = {id(each.weight) for each in model.modules() if isinstance(each, nn.Linear | Conv1D)}
+    for parameter in model.parameters():
+        if id(parameter) not in linears or parameter is model.get_input_embeddings().weight:
+            parameter.data = parameter.data.float()
     if recipe.train == "lora":
         return _with_adapters(decoder, recipe)
     count, changed = 0, set[str]()

@@ -44,12 +44,14 @@ class DecoderModel:
         unused_tensors: Names of the checkpoint's tensors that transformers does not use, such as the causal masks that old
             releases stored.
         weights: Loads the decoder layers' weights when they are in memory one at a time; ``None`` when all are in memory.
+        state_bytes: Most bytes of stored hidden states that may stay on its device; ``None`` where nothing was predicted.
     """
 
     model: PreTrainedModel
     adapter: DecoderAdapter
     unused_tensors: Set[str] = frozenset()
     weights: LayerWeights | None = None
+    state_bytes: int | None = None
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -22,7 +22,7 @@ from sglp_llm.engine import Need
 from sglp_llm.memory import EngineMemory, FreeMemory
 from sglp_llm.memory.dry_run import DryRun, dry_run
 from sglp_llm.memory.parameter_counts import count_parameters
-from sglp_llm.memory.peaks import RUNTIME, Work, plan_memory
+from sglp_llm.memory.peaks import RUNTIME, Work, fits, plan_memory
 from sglp_llm.memory.prediction import work_of
 from sglp_llm.plan import Recipe
 
@@ -191,8 +191,9 @@ def test_a_device_holds_what_computes_and_the_host_what_is_stored() -> None:
     there = plan_memory(llama(), torch.float32, work, True)
     for cpu, gpu in ((here.resident, there.resident), (here.streamed, there.streamed)):
         stored = cpu.host.get("hidden states", 0)
-        assert gpu.device_peak == cpu.host_peak - stored - RUNTIME
-        assert gpu.host.get("hidden states", 0) == stored
+        embedding = 4 * 256 * 64 if gpu.engine == "streamed" else 0  # on the host its rows are read from the file
+        assert gpu.device_peak == cpu.host_peak - RUNTIME + embedding
+        assert gpu.host.get("hidden states", 0) == gpu.state_bytes == stored
     assert there.resident.host["weights"] < there.resident.device["weights"]  # type: ignore[index,operator]
     at_once = plan_memory(llama(), torch.float32, replace(work, whole_on_host=True), True).resident
     assert at_once.host["weights"] == there.resident.device["weights"]  # type: ignore[index]
@@ -200,6 +201,26 @@ def test_a_device_holds_what_computes_and_the_host_what_is_stored() -> None:
     sums = 4 * 4 * (4 * 64 * 64 + 3 * 64 * 96)
     assert moved.host["gradients"] == sums
     assert moved.device_peak == (there.resident.device_peak or 0) - sums
+
+
+def test_hidden_states_stay_on_a_device_while_they_leave_room() -> None:
+    """At most a quarter of what is free beside the weights, and never what would make a run not fit."""
+    work = replace(GRADIENTS, samples=64)
+    need = plan_memory(llama(), torch.float32, work, True).streamed
+    assert need.device is not None
+    assert need.device_peak is not None
+    stored, weights = need.state_bytes, need.device["weights"]
+    least = need.device_peak - stored
+    for free in (int(1.2 * least), need.device_peak, 10**9):
+        there = FreeMemory(None, free)
+        found = plan_memory(llama(), torch.float32, work, True, there).streamed
+        quarter, left = (free - weights) // 4, int(0.9 * free) - least
+        if found.step == need.step:
+            assert found.state_bytes == max(0, min(stored, quarter, left))
+            assert fits(found, there) == (left >= 0)
+        assert found.host["hidden states"] == stored
+    assert found.state_bytes == stored
+    assert plan_memory(llama(), torch.float32, replace(work, scratch=True), True).streamed.state_bytes == 0
 
 
 def test_trials_store_one_set_of_states_a_layer() -> None:
