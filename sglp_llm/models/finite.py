@@ -97,7 +97,9 @@ def naming_layers(load: Callable[[], DecoderModel], input_ids: torch.Tensor) -> 
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) and "not finite" not in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or (
+            isinstance(error, UserError) and "not finite" not in str(error)
+        ):
             raise
         model = load()
         layer = first_not_finite(model, input_ids)
