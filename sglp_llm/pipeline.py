@@ -256,6 +256,10 @@ def _prune(
     if not is_same and opened.source is not None and opened.source.format != "gguf":
         notes.append(f"the plan was made for {made_for.name}, which has other tensors or settings")
         plan = replace(plan, source=opened.identity, revision=opened.revision)  # a teacher is the sibling itself
+    if opened.source is not None and (count := opened.source.predictor_layers):
+        notes.append(
+            f"left out: {count} stored behind the decoder layers, for multi-token prediction from the last of them"
+        )
     if verify and quantised and analysis is None:
         verify = False
         notes.append(f"no reload check: {quantised} weights are copied as they are, and not run")

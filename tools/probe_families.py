@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -52,6 +53,7 @@ COMPENSATIONS: dict[str, dict[str, Any]] = {"none": {}, "linear": _QUICK, "scale
 """The compensations, and settings beside them: memory predicted and the result reloaded by this package once are enough."""
 SECONDS = 3600
 """The limit of one type: what hangs is stopped, what waits for a busy machine is not."""
+_NO_METHOD = re.compile(r"refused: compensate (?P<method>\w+) does not work for this [^:]* model: (?P<why>[^;]*)")
 PAGE = ROOT / "docs" / "families.md"
 
 
@@ -249,13 +251,23 @@ def verdict(outcomes: list[str]) -> str:
 
 def reasons_of(found: dict[str, Any]) -> str:
     """Why not every outcome is exact, each reason once."""
-    outcomes = (found["why"], *found["removals"], *found.get("analyses", ()))
-    return "; ".join(dict.fromkeys(each for each in outcomes if each and each != "exact"))
+    methods: dict[str, list[str]] = {}
+    for outcome in (found["why"], *found["removals"], *found.get("analyses", ())):
+        if outcome and outcome != "exact":
+            match = _NO_METHOD.match(outcome)
+            reason, method = match.group("why", "method") if match else (outcome.removeprefix("refused: "), "")
+            methods.setdefault(reason, []).append(method)
+    return "; ".join(
+        f"compensate {', '.join(names)}: {reason}" if any(names) else reason for reason, names in methods.items()
+    )
 
 
 def counts_of(results: dict[str, dict[str, Any]]) -> str:
     """How many types came out how."""
-    removals = Counter(verdict(found["removals"]) or found["adapter"] for found in results.values())
+    removals = Counter(
+        "whole models of images and text" if found["why"] == WRAPPED else verdict(found["removals"]) or found["adapter"]
+        for found in results.values()
+    )
     text = f"{len(results)} causal types; by plan {_listed(removals)}"
     for index, method in enumerate(COMPENSATIONS):
         with_it = Counter(found["analyses"][index].split(":")[0] for found in results.values() if found.get("analyses"))
@@ -292,6 +304,12 @@ default in a type's configuration are not exercised, nor are real checkpoints. `
 
 Some layers must stay: because later layers read what they compute, because the cache counts tokens by them, or because they alone
 are built as they are. The choice leaves them out with every criterion; the plan, the report and the model card name them.
+Where transformers builds a layer by its index alone (jamba), the kept layers must keep the pattern: criteria that give scores and
+`angular` choose among the removals that do, and criteria that remove one layer after the other are refused before they begin.
+What is not known of a type is tried before an analysis: the model is built without its first, middle and last layer.
+
+A checkpoint of a derived type may name code (`auto_map`) from before transformers had the type, if the classes have the names of
+those that transformers has now. That code is not run, and the result does not name it.
 
 Encoders (BERT and its relatives) have no next token to predict, which every loss here is about: they are refused.
 
@@ -305,9 +323,12 @@ measured by a calibration on text. Layers behind which features of an image are 
 
 ## Quantised checkpoints
 
-`prune --plan` copies the tensors of a quantised checkpoint (GPTQ, AWQ, FP8, compressed-tensors, bitsandbytes) as they are, and
-its settings that name modules of layers (`modules_to_not_convert`, `ignore`, `dynamic`) follow. Make the plan on the
-unquantised model: gradients, compensation and training need its weights. There is no reload check then.
+`prune --plan` copies the tensors of a quantised checkpoint (GPTQ, AWQ, FP8, MXFP4, compressed-tensors, bitsandbytes) as they are,
+and its settings that name modules of layers (`modules_to_not_convert`, `ignore`, `dynamic`, `llm_int8_skip_modules`) follow. Make
+the plan on the unquantised model: gradients, compensation and training need its weights. There is no reload check then.
+
+A plan applies to every sibling of the model that it was made for, quantised or fine-tuned: of the same type and depth, with
+layers of the same sizes. A note says so. A plan that replaces weights applies to its own model alone.
 
 ## PEFT adapters
 

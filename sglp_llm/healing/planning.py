@@ -82,7 +82,7 @@ def footprint(models: HealingModels, recipe: HealingRecipe, trained_parameters: 
     config = models.student.config
     student = dry_run(config, torch.float32)
     activations = student.training_peak(len(student.layers), recipe.seq_len)
-    logits = _LOGITS * 4 * recipe.seq_len * int(config.vocab_size)
+    logits = _LOGITS * 4 * recipe.seq_len * int(models.student.text_config.vocab_size)
     teacher = 0
     if models.teacher is not None:
         stored = getattr(models.teacher.config, "dtype", None) or torch.float32

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sglp_llm.adapters import is_wrapper
 from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.plan.healing_recipe import HealingRecipe
@@ -162,9 +163,17 @@ def _wanted(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan | None
     tied = set() if head is None else {id(parameter) for parameter in head.parameters()}
     wanted = {id(parameter) for layer in chosen for parameter in decoder.layers[layer].parameters()}
     for name, parameter in model.named_parameters():
+        if not _reads_text(name, decoder, id(parameter) in tied):
+            continue
         behind = id(parameter) not in inside and (id(parameter) not in embedding or id(parameter) in tied)
         if recipe.train == "full" or id(parameter) in wanted or (recipe.train == "partial" and behind):
             yield name, parameter
+
+
+def _reads_text(name: str, decoder: DecoderModel, is_head: bool) -> bool:
+    """Whether a parameter belongs to the decoder; in a model of images and text the vision tower and its projector do not."""
+    path = decoder.adapter.layers.rpartition(".")[0]
+    return is_head or not is_wrapper(decoder.model.config) or name.startswith(f"{path}.")
 
 
 def _linears(decoder: DecoderModel) -> list[tuple[str, nn.Linear | Conv1D]]:
