@@ -48,8 +48,8 @@ from helpers import tiny_tokenizer  # noqa: E402
 from tiny_models import Tiny, every_tiny, load_plain, logits_of, shortened_logits  # noqa: E402
 
 from sglp_llm import PrunePlan, prune  # noqa: E402
-from sglp_llm.engine.heap import trim  # noqa: E402
 from sglp_llm.errors import UserError  # noqa: E402
+from sglp_llm.models.heap import trim  # noqa: E402
 
 FORMATS = ("safetensors", "safetensors", "bin")
 ENGINES = ("resident", "streamed")

@@ -14,7 +14,7 @@ from sglp_llm.adapters import auto_class, is_wrapper
 from sglp_llm.analysis import open_for_analysis, run_analysis, software_versions
 from sglp_llm.analysis.decisions import Judge
 from sglp_llm.analysis.latency import drop_for_latency
-from sglp_llm.analysis.opening import Inputs, OnForecast, let_go, open_for_plan
+from sglp_llm.analysis.opening import Inputs, OnForecast, give_back, let_go, open_for_plan
 from sglp_llm.analysis.run import only_journal
 from sglp_llm.calibration import CalibrationSet, named_text
 from sglp_llm.checkpoint import atomic_folder
@@ -174,6 +174,7 @@ def prune(
             model, student, plan, recipe, tokenizer, calibration, True, False, progress, processes, on_forecast
         )
         processes.wait()  # the main process has written what all train
+        give_back()  # how it is trained depends on what is free
         try:
             healed = heal(
                 student,
@@ -250,8 +251,15 @@ def _prune(
         plan = replace(plan, replaced=as_stored(opened.config, opened.source, plan.replaced))
     notes: list[str] = []
     quantised = opened.source.quantised if opened.source is not None else ""
-    if quantised and plan.source is not None and plan.source.fingerprint != opened.identity.fingerprint:
-        notes.append(f"the plan was made for {plan.source.name}, which has other tensors")
+    made_for = plan.source or opened.identity
+    is_same = made_for.fingerprint == opened.identity.fingerprint
+    if not is_same and opened.source is not None and opened.source.format != "gguf":
+        notes.append(f"the plan was made for {made_for.name}, which has other tensors or settings")
+        plan = replace(plan, source=opened.identity, revision=opened.revision)  # a teacher is the sibling itself
+    if opened.source is not None and (count := opened.source.predictor_layers):
+        notes.append(
+            f"left out: {count} stored behind the decoder layers, for multi-token prediction from the last of them"
+        )
     if verify and quantised and analysis is None:
         verify = False
         notes.append(f"no reload check: {quantised} weights are copied as they are, and not run")
@@ -330,7 +338,8 @@ def _on_some_engine(
             raise
     let_go(opened)  # outside the handler: the error holds the frames, and they hold tensors
     opened.stream(recipe.scratch)
-    return run_analysis(found, recipe, progress, processes, judge)
+    opened.state_bytes = 0  # the prediction was too small: nothing is kept there that need not be
+    return run_analysis(replace(found, step=1), recipe, progress, processes, judge)
 
 
 def _recipe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,12 @@ from local_hub import TOKEN, LocalHub
 
 # The models are tiny: threads that wait for each other cost more than they bring, a hundred times more on a busy machine.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collections, of which every training makes some, need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

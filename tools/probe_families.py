@@ -1,6 +1,6 @@
 """Removes layers from a tiny random model of every causal type of the installed transformers, and writes docs/families.md.
 
-    python tools/probe_families.py                  # every type, about half an hour on one core
+    python tools/probe_families.py                  # every type, about an hour on one core
     python tools/probe_families.py llama jamba      # these only; the rest of the table stays
 
 Of each type a checkpoint of eight decoder layers is written by transformers and pruned by four plans: two layers in the middle,
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,9 @@ REMOVALS = ((1, 3), (0,), (DEPTH - 1,), (2, 4, 5))
 _QUICK = {"engine": "resident", "verify": False}
 COMPENSATIONS: dict[str, dict[str, Any]] = {"none": {}, "linear": _QUICK, "scale": _QUICK, "learned": _QUICK}
 """The compensations, and settings beside them: memory predicted and the result reloaded by this package once are enough."""
-SECONDS = 900
+SECONDS = 3600
+"""The limit of one type: what hangs is stopped, what waits for a busy machine is not."""
+_NO_METHOD = re.compile(r"refused: compensate (?P<method>\w+) does not work for this [^:]* model: (?P<why>[^;]*)")
 PAGE = ROOT / "docs" / "families.md"
 
 
@@ -247,13 +251,23 @@ def verdict(outcomes: list[str]) -> str:
 
 def reasons_of(found: dict[str, Any]) -> str:
     """Why not every outcome is exact, each reason once."""
-    outcomes = (found["why"], *found["removals"], *found.get("analyses", ()))
-    return "; ".join(dict.fromkeys(each for each in outcomes if each and each != "exact"))
+    methods: dict[str, list[str]] = {}
+    for outcome in (found["why"], *found["removals"], *found.get("analyses", ())):
+        if outcome and outcome != "exact":
+            match = _NO_METHOD.match(outcome)
+            reason, method = match.group("why", "method") if match else (outcome.removeprefix("refused: "), "")
+            methods.setdefault(reason, []).append(method)
+    return "; ".join(
+        f"compensate {', '.join(names)}: {reason}" if any(names) else reason for reason, names in methods.items()
+    )
 
 
 def counts_of(results: dict[str, dict[str, Any]]) -> str:
     """How many types came out how."""
-    removals = Counter(verdict(found["removals"]) or found["adapter"] for found in results.values())
+    removals = Counter(
+        "whole models of images and text" if found["why"] == WRAPPED else verdict(found["removals"]) or found["adapter"]
+        for found in results.values()
+    )
     text = f"{len(results)} causal types; by plan {_listed(removals)}"
     for index, method in enumerate(COMPENSATIONS):
         with_it = Counter(found["analyses"][index].split(":")[0] for found in results.values() if found.get("analyses"))
@@ -290,6 +304,12 @@ default in a type's configuration are not exercised, nor are real checkpoints. `
 
 Some layers must stay: because later layers read what they compute, because the cache counts tokens by them, or because they alone
 are built as they are. The choice leaves them out with every criterion; the plan, the report and the model card name them.
+Where transformers builds a layer by its index alone (jamba), the kept layers must keep the pattern: criteria that give scores and
+`angular` choose among the removals that do, and criteria that remove one layer after the other are refused before they begin.
+What is not known of a type is tried before an analysis: the model is built without its first, middle and last layer.
+
+A checkpoint of a derived type may name code (`auto_map`) from before transformers had the type, if the classes have the names of
+those that transformers has now. That code is not run, and the result does not name it.
 
 Encoders (BERT and its relatives) have no next token to predict, which every loss here is about: they are refused.
 
@@ -303,9 +323,12 @@ measured by a calibration on text. Layers behind which features of an image are 
 
 ## Quantised checkpoints
 
-`prune --plan` copies the tensors of a quantised checkpoint (GPTQ, AWQ, FP8, compressed-tensors, bitsandbytes) as they are, and
-its settings that name modules of layers (`modules_to_not_convert`, `ignore`, `dynamic`) follow. Make the plan on the
-unquantised model: gradients, compensation and training need its weights. There is no reload check then.
+`prune --plan` copies the tensors of a quantised checkpoint (GPTQ, AWQ, FP8, MXFP4, compressed-tensors, bitsandbytes) as they are,
+and its settings that name modules of layers (`modules_to_not_convert`, `ignore`, `dynamic`, `llm_int8_skip_modules`) follow. Make
+the plan on the unquantised model: gradients, compensation and training need its weights. There is no reload check then.
+
+A plan applies to every sibling of the model that it was made for, quantised or fine-tuned: of the same type and depth, with
+layers of the same sizes. A note says so. A plan that replaces weights applies to its own model alone.
 
 ## PEFT adapters
 
@@ -314,12 +337,18 @@ prunes it.
 
 ## Causal types
 
-transformers {table["transformers"]}, torch {table["torch"]}: {counts_of(results)}.
+{said_of_the_run(table)}: {counts_of(results)}.
 
 | model_type | adapter | by four plans | chosen by sglp | why not |
 |---|---|---|---|---|
 {rows}
 """
+
+
+def said_of_the_run(table: dict[str, Any]) -> str:
+    """When the types were probed, with which releases, and which of them again since."""
+    text = f"One run over all types, {table['date']}, transformers {table['transformers']}, torch {table['torch']}"
+    return f"{text}; run again since: {', '.join(table['again'])}" if table["again"] else text
 
 
 def main() -> None:
@@ -329,14 +358,19 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     named = sys.argv[1:]
-    before = json.loads(TABLE.read_text(encoding="utf-8"))["types"] if named and TABLE.exists() else {}
-    results = {name: found for name, found in before.items() if name not in named}
+    before = (
+        json.loads(TABLE.read_text(encoding="utf-8"))
+        if named
+        else {"date": str(date.today()), "again": [], "types": {}}
+    )
+    results = {name: found for name, found in before["types"].items() if name not in named}
     for model_type in named or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         found = results[model_type] = in_a_process(model_type)
         verdicts = f"{verdict(found['removals']):16} {verdict(found.get('analyses', [])):16}"
         print(f"{model_type:28} {found['adapter']:8} {verdicts} {reasons_of(found)}", flush=True)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
-    table = {**versions, "types": dict(sorted(results.items()))}
+    again = sorted({*before["again"], *named})
+    table = {"date": before["date"], **versions, "again": again, "types": dict(sorted(results.items()))}
     print(counts_of(results))
     TABLE.write_text(f"{json.dumps(table, indent=1)}\n", encoding="utf-8")
     PAGE.write_text(page(table), encoding="utf-8")

@@ -21,7 +21,7 @@ SmolLM2-135M-Instruct without 6 of its 30 layers, those that `angular` chooses, 
 training takes 20,480 tokens of the same text and learns the original's predictions, unless its name ends in `mse` or `pair`.
 
 - WikiText-2, C4: ln(perplexity / dense perplexity) on 64 windows of 512 tokens of text that nothing was calibrated or trained on.
-- tasks: average over the nine tasks of the suite `offline`, 100 examples each.
+- tasks: average over the nine tasks of the suite `offline`; the last lines say how many examples each.
 - seconds: wall time of the compensation and of the training, on a machine that did other work too: compare sizes, not digits.
 - gain a minute: how much the mean of the two texts falls from the cut alone, divided by that time.
 - `seam` trains the two layers on each side of the cut; `seam-mse` does so on the squared error of the hidden states behind it

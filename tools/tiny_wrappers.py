@@ -60,6 +60,36 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "text_config": {**_TEXT, "model_type": "qwen2"},
         "vision_config": {**_SIGLIP, "model_type": "internvl_vision", "image_size": [16, 16], "patch_size": [8, 8]},
     },
+    "kimi_k25": {
+        "text_config": {
+            **{key: value for key, value in _TEXT.items() if key not in ("head_dim", "num_key_value_heads")},
+            "model_type": "deepseek_v3",
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 2,
+        },
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "patch_size": 8,
+            "pos_emb_height": 4,
+            "pos_emb_width": 4,
+            "pos_emb_time": 2,
+        },
+        "projection_hidden_size": 16,
+        "tie_word_embeddings": False,
+    },
     "llama4": {
         "text_config": {
             **_TEXT,
@@ -81,6 +111,16 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "llava": {
         "text_config": {**_TEXT, "model_type": "llama"},
         "vision_config": {**_SIGLIP, "model_type": "clip_vision_model", "projection_dim": 16},
+    },
+    "llava_next": {
+        "text_config": {**_TEXT, "model_type": "mistral"},
+        "vision_config": {**_SIGLIP, "model_type": "clip_vision_model", "projection_dim": 16},
+        "image_grid_pinpoints": [[16, 32], [32, 16]],
+    },
+    "llava_onevision": {
+        "text_config": {**_TEXT, "model_type": "qwen2"},
+        "vision_config": {**_SIGLIP, "model_type": "siglip_vision_model"},
+        "image_grid_pinpoints": [[16, 32], [32, 16]],
     },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral"},

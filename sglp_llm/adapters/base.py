@@ -55,6 +55,7 @@ class DecoderAdapter:
         sum_norm_unless: That configuration key; none = no model of the family has such a norm.
         exceptions: What neither the configuration keys nor the modules say about the type.
         is_derived: Whether the family has no file, and this was found by structure.
+        mlp_is_stacked: Whether in a derived family ``mlp_out`` is a parameter that stacks matrices ``[experts, ...]``.
         has_stacks: Whether a derived family's layers have parameters ``[experts, ...]``; written ones have `active_experts_key`.
         tiny_configs: Configurations of a few thousand parameters for the contract tests, one for each variant of the family.
     """
@@ -75,6 +76,7 @@ class DecoderAdapter:
     sum_norm_unless: str | None = None
     exceptions: Exceptions = field(default_factory=Exceptions)
     is_derived: bool = False
+    mlp_is_stacked: bool = False
     has_stacks: bool = False
     tiny_configs: tuple[Mapping[str, Any], ...] = ()
 
@@ -93,7 +95,8 @@ class DecoderAdapter:
             return Branch(self.sum_norm, self.sum_norm, is_norm=True, offset=self.norm_offset)
         if self.mlp_norm is not None:
             return Branch(self.mlp_norm, self.mlp_norm, is_norm=True, offset=self.norm_offset)
-        return Branch(self.mlp, self.mlp_out, is_stacked=self.active_experts_key is not None)
+        is_stacked = self.mlp_is_stacked or self.active_experts_key is not None
+        return Branch(self.mlp, self.mlp_out, is_stacked=is_stacked)
 
     @property
     def layer_key_pattern(self) -> re.Pattern[str]:

@@ -12,7 +12,7 @@ from sglp_llm.analysis.observing import Observations, trials_in_bfloat16
 from sglp_llm.analysis.targets import wanted
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.compensation import NONE, Compensated, FitSettings, Method, get_method
-from sglp_llm.criteria import SetCriterion
+from sglp_llm.criteria import SetCriterion, get_criterion
 from sglp_llm.errors import UserError
 from sglp_llm.method.segmentation import segment_layers
 from sglp_llm.method.selection import (
@@ -20,6 +20,7 @@ from sglp_llm.method.selection import (
     check_budget,
     check_target,
     layers_to_remove,
+    number_to_remove,
     removable_layers,
     set_to_remove,
 )
@@ -50,6 +51,17 @@ def check_selection(recipe: Recipe, num_layers: int, staying: Staying = FREE) ->
             f"num_segments: {recipe.num_segments} segments are more than the model's {num_layers} decoder layers"
         )
     check_budget(recipe.budget, num_layers, _protect(recipe), _segments(recipe), staying)
+    criterion, said = get_criterion(recipe.deciding_criterion), f"criterion {recipe.deciding_criterion}"
+    if not staying or not issubclass(criterion, SetCriterion):
+        return
+    if staying.pattern[0] and not criterion.contiguous:
+        raise UserError(
+            f"{said} removes one layer after the other, and {staying.pattern[1]}: take a criterion that gives scores (such as "
+            "sglp or bi) or angular, or choose layers yourself, with --plan"
+        )
+    if criterion.contiguous and (recipe.budget.ratio is not None or recipe.budget.drop is not None):
+        among = removable_layers(num_layers, _protect(recipe), staying)
+        staying.windows(number_to_remove(recipe.budget, num_layers, len(among), staying), among, said)
 
 
 def check_reachable(recipe: Recipe, footprint: Footprint, staying: Staying = FREE) -> None:

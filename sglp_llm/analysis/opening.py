@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +21,17 @@ from sglp_llm.calibration import CalibrationSet, calibration_set, check_spec
 from sglp_llm.calibration.cache import cache_folder
 from sglp_llm.calibration.self_text import self_text, tokens_to_write
 from sglp_llm.checkpoint.export import check_carried, check_plan
-from sglp_llm.checkpoint.shorten import check_shortened
+from sglp_llm.checkpoint.shorten import check_removable, check_shortened
 from sglp_llm.checkpoint.verify import CHECK_SEQUENCES, CHECK_TOKENS
 from sglp_llm.compensation import NONE, check_compensation
 from sglp_llm.criteria import get_criterion
 from sglp_llm.engine import Need
-from sglp_llm.engine.heap import trim
 from sglp_llm.errors import UserError
 from sglp_llm.memory import EngineMemory, FreeMemory
 from sglp_llm.memory.prediction import chosen_engine, forecast
+from sglp_llm.method.selection import removable_layers
+from sglp_llm.models.footprint import layer_sizes
+from sglp_llm.models.heap import trim
 from sglp_llm.models.loading import refuse_quantised
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe
@@ -148,7 +151,7 @@ def open_for_plan(
         # A plan may have been made for the safetensors checkpoint that the file was converted from.
         stored = plan.source.name.endswith(".gguf")
     quantised = bool(opened.source and opened.source.quantised)
-    check_plan(plan, opened.identity, opened.num_layers, stored, quantised)
+    check_plan(plan, opened.identity, opened.num_layers, partial(_layer_sizes, opened), stored, quantised)
     check_shortened(opened, plan.kept)
     if plan.replaced:
         refuse_quantised(opened.source, "a plan that replaces weights")
@@ -160,8 +163,16 @@ def open_for_plan(
         seq_len = min(recipe.seq_len, CHECK_TOKENS, _positions(opened) or CHECK_TOKENS)
         checked = replace(recipe, samples=CHECK_SEQUENCES, seq_len=seq_len)
         sequences = read_calibration(opened, checked, calibration, progress)
-    _choose_engine(opened, recipe, processes, None)
+    _choose_engine(opened, _forward_passes(recipe), processes, None)
     return Inputs(opened, sequences)
+
+
+def _layer_sizes(opened: OpenedModel) -> tuple[int, ...]:
+    from sglp_llm.adapters.structure.derive import empty_model
+
+    layers = empty_model(opened.config).get_submodule(opened.adapter.layers)
+    assert isinstance(layers, torch.nn.ModuleList)
+    return layer_sizes(layers)
 
 
 def open_for_comparison(
@@ -230,9 +241,8 @@ def self_file(opened: OpenedModel, recipe: Recipe, progress: Progress = silent) 
     needs_it_whole = f"calibration {recipe.calibration!r}: to write text the whole model must be in memory"
     if recipe.engine == "streamed":
         raise UserError(f"{needs_it_whole}: leave out --engine streamed, or name another text")
-    # The memory of forward passes alone; the analysis is planned afterwards.
-    writing = replace(recipe, criterion="random", also=(), options={}, segments=None, compensate=NONE)
-    if chosen_engine(opened, writing) == "streamed":
+    # The analysis is planned afterwards.
+    if chosen_engine(opened, _forward_passes(recipe)) == "streamed":
         raise UserError(f"{needs_it_whole}, and is predicted not to fit: name another text, or --engine resident")
     folder = cache_folder("self-text")
     # Not the recipe's batch size: no result depends on that one, and this text does.
@@ -268,6 +278,8 @@ def _checked(
     check_compensation(recipe.compensate, opened.adapter, opened.text_config, recipe.samples)
     for each in recipes:
         check_selection(each, opened.num_layers, opened.staying)
+    protect = (recipe.protect.first, recipe.protect.last)
+    check_removable(opened, removable_layers(opened.num_layers, protect, opened.staying))
     check_context(recipe, _positions(opened), opened.identity.name)
     longest = _positions(opened)
     if longest is not None and recipe.seq_len > longest:
@@ -277,11 +289,16 @@ def _checked(
     return opened
 
 
+def _forward_passes(recipe: Recipe) -> Recipe:
+    """A recipe that takes the memory of forward passes alone, where nothing is analysed."""
+    return replace(recipe, criterion="random", also=(), options={}, segments=None, compensate=NONE)
+
+
 def _check_gradients(opened: OpenedModel, recipe: Recipe, recipes: Sequence[Recipe]) -> None:
     """Refuses what quantised weights cannot do: they have no gradients, and take no new values."""
     for each in recipes:
         for name in (each.deciding_criterion, *each.also):
-            if get_criterion(name).needs & Need.BACKWARD:
+            if get_criterion(name).needs & (Need.BACKWARD | Need.SYNAPTIC_FLOW):
                 refuse_quantised(opened.source, f"criterion {each.criterion}, which computes gradients,")
     if recipe.compensate != NONE:
         refuse_quantised(opened.source, f"compensate {recipe.compensate}")
@@ -310,12 +327,21 @@ def _choose_engine(
         opened.stream(recipe.scratch)
     if on_forecast is not None and found is not None:
         on_forecast(*found)
-    return None if found is None else found[0].step
+    if found is None:
+        return None
+    # Processes may find different memory free, but each keeps its own states on its own device.
+    opened.state_bytes = found[0].state_bytes
+    return found[0].step
 
 
 def let_go(opened: OpenedModel) -> None:
     """Releases a model's weights, and returns their memory to the device and the system."""
     opened.release()
+    give_back()
+
+
+def give_back() -> None:
+    """Returns the memory of what nobody holds to the device and the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

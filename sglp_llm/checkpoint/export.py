@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sglp_llm.adapters import DecoderAdapter
+from sglp_llm.adapters import DecoderAdapter, text_config
 from sglp_llm.adapters.structure.config_keys import OTHER_INDEX, OWN_INDEX, renumbered
 from sglp_llm.checkpoint.shorten import shortened_copy, shortened_json, shortened_values
 from sglp_llm.errors import UserError
 from sglp_llm.models import Source
+from sglp_llm.models.staying import staying_of
 from sglp_llm.plan import plan_from_indices
 from sglp_llm.plan.plans import check_replaced
 from sglp_llm.progress import Progress, silent
@@ -145,31 +146,44 @@ def check_carried(source: Path) -> None:
 
 
 def check_plan(
-    plan: PrunePlan, model: ModelIdentity, num_layers: int, stored: bool = True, quantised: bool = False
+    plan: PrunePlan,
+    model: ModelIdentity,
+    num_layers: int,
+    layer_sizes: Callable[[], tuple[int, ...]],
+    stored: bool = True,
+    quantised: bool = False,
 ) -> None:
-    """Checks that a plan is for this model.
+    """Checks that a plan is for this model, or for a sibling: fine-tuned, quantised, or otherwise of the same shape.
 
     Args:
         plan: The plan.
         model: The model it is to be used on.
         num_layers: Its number of decoder layers.
+        layer_sizes: Its number of parameters of each decoder layer; called where the plan is not for the same model.
         stored: Whether it is a checkpoint. Of a live model only the family is compared: its fingerprint may differ from the
             plan's, since tensors have other names and dtypes in memory than in files.
-        quantised: Whether it is. Then too only the family is compared: the plan is that of the unquantised model.
+        quantised: Whether it is. A plan that does not say the sizes of the layers is then for it too.
 
     Raises:
-        UserError: The depth differs, or the plan names a model whose fingerprint (or family) differs.
+        UserError: The depth, the family or the sizes of layers differ, or the plan replaces weights of a sibling.
     """
     check_depth(plan, num_layers, model.name)
     if plan.source is None:
         return
-    if plan.source.model_type == model.model_type and quantised:
+    is_family = plan.source.model_type == model.model_type
+    if is_family and (not stored or plan.source.fingerprint == model.fingerprint):
         return
-    if plan.source.model_type != model.model_type or (stored and plan.source.fingerprint != model.fingerprint):
+    sizes = None if plan.footprint is None else plan.footprint.layers
+    if not is_family or (sizes != layer_sizes() if sizes else not quantised):
         made_for, given = (
             f"{each.name} ({each.model_type}, {each.fingerprint[:23]}...)" for each in (plan.source, model)
         )
         raise UserError(f"the plan was made for another model: {made_for}, not {given}")
+    if plan.replaced and not quantised:
+        raise UserError(
+            f"the plan replaces weights, fitted to those of {plan.source.name}, and {model.name} has others: make the plan for "
+            "this model, or one with --compensate none"
+        )
 
 
 def check_depth(plan: PrunePlan, num_layers: int, name: str) -> None:
@@ -246,6 +260,9 @@ def _prove_live(model: PreTrainedModel, adapter: DecoderAdapter, kept: Sequence[
             f"{name}: tensors outside the layers hold a part for each layer, and are shortened in files alone: "
             "save the model and give the folder"
         )
+    depth = int(getattr(text_config(model.config), adapter.depth_key))
+    if broken := staying_of(model.config, adapter, depth).broken_by(set(range(depth)) - set(kept)):
+        raise UserError(f"{name}: {broken}")
     prove(model.config, shortened_copy(model.config, adapter, kept), adapter, kept, name)
 
 

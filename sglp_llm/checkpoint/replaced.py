@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from sglp_llm.adapters import auto_class
+from sglp_llm.adapters.structure.empty import without_weights
 from sglp_llm.errors import UserError
 from sglp_llm.models import Source
 from sglp_llm.tensor_files import CheckpointIndex
@@ -136,6 +136,6 @@ def _cast(tensor: torch.Tensor, stored: str, index: CheckpointIndex) -> torch.Te
 
 
 def _empty_model(config: PretrainedConfig) -> nn.Module:
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         model: nn.Module = auto_class(config).from_config(config)
     return model

@@ -95,8 +95,34 @@ def check_shortened(model: OpenedModel, kept: Sequence[int]) -> None:
     """
     if broken := model.staying.broken_by(set(range(model.num_layers)) - set(kept)):
         raise UserError(f"{model.identity.name}: {broken}")
-    if not model.adapter.is_derived:
+    if model.adapter.is_derived:
+        _prove(model, kept)
+
+
+def check_removable(model: OpenedModel, among: Sequence[int]) -> None:
+    """Proves, before an analysis, that a model with a derived adapter can be left without the first, middle or last layer.
+
+    They stand for the others: what is built by its index in a way that is not known here differs in one of them.
+
+    Args:
+        model: The opened model.
+        among: The layers that may be removed, ascending.
+
+    Raises:
+        UserError: It cannot; see `prove`.
+    """
+    if not model.adapter.is_derived or not (single := model.staying.can_follow((), among)):
         return
+    for layer in sorted({single[0], single[len(single) // 2], single[-1]}):
+        try:
+            _prove(model, [other for other in range(model.num_layers) if other != layer])
+        except UserError as error:
+            raise UserError(
+                f"{error}; which layers can go together is not known before it is tried: choose them yourself, with --plan"
+            ) from None
+
+
+def _prove(model: OpenedModel, kept: Sequence[int]) -> None:
     from sglp_llm.adapters.structure.proof import prove
 
     source = model.source

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from sglp_llm.adapters import adapter_of, auto_class
+from sglp_llm.adapters.structure.empty import without_weights
 from sglp_llm.checkpoint.export import renamed
 from sglp_llm.engine.modes import replaced_weights, skipped
 from sglp_llm.errors import UserError
@@ -210,7 +210,7 @@ def _buffers_as_loaded(model: PreTrainedModel) -> Iterator[None]:
         if name in module._non_persistent_buffers_set and buffer.is_floating_point() and buffer.dtype != torch.float32
     ]
     if coarse:
-        with init_empty_weights(include_buffers=False):
+        with without_weights():
             fresh = dict(auto_class(model.config).from_config(model.config, dtype=model.dtype).named_buffers())
         for path, module, name, buffer in coarse:
             module._buffers[name] = fresh[path].to(buffer.device)

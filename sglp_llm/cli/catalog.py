@@ -72,6 +72,7 @@ def _criteria() -> tuple[str, list[str], list[list[str]]]:
 
 _PASSES = {
     Need.WEIGHTS: "reads the weights",
+    Need.SYNAPTIC_FLOW: "1 forward and backward pass of one token",
     Need.HIDDEN_STATES: "1 forward pass",
     Need.GRADIENTS: "1 forward and backward pass, whole gradients",
     Need.GRADIENT_NORMS: "1 forward and backward pass",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
 import sys
@@ -145,6 +146,9 @@ def _open_closed_streams() -> None:
 
 def _end(number: int, frame: object) -> None:
     """Ends a run as Ctrl-C does, so that nothing half-written is left; no second signal disturbs that."""
+    if multiprocessing.parent_process() is not None:  # a worker of a library's pool, which ends its workers in this way
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
     for each in _ENDING:
         signal.signal(each, signal.SIG_IGN)
     _received.append(number)

@@ -10,7 +10,7 @@ import torch
 from sglp_llm.criteria.base import SetCriterion
 from sglp_llm.engine import Batch, Need
 from sglp_llm.engine.representations import ChosenStates
-from sglp_llm.errors import UserError, unknown
+from sglp_llm.errors import unknown
 from sglp_llm.method.exact import exact
 from sglp_llm.processes import Processes
 
@@ -28,6 +28,7 @@ class Angular(SetCriterion):
     """
 
     needs = Need.HIDDEN_STATES
+    contiguous = True
 
     def __init__(self, num_layers: int, seed: int = 0, *, tokens: str = "last", positions: int = 64) -> None:
         super().__init__(num_layers, seed)
@@ -59,13 +60,7 @@ class Angular(SetCriterion):
         return distances
 
     def choose(self, n: int, removable: Sequence[int]) -> list[int]:
-        starts = [first for first in removable if first + n - 1 <= removable[-1]]
-        if not starts:
-            raise UserError(f"angular removes {n} contiguous layers, and only {len(removable)} may go")
-        broken = {start: self.staying.broken_by(range(start, start + n)) for start in starts}
-        starts = [start for start in starts if not broken[start]]
-        if not starts:
-            raise UserError(f"angular removes {n} contiguous layers, and no {n} can go: {next(iter(broken.values()))}")
+        starts = self.staying.windows(n, removable, "angular")
         first = min(starts, key=lambda start: (float(self._distances[start, start + n]), start))
         return list(range(first, first + n))
 

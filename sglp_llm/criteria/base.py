@@ -64,9 +64,11 @@ class SetCriterion(Criterion):
     """Chooses a set of layers; the sets for different numbers of layers need not be nested.
 
     Attributes:
+        contiguous: Whether it removes layers in a row; others add one layer after the other.
         staying: Which layers must stay; whoever makes the criterion sets it, and `choose` respects it.
     """
 
+    contiguous: ClassVar[bool] = False
     staying: Staying = FREE
 
     @abstractmethod

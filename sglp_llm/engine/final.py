@@ -38,12 +38,11 @@ def final_states(
     """
     parts = dict(zip(range(0, len(input_ids), batch_size), input_ids.split(batch_size), strict=True))
     steps = [Step(Batch(first, len(ids), None), ids.to(model.input_device), None) for first, ids in parts.items()]
-    scratch = None if model.weights is None else model.weights.scratch
     replays = Replays(model)
     with (
         torch.inference_mode(),
         evaluating(model.model),
-        state_store(model.input_device, scratch) as store,
+        state_store(model) as store,
         progress(description, model.num_layers * len(steps)) as advance,
     ):
         if model.weights is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,9 @@ from torch import nn
 
 from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel
+
+Forward = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+"""What a decoder layer returns for its positional arguments and its keywords."""
 
 
 @contextmanager
@@ -26,6 +29,23 @@ def skipped(layers: nn.ModuleList, removed: Iterable[int]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def forwards_replaced(layers: Iterable[nn.Module], functions: Sequence[Forward]) -> Iterator[None]:
+    """Inside the block each decoder layer computes a function of its (args, kwargs) instead; its weights are not needed."""
+    layers = list(layers)
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer, function in zip(layers, functions, strict=True):
+        vars(layer)["forward"] = lambda *args, _function=function, **kwargs: _function(args, kwargs)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del vars(layer)["forward"]
+            else:
+                vars(layer)["forward"] = forward
 
 
 @contextmanager

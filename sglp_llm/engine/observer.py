@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
 
@@ -20,6 +20,7 @@ class Need(Flag):
     GRADIENTS = auto()
     GRADIENT_NORMS = auto()
     STATE_GRADIENTS = auto()
+    SYNAPTIC_FLOW = auto()
     TRIALS = auto()
     BACKWARD = GRADIENTS | GRADIENT_NORMS | STATE_GRADIENTS
 
@@ -76,6 +77,9 @@ class Observer:
 
     def on_weight(self, layer: int, weight: torch.Tensor) -> None:
         """One parameter of a decoder layer, called once for each (`Need.WEIGHTS`); every process sees all parameters."""
+
+    def on_synaptic_flow(self, flows: Sequence[float]) -> None:
+        """Called once with one number per layer, the same in every process (`Need.SYNAPTIC_FLOW`; see `synaptic_flow.py`)."""
 
     def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
         """The hidden states that enter and leave a decoder layer, both ``[batch, tokens, hidden]`` (`Need.HIDDEN_STATES`)."""

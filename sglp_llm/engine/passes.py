@@ -9,6 +9,7 @@ from sglp_llm.engine import resident, streamed
 from sglp_llm.engine.observer import Need, Observer
 from sglp_llm.engine.replay import check_states
 from sglp_llm.engine.settings import DEFAULTS, PassSettings
+from sglp_llm.engine.synaptic_flow import synaptic_flows
 from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel
 
@@ -24,6 +25,10 @@ def run_pass(
         check_states(model, calibration.input_ids[:1].to(model.input_device))
     if model.adapter.is_derived and any(observer.needs & Need.BACKWARD for observer in observers):
         _refuse_shared(model)
+    if watching := [observer for observer in observers if Need.SYNAPTIC_FLOW in observer.needs]:
+        flows = synaptic_flows(model, settings.progress)
+        for observer in watching:
+            observer.on_synaptic_flow(flows)
     run = resident.run_pass if model.weights is None else streamed.run_streamed
     return run(model, calibration, observers, settings)
 

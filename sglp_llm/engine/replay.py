@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils._pytree import tree_leaves
 
-from sglp_llm.engine.modes import entering_states, leaving_states
+from sglp_llm.engine.modes import entering_states, forwards_replaced, leaving_states
+from sglp_llm.engine.tail import tail_of
 from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.models.modes import evaluating, products_in_bfloat16
@@ -88,11 +89,20 @@ class Replay:
             states: ``[batch, tokens, hidden]`` at these positions only.
             positions: The positions, as a range or as indices.
         """
-        mask = None if self.mask is None else self.mask[:, positions]
-        # After the layers only the number of tokens matters: id 0 throughout reads one row of the embedding matrix.
-        ids = torch.zeros_like(self.ids[:, positions])
+        with self._products():
+            if modules := tail_of(self._model, states, self._by_the_model):
+                for module in modules:
+                    states = module(states)
+                return states
+            return self._by_the_model(states, positions)
+
+    def _by_the_model(self, states: torch.Tensor, positions: slice | torch.Tensor | None = None) -> torch.Tensor:
+        positions = slice(states.shape[1]) if positions is None else positions
+        # After the layers neither mask nor ids matter: id 0 throughout reads one row of the embedding matrix.
+        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=self.ids.device)
+        mask = None if self.mask is None else self.mask[: len(states), positions]
         returns = [lambda args, kwargs: _as_output(states, self._outputs)] * self._model.num_layers
-        with _layers_replaced(self._model, returns), self._products():
+        with forwards_replaced(self._model.layers, returns):
             logits: torch.Tensor = self._model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits
 
@@ -136,7 +146,7 @@ def recorded_calls(
         calls.append(Call(args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
         return _as_output(states, outputs)
 
-    with _layers_replaced(model, [record] * model.num_layers), context:
+    with forwards_replaced(model.layers, [record] * model.num_layers), context:
         model.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     return calls, seen[0]
 
@@ -227,20 +237,3 @@ def _look(model: DecoderModel, ids: torch.Tensor) -> _Seen:
 
 def _as_output(states: torch.Tensor, outputs: int) -> Any:
     return (states, *[None] * (outputs - 1)) if outputs else states
-
-
-@contextmanager
-def _layers_replaced(model: DecoderModel, functions: list[Any]) -> Iterator[None]:
-    """Inside the block each decoder layer's forward is a function of its (args, kwargs) that returns hidden states."""
-    layers = list(model.layers)
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer, function in zip(layers, functions, strict=True):
-        vars(layer)["forward"] = lambda *args, _function=function, **kwargs: _function(args, kwargs)
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                del vars(layer)["forward"]
-            else:
-                vars(layer)["forward"] = forward

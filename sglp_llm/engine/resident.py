@@ -134,14 +134,24 @@ def show_weights(index: int, layer: nn.Module, observers: Sequence[Observer]) ->
         UserError: accelerate keeps the layer out of memory.
     """
     watching = [observer for observer in observers if Need.WEIGHTS in observer.needs]
+    if watching:
+        check_in_memory(index, layer)
     for weight in layer.parameters() if watching else ():
-        if weight.is_meta:
-            raise UserError(
-                f"decoder layer {index} was offloaded, and its weights are to be looked at: use --engine streamed, "
-                "or a larger machine"
-            )
         for observer in watching:
             observer.on_weight(index, weight.detach())
+
+
+def check_in_memory(index: int, layer: nn.Module) -> None:
+    """Refuses to look at weights that are not in memory.
+
+    Raises:
+        UserError: accelerate keeps a weight of the decoder layer out of memory.
+    """
+    if any(weight.is_meta for weight in layer.parameters()):
+        raise UserError(
+            f"decoder layer {index} was offloaded, and its weights are to be looked at: use --engine streamed, "
+            "or a larger machine"
+        )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from sglp_llm.engine.observer import Batch
 from sglp_llm.errors import UserError
 from sglp_llm.models.devices import free_on
+from sglp_llm.models.loading import DecoderModel
 
 DEVICE_SHARE = 0.25
 """Share of a device's free memory that stored hidden states may take; the rest is for computing."""
@@ -28,13 +29,15 @@ class StateStore:
 
     Args:
         device: The device that `get` returns them on.
+        most: Bytes that may stay there; ``None`` = `DEVICE_SHARE` of what is free.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, most: int | None = None) -> None:
         self._device = device
         self._kept: dict[Hashable, dict[int, torch.Tensor]] = defaultdict(dict)
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._room = int(DEVICE_SHARE * (free_on(device) or 0))
+        room = int(DEVICE_SHARE * (free_on(device) or 0))
+        self._room = room if most is None else min(room, most)
         self._used: dict[int, int] = {}  # how often each tensor on the device is stored, by its id
 
     def put(self, slot: Hashable, batch: Batch, states: torch.Tensor) -> None:
@@ -148,18 +151,15 @@ def _bytes_of(host: torch.Tensor) -> memoryview:
 
 
 @contextmanager
-def state_store(device: torch.device, scratch: Path | None) -> Iterator[StateStore]:
-    """A store whose files are deleted at the end of the block.
-
-    Args:
-        device: The device that `StateStore.get` returns tensors on.
-        scratch: A folder for a `DiskStore`; ``None`` means host memory.
+def state_store(model: DecoderModel) -> Iterator[StateStore]:
+    """A store for a model's hidden states, in its scratch folder where it has one; files are deleted at the end of the block.
 
     Raises:
         UserError: No folder can be created there.
     """
+    device, scratch = model.input_device, None if model.weights is None else model.weights.scratch
     if scratch is None:
-        yield StateStore(device)
+        yield StateStore(device, model.state_bytes)
         return
     try:
         folder = Path(tempfile.mkdtemp(prefix="sglp-llm-", dir=scratch))

@@ -17,7 +17,6 @@ from torch import nn
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.engine.gradients import end_gradients, sequences_a_step, watched_gradients
 from sglp_llm.engine.head import loss_and_gradient
-from sglp_llm.engine.heap import trim
 from sglp_llm.engine.loss import not_finite
 from sglp_llm.engine.norms.ghost import Norms
 from sglp_llm.engine.observer import Batch, Need, Observer
@@ -27,6 +26,7 @@ from sglp_llm.engine.settings import DEFAULTS, PassSettings
 from sglp_llm.engine.states import StateStore, state_store
 from sglp_llm.errors import UserError
 from sglp_llm.models.devices import free_on
+from sglp_llm.models.heap import trim
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.models.modes import evaluating
 from sglp_llm.processes import Processes
@@ -115,7 +115,7 @@ def run_streamed(
     loss = None
     with (
         evaluating(model.model),
-        state_store(model.input_device, model.weights.scratch) as store,
+        state_store(model) as store,
         torch.no_grad(),
         settings.progress("Analysing", work or model.num_layers) as advance,
     ):

@@ -90,10 +90,11 @@ class StateStreams:
 
     def losses(self, stream: str) -> dict[str, float]:
         """The sum of the sequences' losses by part, in nats per token, for a stream that has left the last layer."""
-        return {
-            part: sum(float(losses(self.replays.of(step), self.states(stream, step)).sum()) for step in steps)
-            for part, steps in self._steps.items()
-        }
+        found = {}
+        for part, steps in self._steps.items():
+            each = [losses(self.replays.of(step), self.states(stream, step)).sum() for step in steps]
+            found[part] = float(torch.stack(each).sum()) if each else 0.0  # the one wait for the device
+        return found
 
     def _all(self) -> list[Step]:
         return [step for steps in self._steps.values() for step in steps]
@@ -113,6 +114,5 @@ def state_streams(
     for name, part in parts.items():
         share = processes.share(len(part))
         steps[name] = steps_of(model, calibration, batch_size, part[share.start : share.stop])
-    scratch = None if model.weights is None else model.weights.scratch
-    with evaluating(model.model), torch.no_grad(), state_store(model.input_device, scratch) as store:
+    with evaluating(model.model), torch.no_grad(), state_store(model) as store:
         yield StateStreams(model, steps, store, advance)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
-from sglp_llm.models.footprint import attention_windows, footprint_of, head_size
+from sglp_llm.adapters.structure.config_keys import ACTIVE_EXPERTS
+from sglp_llm.models.footprint import attention_windows, footprint_of, head_size, of_layer
 from sglp_llm.models.loading import DecoderModel
 
 
@@ -49,17 +51,23 @@ def count_costs(decoder: DecoderModel, context: int) -> Costs:
     config, dtype = decoder.config, decoder.model.dtype
     footprint = footprint_of(decoder, dtype)
     windows = attention_windows(config)
-    seen = sum(context if window is None else min(context, window) for window in windows)
+    seen = [context if window is None else min(context, window) for window in windows]
     return Costs(
         layers=decoder.num_layers,
         parameters=footprint.params_without(()),
         layer_parameters=sum(footprint.layers),
         weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in decoder.model.parameters()),
         context=context,
-        flops_per_token=2 * _active_weights(decoder) + 4 * config.num_attention_heads * head_size(config) * seen,
+        flops_per_token=2 * _active_weights(decoder)
+        + 4 * sum(_attending(of_layer(config, layer)) * tokens for layer, tokens in enumerate(seen)),
         kv_cache_bytes_per_token=footprint.itemsize * sum(footprint.cached),
         kv_cache_bytes=footprint.cache_bytes_without((), context),
     )
+
+
+def _attending(config: PretrainedConfig) -> int:
+    """Width of a query of all heads; 0 where nothing attends."""
+    return config.num_attention_heads * head_size(config) if getattr(config, "num_attention_heads", None) else 0
 
 
 def _active_weights(decoder: DecoderModel) -> int:
@@ -72,7 +80,7 @@ def _multiplied(module: nn.Module, decoder: DecoderModel) -> int:
         return 0
     weights = 0
     for parameter in module.parameters(recurse=False):
-        if parameter.ndim == 2:
+        if parameter.ndim == 2 or (parameter.ndim > 2 and isinstance(module, nn.Conv1d)):
             weights += parameter.numel()
         elif parameter.ndim > 2:
             weights += _active_experts(parameter, decoder)
@@ -81,6 +89,6 @@ def _multiplied(module: nn.Module, decoder: DecoderModel) -> int:
 
 def _active_experts(stacked: torch.Tensor, decoder: DecoderModel) -> int:
     """How many weights of matrices ``[experts, ...]`` are active for one token."""
-    key = decoder.adapter.active_experts_key
-    assert key is not None, "a family with stacked matrices must say how many of them a token meets"
-    return stacked[0].numel() * int(getattr(decoder.config, key))
+    keys = (decoder.adapter.active_experts_key, *ACTIVE_EXPERTS)
+    active = next((value for key in keys if key and isinstance(value := getattr(decoder.config, key, None), int)), None)
+    return stacked[0].numel() * min(active or len(stacked), len(stacked))

@@ -67,11 +67,14 @@ def _medians(opened: OpenedModel, depths: list[int], progress: Progress) -> list
     ):
         for _ in range(1 + ROUNDS):
             for depth, measured in times.items():
-                with shortened(decoder.model, _evenly_spaced(opened.num_layers, opened.num_layers - depth)):
+                with shortened(decoder.model, _removed(opened, opened.num_layers - depth)):
                     measured.append(greedy(decoder, ids, NEW_TOKENS, devices).rest_seconds / (NEW_TOKENS - 1))
                 advance(1)
     return [median(measured[1:]) for measured in times.values()]
 
 
-def _evenly_spaced(num_layers: int, count: int) -> list[int]:
-    return [index * num_layers // count for index in range(count)]
+def _removed(opened: OpenedModel, count: int) -> list[int]:
+    """So many layers that can go together, evenly spaced where all can."""
+    depth = opened.num_layers
+    spaced = [index * depth // count for index in range(count)]
+    return sorted(opened.staying.mended(spaced, range(depth)) or spaced) if opened.staying else spaced

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from sglp_llm.engine.heap import trim
+from sglp_llm.models.heap import trim
 
 PHASE_PEAK = "peak resident memory while running, less what the process held before loading (VmHWM)"
 PROCESS_PEAK = "peak resident memory of the whole process so far, loading included (ru_maxrss)"

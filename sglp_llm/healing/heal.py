@@ -19,7 +19,7 @@ from sglp_llm.errors import UserError, disk_of
 from sglp_llm.healing.keeping import Run, Training
 from sglp_llm.healing.matching import matched_in, matched_layers
 from sglp_llm.healing.opening import HealingModels, open_models
-from sglp_llm.healing.planning import in_bfloat16
+from sglp_llm.healing.planning import in_bfloat16, with_weights_that_fit
 from sglp_llm.healing.preparing import (
     begin,
     check_batch,
@@ -101,6 +101,7 @@ def heal(
                 raise UserError(f"keep_adapter is about LoRA, and train is {recipe.train}: leave it out")
             work = work_folder(output, resume)
             models = open_models(model, output, recipe, tokenizer, processes)
+            models = with_weights_that_fit(models, recipe, processes)
             files.enter_context(models.unchanged_files())
             decoder = models.student.load()
             recipe = with_train_chosen(models, recipe, work, processes)
@@ -144,8 +145,11 @@ def heal(
             if verify:
                 with timed(seconds, "reload check"):
                     ids = sequences.input_ids[held_out.start : held_out.stop]
+                    decoder.model.to(models.dtype)
                     expected = expected_logits(decoder, (), ids, values)
-                    found = verify_checkpoint(folder, expected, torch.float32, decoder.input_device)
+                    # Where there was no room for the student in float32, there may be none for a second one.
+                    narrow = models.dtype != torch.float32
+                    found = verify_checkpoint(folder, expected, models.dtype, decoder.input_device, streamed=narrow)
                     verification = asdict(found)
             written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix == ".safetensors")
         shutil.rmtree(work, ignore_errors=True)

@@ -104,9 +104,17 @@ def last_checkpoint(run: Run) -> Path | None:
 
 
 class Keeper(TrainerCallback):
-    """Keeps the log and the weights with the lowest held-out loss, on disk, and stops a run that diverges."""
+    """Keeps the log and the weights with the lowest held-out loss, on disk, and stops a run that diverges or no longer gains.
 
-    def __init__(self, model: nn.Module, run: Run) -> None:
+    Args:
+        model: What is trained.
+        run: See `Run`.
+        patience: See `HealingRecipe`.
+        least_gain: See `HealingRecipe`.
+    """
+
+    def __init__(self, model: nn.Module, run: Run, patience: int | None = None, least_gain: float = 0.0) -> None:
+        self._patience, self._least_gain = patience, least_gain
         self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self._run = run
         self._log: list[dict[str, Any]] = []
@@ -153,7 +161,7 @@ class Keeper(TrainerCallback):
     ) -> None:
         found = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
         if "before" not in self._state:
-            self._state = {"before": found, "best": found, "best_step": 0}
+            self._state = {"before": found, "best": found, "best_step": 0, "gained": (found["loss"], 0)}
         elif found["loss"] < self._state["best"]["loss"]:
             self._state |= {"best": found, "best_step": state.global_step}
             if self._run.processes.is_main:
@@ -166,6 +174,7 @@ class Keeper(TrainerCallback):
                 control,
                 f"the held-out loss is {found['loss']:.4f} at step {state.global_step}, above {before:.4f} at the start",
             )
+        self._stop_where_nothing_is_gained(control, found["loss"], state.global_step, args.eval_steps)
         self._write(_STATE_FILE_NAME, json.dumps(self._state))
         if state.global_step > 0 and self._stopped is None:
             self._asked = time.perf_counter()
@@ -175,6 +184,15 @@ class Keeper(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._saved = time.perf_counter()
         self._saving = self._saved - self._asked
+
+    def _stop_where_nothing_is_gained(self, control: TrainerControl, loss: float, step: int, every: int) -> None:
+        """Counted in steps: a run that was interrupted measures again what it has measured."""
+        lowest, since = self._state["gained"]
+        if loss < (1 - self._least_gain) * lowest:
+            self._state["gained"] = (loss, step)
+        elif self._patience is not None and step - since >= self._patience * every:
+            less = f" by {self._least_gain:.1%}" if self._least_gain else ""
+            self._stop(control, f"the held-out loss has not fallen{less} since step {since}")
 
     def _stop(self, control: TrainerControl, why: str) -> None:
         self._stopped = self._stopped or why

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sglp_llm.analysis import open_model
 from sglp_llm.checkpoint.export import check_carried
 from sglp_llm.errors import UserError
@@ -24,14 +26,17 @@ class HealingModels:
     """The models of one run.
 
     Attributes:
-        student: The shortened model, a safetensors checkpoint that will be loaded in float32.
+        student: The shortened model, a safetensors checkpoint that will be loaded in float32, or as it is stored where that would
+            not fit.
         plan: What was removed; ``None`` where the folder holds no plan.
         teacher: The original; ``None`` without distillation.
+        dtype: The one that the student's weights are held in, apart from what is trained.
     """
 
     student: OpenedModel
     plan: PrunePlan | None
     teacher: OpenedModel | None
+    dtype: torch.dtype = torch.float32
 
     @contextmanager
     def unchanged_files(self) -> Iterator[None]:

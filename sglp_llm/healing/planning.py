@@ -18,12 +18,14 @@ from sglp_llm.healing.loss import divergence, next_token_loss, sampled_positions
 from sglp_llm.healing.opening import HealingModels
 from sglp_llm.healing.teacher import Teacher, logits_at
 from sglp_llm.healing.trained import count_trained, layers_around, seams_of
-from sglp_llm.memory.dry_run import DryRun
+from sglp_llm.memory.dry_run import dry_run
 from sglp_llm.memory.free import free_memory
 from sglp_llm.memory.parameter_counts import count_parameters
 from sglp_llm.memory.peaks import USABLE
 from sglp_llm.models.modes import has_fast_bfloat16
+from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan.healing_recipe import HealingRecipe
+from sglp_llm.processes import Processes
 
 _ADAM_BYTES = 4 + 4 + 4
 """Bytes of a trained parameter beside its value: the gradient and AdamW's two means, in float32."""
@@ -78,17 +80,43 @@ def footprint(models: HealingModels, recipe: HealingRecipe, trained_parameters: 
         trained_parameters: Number of trained parameters.
     """
     config = models.student.config
-    student = DryRun(config, torch.float32)
+    student = dry_run(config, torch.float32)
     activations = student.training_peak(len(student.layers), recipe.seq_len)
-    logits = _LOGITS * 4 * recipe.seq_len * int(config.vocab_size)
+    logits = _LOGITS * 4 * recipe.seq_len * int(models.student.text_config.vocab_size)
     teacher = 0
     if models.teacher is not None:
-        dry = DryRun(models.teacher.config, torch.float32)
         stored = getattr(models.teacher.config, "dtype", None) or torch.float32
-        teacher = count_parameters(dry.model, dry.layers).total * stored.itemsize
+        teacher = _parameters_of(models.teacher) * stored.itemsize
     free = free_memory()
     there = free.host if free.device is None else free.device
     return Footprint(trained_parameters * _ADAM_BYTES, activations + logits, teacher, there)
+
+
+def _parameters_of(opened: OpenedModel) -> int:
+    dry = dry_run(opened.config, torch.float32)
+    return count_parameters(dry.model, dry.layers).total
+
+
+def with_weights_that_fit(models: HealingModels, recipe: HealingRecipe, processes: Processes) -> HealingModels:
+    """The models, whose student is loaded as it is stored where float32 weights are predicted to leave too little room.
+
+    What is trained is float32 in any case (`make_trainable`), and products are bfloat16: the numbers stay the same. It is only
+    done for weights that are stored in bfloat16, and with products in bfloat16.
+
+    Args:
+        models: The models; the student is not in memory yet.
+        recipe: The settings.
+        processes: All decide alike.
+    """
+    student = models.student
+    narrow = in_bfloat16(recipe) and getattr(student.config, "dtype", None) == torch.bfloat16
+    if narrow:
+        beside = footprint(models, recipe, 0)
+        weights = 4 * _parameters_of(student)
+        narrow = not replace(beside, trained=weights).fits(least_batch(recipe), False)
+    if not processes.agreed(int(narrow)):
+        return models
+    return replace(models, student=student.alike(student.identity.name, "auto"), dtype=torch.bfloat16)
 
 
 def fitting_train(models: HealingModels, recipe: HealingRecipe) -> Train:
@@ -109,7 +137,8 @@ def fitting_train(models: HealingModels, recipe: HealingRecipe) -> Train:
     untrained = footprint(models, recipe, 0)
     for train in possible:
         count = count_trained(student, replace(recipe, train=train), models.plan)
-        if replace(untrained, trained=count * _ADAM_BYTES).fits(least_batch(recipe), with_teacher):
+        widened = 4 - models.dtype.itemsize if train != "lora" else 0
+        if replace(untrained, trained=count * (_ADAM_BYTES + widened)).fits(least_batch(recipe), with_teacher):
             return train
     return possible[-1]
 

@@ -106,7 +106,7 @@ def timed_steps(
     kept = work / _STEPS_FILE_NAME
     if kept.exists():
         return int(read_text(kept))
-    steps = steps_in(60 * recipe.minutes, trained.model, teacher, recipe, batch_size, models.student.config)
+    steps = steps_in(60 * recipe.minutes, trained.model, teacher, recipe, batch_size, models.student.text_config)
     return processes.agreed(steps)
 
 
@@ -128,7 +128,7 @@ def teacher_in_memory(
         teacher = OnlineTeacher(models.teacher.load(), recipe.top_k, recipe.temperature, in_bfloat16(recipe))
     if recipe.batch_size == "auto" and torch.cuda.is_available():
         # A prediction can be wrong, and a graphics processor, unlike the host, says in time that its memory is full.
-        attempt = partial(try_batch, trained.model, teacher, recipe, config=models.student.config)
+        attempt = partial(try_batch, trained.model, teacher, recipe, config=models.student.text_config)
         sizes = torch.zeros(processes.count, dtype=torch.float64)
         sizes[processes.index] = batch_that_runs(attempt, batch_size)
         batch_size = int(processes.sum(sizes).min())
@@ -181,6 +181,10 @@ def teacher_on_disk(
     if models.teacher is None:
         return None
     assert recipe.top_k is not None
+    # Its engine was chosen before the student was in memory.
+    is_open = recipe.engine == "auto" and models.teacher.can_stream and not models.teacher.streamed
+    if processes.agreed(int(is_open and not footprint(models, recipe, 0).fits(1, True))):
+        models.teacher.stream(recipe.scratch)
     teacher = store_teacher(
         models.teacher.load(),
         sequences.input_ids,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from sglp_llm.engine.final import final_states
 from sglp_llm.engine.replay import Replay
 from sglp_llm.healing.loss import TopK, top_k_of
+from sglp_llm.healing.remembered import Remembered
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.models.modes import evaluating
 from sglp_llm.processes import ALONE, Processes
@@ -28,7 +29,6 @@ SHARD_SEQUENCES = 16
 
 _OPEN_SHARDS = 8
 _CHUNK_BYTES = 64 * 2**20  # of float32 logits at a time
-_REMEMBERED_BYTES = 512 * 2**20
 
 
 def logits_at(model: nn.Module, input_ids: Tensor, positions: Tensor | None) -> Tensor:
@@ -97,17 +97,16 @@ class OnlineTeacher(Teacher):
     ) -> None:
         self.model, self._top_k, self._temperature = model, top_k, temperature
         self._bfloat16 = bfloat16
-        self._asked_again: frozenset[int] = frozenset()
-        self._states: dict[int, Tensor] = {}  # what leaves the last decoder layer, [tokens, hidden], on the host
+        self._states = Remembered()  # that leave the last decoder layer
 
     def remember(self, sequences: Iterable[int]) -> None:
-        self._asked_again, self._states = frozenset(sequences), {}
+        self._states = Remembered(sequences)
 
     def targets(self, sequences: Tensor, input_ids: Tensor, positions: Tensor | None = None) -> Tensor | TopK:
         device, numbers = self.model.input_device, sequences.tolist()
         rounded = torch.autocast(device.type, torch.bfloat16, enabled=self._bfloat16)
         with torch.no_grad(), evaluating(self.model.model), rounded:
-            if self._asked_again.issuperset(numbers):
+            if self._states.wants(numbers):
                 logits = self._remembered(numbers, input_ids.to(device), positions)
             else:
                 logits = logits_at(self.model.model, input_ids.to(device), positions)
@@ -116,13 +115,9 @@ class OnlineTeacher(Teacher):
     def _remembered(self, numbers: Sequence[int], input_ids: Tensor, positions: Tensor | None) -> Tensor:
         """The logits, from what left the last decoder layer when the sequences were first seen."""
         replay = Replay(self.model, input_ids, None)
-        if self._states.keys() >= set(numbers):
-            states = torch.stack([self._states[number] for number in numbers]).to(input_ids.device)
-        else:
+        if (states := self._states.get(numbers, input_ids.device)) is None:
             states = replay.layers(0, frozenset(), replay.first_states)
-            size = states[0].numel() * states.element_size()
-            if size * (len(self._states) + len(numbers)) <= _REMEMBERED_BYTES:
-                self._states |= dict(zip(numbers, states.cpu(), strict=True))
+            self._states.put(numbers, states)
         chosen = slice(None) if positions is None else positions
         return replay.logits(states[:, chosen], chosen)
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sglp_llm.adapters import is_wrapper
 from sglp_llm.errors import UserError
 from sglp_llm.models.loading import DecoderModel
 from sglp_llm.plan.healing_recipe import HealingRecipe
@@ -31,11 +32,13 @@ class Trained:
         model: What is trained: the model itself, or peft's wrapper around it. Trained parameters are float32.
         parameters: Number of trained parameters.
         changed: Names of the parameters of the plain model that training changes.
+        front: The decoder layers in front of all that is trained: what leaves them does not change.
     """
 
     model: nn.Module
     parameters: int
     changed: frozenset[str]
+    front: tuple[nn.Module, ...] = ()
 
     @property
     def plain(self) -> PreTrainedModel:
@@ -92,6 +95,8 @@ def check_peft(recipe: HealingRecipe) -> None:
 def make_trainable(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan | None) -> Trained:
     """Lets the recipe's parameters take gradients, in float32, and no others.
 
+    Of the others only the weights of linears may stay narrower: what the layers hand on is float32 in any case.
+
     Args:
         decoder: The shortened model, in memory.
         recipe: For ``train`` and what belongs to it.
@@ -106,6 +111,10 @@ def make_trainable(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan
     _drop_nothing(model)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    linears = {id(each.weight) for each in model.modules() if isinstance(each, nn.Linear | Conv1D)}
+    for parameter in model.parameters():
+        if id(parameter) not in linears or parameter is model.get_input_embeddings().weight:
+            parameter.data = parameter.data.float()
     if recipe.train == "lora":
         return _with_adapters(decoder, recipe)
     count, changed = 0, set[str]()
@@ -114,7 +123,17 @@ def make_trainable(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan
         parameter.requires_grad_(True)
         count += parameter.numel()
         changed.add(name)
-    return Trained(model, count, frozenset(changed))
+    return Trained(model, count, frozenset(changed), _front(decoder))
+
+
+def _front(decoder: DecoderModel) -> tuple[nn.Module, ...]:
+    """None where anything outside the layers is trained (a tied head is the embedding, too), or layers may hand on more."""
+    trained = {id(parameter) for parameter in decoder.model.parameters() if parameter.requires_grad}
+    inside = [{id(parameter) for parameter in layer.parameters()} for layer in decoder.layers]
+    if decoder.adapter.is_derived or not trained <= set().union(*inside):
+        return ()
+    first = next(index for index, own in enumerate(inside) if own & trained)
+    return tuple(decoder.layers[index] for index in range(first))
 
 
 def count_trained(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan | None) -> int:
@@ -144,9 +163,17 @@ def _wanted(decoder: DecoderModel, recipe: HealingRecipe, plan: PrunePlan | None
     tied = set() if head is None else {id(parameter) for parameter in head.parameters()}
     wanted = {id(parameter) for layer in chosen for parameter in decoder.layers[layer].parameters()}
     for name, parameter in model.named_parameters():
+        if not _reads_text(name, decoder, id(parameter) in tied):
+            continue
         behind = id(parameter) not in inside and (id(parameter) not in embedding or id(parameter) in tied)
         if recipe.train == "full" or id(parameter) in wanted or (recipe.train == "partial" and behind):
             yield name, parameter
+
+
+def _reads_text(name: str, decoder: DecoderModel, is_head: bool) -> bool:
+    """Whether a parameter belongs to the decoder; in a model of images and text the vision tower and its projector do not."""
+    path = decoder.adapter.layers.rpartition(".")[0]
+    return is_head or not is_wrapper(decoder.model.config) or name.startswith(f"{path}.")
 
 
 def _linears(decoder: DecoderModel) -> list[tuple[str, nn.Linear | Conv1D]]:

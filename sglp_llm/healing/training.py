@@ -20,6 +20,7 @@ from sglp_llm.healing.keeping import Keeper, Run, Training, last_checkpoint
 from sglp_llm.healing.loss import divergence, hidden_state_loss, next_token_loss, sampled_positions
 from sglp_llm.healing.matching import NOTHING_MATCHED, Matched, outputs_of
 from sglp_llm.healing.on_policy import continued, is_on_policy, new_tokens
+from sglp_llm.healing.remembered import FrozenFront
 from sglp_llm.healing.teacher import Teacher, logits_at
 from sglp_llm.healing.trained import Trained
 from sglp_llm.plan.healing_recipe import HealingRecipe
@@ -118,11 +119,13 @@ class _Distiller(Trainer):
     ) -> None:
         self._teacher, self._recipe, self._run, self._matched = teacher, recipe, run, matched
         self._sequences, self._held_out = sequences, held_out
+        # In an on-policy step a sequence is not the one that was seen before.
+        again = [] if recipe.on_policy else [number for number, count in Counter(order).items() if count > 1]
+        again += held_out
         if teacher is not None and not matched.student:  # whose hidden states only a whole run shows
-            # In an on-policy step a sequence is not the one that was seen before.
-            again = [] if recipe.on_policy else [number for number, count in Counter(order).items() if count > 1]
-            teacher.remember([*held_out, *again])
-        self.keeper = Keeper(trained.model, run)
+            teacher.remember(again)
+        self._front = FrozenFront(trained.front, again)
+        self.keeper = Keeper(trained.model, run, recipe.patience, recipe.least_gain)
         self._plain = trained.plain
         every = max(1, steps // recipe.evaluations)
         arguments = TrainingArguments(
@@ -222,7 +225,7 @@ class _Distiller(Trainer):
             seed = seed_of(recipe.seed, self.state.global_step)
             positions = sampled_positions(ids.shape[1], recipe.positions, seed)
             positions = None if positions is None else positions.to(ids.device)
-        with outputs_of(self._matched.student) as states:
+        with self._front.of(inputs["sequence"].tolist(), ids.device), outputs_of(self._matched.student) as states:
             logits = logits_at(model, ids, positions)
         if self._teacher is None:
             own = next_token_loss(logits, labels, positions)

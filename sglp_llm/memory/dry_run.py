@@ -6,11 +6,14 @@ configuration predicts it. torch's fake tensors track shape, dtype and aliasing,
 
 from __future__ import annotations
 
+import json
 import weakref
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,6 +23,24 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from sglp_llm.adapters import adapter_of, auto_class
 from sglp_llm.engine.loss import sequence_loss
+
+_Measure = TypeVar("_Measure", bound=Callable[..., int])
+
+_KEPT = 4
+"""How many models `dry_run` keeps."""
+
+
+def _once(measure: _Measure) -> _Measure:
+    """A method that runs the model the first time that it is asked for these sizes."""
+
+    @wraps(measure)
+    def number(dry: DryRun, *sizes: int) -> int:
+        key: tuple[str | int, ...] = (measure.__name__, *sizes)
+        if key not in dry.numbers:
+            dry.numbers[key] = measure(dry, *sizes)
+        return dry.numbers[key]
+
+    return number  # type: ignore[return-value]
 
 
 class DryRun:
@@ -32,6 +53,7 @@ class DryRun:
     Attributes:
         model: The whole model: count its parameters, do not run it.
         layers: Its decoder layers.
+        numbers: What was measured, by measure and sizes.
     """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
@@ -49,7 +71,9 @@ class DryRun:
         for parameter in self.layers.parameters():
             parameter.requires_grad_(True)
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        self.numbers: dict[tuple[str | int, ...], int] = {}
 
+    @_once
     def kept_for_backward(self, num_layers: int, tokens: int) -> int:
         """Bytes alive after the forward pass of one sequence through that many layers, without the head."""
         with self._running(num_layers) as live:
@@ -58,6 +82,7 @@ class DryRun:
             del states
         return round(self._scale * kept)
 
+    @_once
     def training_peak(self, num_layers: int, tokens: int) -> int:
         """Peak bytes alive in a forward and backward pass of one sequence, each gradient freed once it is accumulated."""
         with self._running(num_layers) as live:
@@ -65,6 +90,7 @@ class DryRun:
             sequence_loss(self.model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
         return round(self._scale * live.peak)
 
+    @_once
     def forward_peak(self, num_layers: int, batch: int, tokens: int) -> int:
         """Peak bytes alive in a forward pass without gradients, without the head."""
         with torch.no_grad(), self._running(num_layers) as live:
@@ -132,3 +158,27 @@ def _one_sequence_a_row() -> Iterator[None]:
 
 def _forget_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
+
+
+_RECENT: OrderedDict[object, DryRun] = OrderedDict()
+
+
+def dry_run(config: PretrainedConfig, dtype: torch.dtype) -> DryRun:
+    """The `DryRun` of such a model, the same one for equal configurations.
+
+    The memory and the time of an analysis, the memory of the training after it, and the next method of a comparison all ask about
+    one model; running it dry takes most of the time of a run whose model is small.
+
+    Args:
+        config: See `DryRun`.
+        dtype: See `DryRun`.
+    """
+    said = {
+        name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "transformers_version")
+    }
+    key = type(config), config._attn_implementation, dtype, json.dumps(said, sort_keys=True, default=str)
+    found = _RECENT.pop(key, None) or DryRun(config, dtype)
+    _RECENT[key] = found
+    while len(_RECENT) > _KEPT:
+        _RECENT.popitem(last=False)
+    return found

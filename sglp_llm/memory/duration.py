@@ -23,7 +23,7 @@ from sglp_llm.compensation import NONE, get_method
 from sglp_llm.criteria import GreedyCriterion, get_criterion
 from sglp_llm.engine import Need
 from sglp_llm.errors import UserError, unknown
-from sglp_llm.memory.dry_run import DryRun
+from sglp_llm.memory.dry_run import DryRun, dry_run
 from sglp_llm.memory.parameter_counts import ParameterCounts, count_parameters
 from sglp_llm.memory.peaks import Work
 from sglp_llm.plan import Recipe
@@ -147,7 +147,7 @@ def predict_durations(
         UserError: transformers cannot run such a configuration.
     """
     try:
-        dry = DryRun(config, dtype)
+        dry = dry_run(config, dtype)
         model = _Model(dry, count_parameters(dry.model, dry.layers), config, work.seq_len)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from sglp_llm.memory.records import FreeMemory
+from sglp_llm.models.devices import free_on
 
 ROOT = Path("/")
 
@@ -24,7 +25,7 @@ def free_memory(all_devices: bool = False, scratch: str | None = None) -> FreeMe
     device = None
     if torch.cuda.is_available():
         devices = range(torch.cuda.device_count()) if all_devices else [torch.cuda.current_device()]
-        device = sum(torch.cuda.mem_get_info(index)[0] for index in devices)
+        device = sum(free_on(torch.device("cuda", index)) or 0 for index in devices)
     return FreeMemory(host_free(), device, None if scratch is None else _disk_free(Path(scratch)))
 
 

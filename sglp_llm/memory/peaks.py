@@ -19,8 +19,9 @@ from sglp_llm.compensation.repair.refine import MOVING_SHARE, REFINED_BYTES
 from sglp_llm.engine import Need
 from sglp_llm.engine.gradients import most_sequences
 from sglp_llm.engine.head import CHUNK_BYTES, DEVICE_CHUNK_BYTES
+from sglp_llm.engine.states import DEVICE_SHARE
 from sglp_llm.errors import UserError
-from sglp_llm.memory.dry_run import DryRun
+from sglp_llm.memory.dry_run import DryRun, dry_run
 from sglp_llm.memory.parameter_counts import ParameterCounts, count_parameters
 from sglp_llm.memory.records import EngineMemory, FreeMemory, MemoryPlan
 
@@ -93,14 +94,14 @@ def plan_memory(
         dtype: The dtype of the computation.
         work: What the analysis does.
         on_device: Whether a CUDA device computes; the host then holds what need not be on the device.
-        free: What is free. Steps with gradients take as many sequences as fit, and so does what is elastic on a device: the
-            refined layers and the stored hidden states there. ``None`` = enough.
+        free: What is free. Steps with gradients take as many sequences as fit. On a device no more layers are refined, and no
+            more hidden states stay there, than fit. ``None`` = enough.
 
     Raises:
         UserError: transformers cannot run such a configuration.
     """
     try:
-        dry = DryRun(config, dtype)
+        dry = dry_run(config, dtype)
         counts = count_parameters(dry.model, dry.layers)
         text = text_config(config)
         model = _Model(counts, len(dry.layers), text.hidden_size, text.vocab_size, dtype.itemsize)
@@ -161,7 +162,7 @@ class _Model:
 def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool, free: FreeMemory, step: int) -> EngineMemory:
     """The whole model; activations of one sequence in all layers, or of a batch in one; sums of gradients of all layers."""
     weights = model.counts.total * model.itemsize
-    phases = [{"weights": weights}]
+    phases, stored = [{"weights": weights}], 0
     if _differentiates(work):
         one = dry.kept_for_backward(1, work.seq_len)
         # Gradients are freed one by one; their norms are taken in float32.
@@ -191,8 +192,8 @@ def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool, free: Fre
         )
     if work.compensation is not None:
         phase = _compensation(dry, model, work, 2)
-        # Stored hidden states are on the host; with a device, they fit where the model was before it was moved.
-        streams = {} if on_device else {"hidden states": _streams(model, work)}
+        stored = _streams(model, work)
+        streams = {} if on_device else {"hidden states": stored}
         phases.append({"weights": weights, **phase, **streams})
         if work.refined_sequences:
             kept = work.refined_sequences * dry.kept_for_backward(work.refined(model.layers), work.seq_len)
@@ -201,13 +202,17 @@ def _resident(dry: DryRun, model: _Model, work: Work, on_device: bool, free: Fre
     # Safetensors are loaded to the device tensor by tensor.
     loaded = weights if work.whole_on_host else PREFETCHED * model.counts.largest * model.itemsize
     staged = {"weights": loaded} if on_device else {}
-    return _placed("resident", parts, staged, on_device, work, model, 0)
+    if not on_device:
+        return EngineMemory("resident", {**parts, "runtime": RUNTIME}, None, 0)
+    return _on_device("resident", parts, staged, work, model, stored, free)
 
 
 def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool, free: FreeMemory, step: int) -> EngineMemory:
     """Two layers, final norm and head; activations in one layer; hidden states of all sequences between layers."""
     counts = model.counts
-    weights = (PREFETCHED * counts.layer + counts.outside - counts.embedding) * model.itemsize
+    # On the host only the rows of the embedding that are looked up are read from the mapped file.
+    looked_up = 0 if on_device else counts.embedding
+    weights = (PREFETCHED * counts.layer + counts.outside - looked_up) * model.itemsize
     phases, stored = [{"weights": weights}], [0]
     every = model.states(work.samples, work.seq_len)
     if _differentiates(work):
@@ -250,24 +255,42 @@ def _streamed(dry: DryRun, model: _Model, work: Work, on_device: bool, free: Fre
             phases.append({"weights": weights, **_refinement(model, work, kept, weights, on_device, free)})
         stored.append(_streams(model, work))
     parts = max(phases, key=lambda phase: sum(phase.values()))
-    staged = {"weights": PREFETCHED * counts.layer * model.itemsize} if on_device else {}
-    return _placed("streamed", parts, staged, on_device, work, model, max(stored))
+    if on_device:
+        staged = {"weights": PREFETCHED * counts.layer * model.itemsize}
+        return _on_device("streamed", parts, staged, work, model, max(stored), free)
+    waiting = {} if work.scratch or not max(stored) else {"hidden states": max(stored)}
+    return EngineMemory("streamed", {**parts, **waiting, "runtime": RUNTIME}, None, max(stored) if work.scratch else 0)
 
 
-def _placed(
-    engine: str, parts: dict[str, int], staged: dict[str, int], on_device: bool, work: Work, model: _Model, stored: int
+def _on_device(
+    engine: str,
+    parts: dict[str, int],
+    staged: dict[str, int],
+    work: Work,
+    model: _Model,
+    stored: int,
+    free: FreeMemory,
 ) -> EngineMemory:
-    """Assigns the parts of the computation to the device where there is one, and stored states to the host or to disk."""
-    kept = {} if work.scratch or not stored else {"hidden states": stored}
-    disk = stored if work.scratch else 0
-    if not on_device:
-        return EngineMemory(engine, {**parts, **kept, "runtime": RUNTIME}, None, disk)
+    """What computes is on the device. Stored states are there while they fit; the host or the disk has room for all of them."""
     if work.sums_on_host and "gradients" in parts:
-        resident = engine == "resident"
-        sums = _sums(model.counts.matrices if resident else model.counts.layer_matrices, work)
+        sums = _sums(model.counts.matrices if engine == "resident" else model.counts.layer_matrices, work)
         parts = {**parts, "gradients": parts["gradients"] - sums}
         staged = {**staged, "gradients": sums}
-    return EngineMemory(engine, {**staged, **kept, "runtime": RUNTIME + CUDA_CONTEXT}, parts, disk)
+    on_disk = work.scratch and engine == "streamed"
+    kept = 0 if on_disk else _kept(parts, stored, free.device)
+    if kept:
+        parts = {**parts, "hidden states": parts.get("hidden states", 0) + kept}
+    if stored and not on_disk:
+        staged = {**staged, "hidden states": stored}
+    host = {**staged, "runtime": RUNTIME + CUDA_CONTEXT}
+    return EngineMemory(engine, host, parts, stored if on_disk else 0, state_bytes=kept)
+
+
+def _kept(parts: dict[str, int], stored: int, free: int | None) -> int:
+    """Bytes of stored states that stay on a device: no more than the engine would keep there, and than the rest leaves."""
+    if free is None:
+        return stored
+    return max(0, min(stored, int(DEVICE_SHARE * (free - parts["weights"])), int(USABLE * free) - sum(parts.values())))
 
 
 def _compensation(dry: DryRun, model: _Model, work: Work, layers: int) -> dict[str, int]:

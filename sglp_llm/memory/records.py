@@ -16,6 +16,7 @@ class EngineMemory:
         device: Parts on the device; ``None`` when everything is computed on the host.
         disk: Bytes in the scratch folder.
         step: Sequences per step of a pass with gradients.
+        state_bytes: Most bytes of stored hidden states that may stay on the device; they are among its parts.
     """
 
     engine: str
@@ -23,6 +24,7 @@ class EngineMemory:
     device: Mapping[str, int] | None
     disk: int
     step: int = 1
+    state_bytes: int = 0
 
     @property
     def host_peak(self) -> int:

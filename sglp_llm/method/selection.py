@@ -213,13 +213,16 @@ def lowest_scores(
     """The n layers to remove: in each segment its share of the lowest scores; ties go to the lower index.
 
     Where layers must stay, they are removed one by one: each time the lowest score among those that can go next, in segments
-    that have not given their share, or, where none can go there, in the others.
+    that have not given their share, or, where none can go there, in the others. Where the kept ones must keep a pattern, the sum
+    of the scores is the least, wherever the segments are.
 
     Raises:
         UserError: So many cannot go.
     """
     capacities = segment_capacities(segments, protect, staying)
     candidates = [_removable(segment, segments[-1].stop, protect, staying) for segment in segments]
+    if staying.pattern[0]:
+        return staying.least(n, scores, [layer for layers in candidates for layer in layers])
     removed: list[int] = []
     if not staying:
         for layers, share in zip(candidates, spread(n, capacities), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -28,16 +29,22 @@ def check_finite(name: str, layers: str, parameters: Iterable[tuple[str, torch.T
     Raises:
         UserError: A number is not finite; the message names the layer and the tensor.
     """
+    found: dict[torch.device, list[tuple[str, torch.dtype, torch.Tensor]]] = defaultdict(list)
     for path, parameter in parameters:
         if parameter.is_meta or parameter.dtype not in _FLOATS or not parameter.numel():
             continue
         lowest, highest = torch.aminmax(parameter.detach())  # NaN is passed on; no temporary of the tensor's size
-        if bool(torch.isfinite(lowest) and torch.isfinite(highest)):
+        found[parameter.device].append((path, parameter.dtype, torch.isfinite(lowest) & torch.isfinite(highest)))
+    for looked_at in found.values():
+        # Once for a device: moving a number to the host waits for all that the device has yet to do.
+        are_finite = torch.stack([verdict for _, _, verdict in looked_at]).tolist()
+        if all(are_finite):
             continue
+        path, dtype, _ = looked_at[are_finite.index(False)]
         match = re.match(rf"{re.escape(layers)}\.(\d+)\.", path)
         place = f"of decoder layer {match[1]}" if match else "outside the decoder layers"
-        narrow = parameter.dtype in (torch.float16, torch.bfloat16)
-        hint = f", or {str(parameter.dtype)[6:]} is too small for them (try --dtype float32)" if narrow else ""
+        narrow = dtype in (torch.float16, torch.bfloat16)
+        hint = f", or {str(dtype)[6:]} is too small for them (try --dtype float32)" if narrow else ""
         raise UserError(
             f"{name}: tensor {path!r} {place} holds numbers that are not finite: the weights are damaged{hint}"
         )
@@ -90,7 +97,9 @@ def naming_layers(load: Callable[[], DecoderModel], input_ids: torch.Tensor) -> 
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) and "not finite" not in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or (
+            isinstance(error, UserError) and "not finite" not in str(error)
+        ):
             raise
         model = load()
         layer = first_not_finite(model, input_ids)

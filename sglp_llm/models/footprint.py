@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from copy import deepcopy
 from functools import lru_cache
 
 import torch
+from torch import nn
 from transformers import DynamicCache, PretrainedConfig
 
 from sglp_llm.adapters import ConfigKey, auto_class
@@ -14,14 +16,14 @@ from sglp_llm.records import Footprint
 
 
 def footprint_of(decoder: DecoderModel, dtype: torch.dtype) -> Footprint:
-    """Counts a model; parameters on ``meta`` count too.
+    """Counts a model; parameters on ``meta`` count too, and those that several layers share count as outside the layers.
 
     Args:
         decoder: The model.
         dtype: Of the weights and the KV cache.
     """
     config = decoder.config
-    layers = tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder.layers)
+    layers = layer_sizes(decoder.layers)
     windows = attention_windows(config)
     windows = windows[:: max(1, len(windows) // max(1, len(layers)))]
     return Footprint(
@@ -35,6 +37,12 @@ def footprint_of(decoder: DecoderModel, dtype: torch.dtype) -> Footprint:
     )
 
 
+def layer_sizes(layers: nn.ModuleList) -> tuple[int, ...]:
+    """The number of parameters of each decoder layer, without those that it shares with others."""
+    holders = Counter(parameter for layer in layers for parameter in layer.parameters())
+    return tuple(sum(each.numel() for each in layer.parameters() if holders[each] == 1) for layer in layers)
+
+
 def _cached(decoder: DecoderModel) -> tuple[int, ...]:
     """How many numbers each decoder layer caches for a token; states of a fixed size, as recurrent layers have, do not count.
 
@@ -44,7 +52,7 @@ def _cached(decoder: DecoderModel) -> tuple[int, ...]:
     whole, depth = decoder.model.config, decoder.num_layers
     if decoder.adapter.is_derived and (seen := _seen_in_cache(ConfigKey(whole), depth)) is not None:
         return seen
-    return (cached_numbers(decoder.config),) * depth
+    return tuple(cached_numbers(of_layer(decoder.config, layer)) for layer in range(depth))
 
 
 @lru_cache(maxsize=8)
@@ -78,6 +86,12 @@ def attention_windows(config: PretrainedConfig) -> list[int | None]:
     layers = DynamicCache(config=config).layers
     # A recurrent layer's cache has no window and no keys.
     return [int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None for layer in layers]
+
+
+def of_layer(config: PretrainedConfig, layer: int) -> PretrainedConfig:
+    """The configuration of one decoder layer; of most models the same for all."""
+    one: PretrainedConfig = config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+    return one
 
 
 def cached_numbers(config: PretrainedConfig) -> int:

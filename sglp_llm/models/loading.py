@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from sglp_llm.adapters import DecoderAdapter, adapter_of, auto_class, text_config
+from sglp_llm.adapters.structure.empty import without_weights
 from sglp_llm.errors import UserError
 from sglp_llm.models.devices import own_device
 from sglp_llm.models.hub import download
@@ -43,12 +44,14 @@ class DecoderModel:
         unused_tensors: Names of the checkpoint's tensors that transformers does not use, such as the causal masks that old
             releases stored.
         weights: Loads the decoder layers' weights when they are in memory one at a time; ``None`` when all are in memory.
+        state_bytes: Most bytes of stored hidden states that may stay on its device; ``None`` where nothing was predicted.
     """
 
     model: PreTrainedModel
     adapter: DecoderAdapter
     unused_tensors: Set[str] = frozenset()
     weights: LayerWeights | None = None
+    state_bytes: int | None = None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -221,12 +224,9 @@ def load_streamed(source: Source, dtype: str = "auto", scratch: Path | None = No
     Raises:
         UserError: The checkpoint is not safetensors, or a tensor is missing or has the wrong shape.
     """
-    from accelerate import init_empty_weights
-
     check_streamable(source)
     check_size(source)
-    # Buffers are real: rotary frequencies and embedding scales are in no file.
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         model = auto_class(source.config).from_config(
             source.config, dtype=DTYPES.get(dtype) or checkpoint_dtype(source)
         )
@@ -307,11 +307,9 @@ def _tokenizer(folder: Path, name: str, **options: str) -> Any:
 
 def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model without a quantisation configuration, with which transformers would refuse to save it."""
-    from accelerate import init_empty_weights
-
     config = model.config
     del config.quantization_config
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         plain = auto_class(config).from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class OpenedModel:
         num_layers: Number of decoder layers.
         config: transformers' configuration.
         streamed: Whether the decoder layers are loaded one at a time.
+        state_bytes: See `DecoderModel`, for the model that `load` returns; set it before that.
 
     Raises:
         UserError: See `find_source` and `wrap_model`.
@@ -62,6 +64,7 @@ class OpenedModel:
         self._dtype, self._device_map, self._tokenizer = dtype, device_map, tokenizer
         self._scratch: Path | None = None
         self.streamed = False
+        self.state_bytes: int | None = None
         self._loaded: DecoderModel | None = None
         self._is_checked = False
         self.source: Source | None = None
@@ -179,6 +182,8 @@ class OpenedModel:
         if not self._is_checked:
             check_finite(self.identity.name, self.adapter.layers, loaded.model.named_parameters())
             self._is_checked = True
+        if loaded.state_bytes != self.state_bytes:
+            loaded = replace(loaded, state_bytes=self.state_bytes)
         self._loaded = loaded
         return loaded
 

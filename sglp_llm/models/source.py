@@ -306,10 +306,10 @@ def _refuse_form(raw: Mapping[str, Any], adapter: DecoderAdapter | None, name: s
     """Refuses remote code and wrappers that are no models of images and text."""
     model_type = str(raw["model_type"])
     if remote := raw.get("auto_map"):
-        native = adapter.native_remote_classes if adapter else ()
+        native = adapter.native_remote_classes if adapter else _built_in(model_type)
         entries = list(remote.values()) if isinstance(remote, dict) else [remote]
         classes = [str(entry).split(".")[-1] for value in entries for entry in _as_list(value) if entry]
-        if not set(classes) <= set(native):
+        if not {_letters(name) for name in classes} <= {_letters(name) for name in native}:
             raise UserError(
                 f"{name}: the checkpoint needs remote code (auto_map: {', '.join(classes)}), which is not run; "
                 "use a conversion to a model family of transformers"
@@ -322,6 +322,24 @@ def _refuse_form(raw: Mapping[str, Any], adapter: DecoderAdapter | None, name: s
             f"{name}: {model_type!r} is a multimodal wrapper (it has {', '.join(wrapped)}), but no model of images and text; "
             f"save its text model ({inner}) as a checkpoint of its own and point at that"
         )
+
+
+def _letters(name: str) -> str:
+    """A class name as it is compared: transformers and checkpoints put underscores and capitals in other places."""
+    return name.replace("_", "").lower()
+
+
+def _built_in(model_type: str) -> set[str]:
+    """The classes that transformers itself has for a type: checkpoints from before then name code of the same names."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    mappings = (
+        configuration_auto.CONFIG_MAPPING_NAMES,
+        modeling_auto.MODEL_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    return {name for mapping in mappings for name in _as_list(mapping.get(model_type)) if name}
 
 
 def _refuse_type(model_type: str, name: str) -> None:

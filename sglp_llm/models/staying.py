@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from sglp_llm.adapters import DecoderAdapter
@@ -27,7 +28,29 @@ def staying_of(config: Any, adapter: DecoderAdapter, depth: int) -> Staying:
         always[0] = exceptions.pin_first
     if exceptions.pin_last:
         always[depth - 1] = exceptions.pin_last
-    return Staying(always, _needed(config, exceptions, depth), _attention(config, depth))
+    one_of = _attention(config, depth)
+    if exceptions.sharing is not None:
+        key, entry = exceptions.sharing
+        sharing = [layer for layer, kind in enumerate(getattr(config, key)) if kind == entry]
+        if exceptions.numbers_sharing:
+            always |= dict.fromkeys(
+                sharing, f"it shares weights with the other {entry} layers, which are counted ({key})"
+            )
+        else:
+            always |= dict.fromkeys(sharing[:1], f"it holds the weights that all {entry} layers share ({key})")
+            one_of.append((frozenset(sharing[1:]), f"transformers builds no model with a single {entry} layer ({key})"))
+    return Staying(always, _needed(config, exceptions, depth), one_of, _pattern(config, exceptions, depth))
+
+
+def _pattern(config: Any, exceptions: Exceptions, depth: int) -> tuple[tuple[str, ...], str]:
+    """What each layer is by its index, where only that says it."""
+    if not exceptions.regular:
+        return (), ""
+    pairs = [(getattr(config, period), getattr(config, offset)) for period, offset in exceptions.regular]
+    kinds = tuple("".join("01"[layer % period == offset] for period, offset in pairs) for layer in range(depth))
+    periods = " and ".join(f"{key} {period}" for (key, _), (period, _) in zip(exceptions.regular, pairs, strict=True))
+    most = math.lcm(*(period for period, _ in pairs))
+    return kinds, f"transformers builds a layer by its index ({periods}); {most} layers in a row can go, and last ones"
 
 
 def _needed(config: Any, exceptions: Exceptions, depth: int) -> dict[int, tuple[frozenset[int], str]]:

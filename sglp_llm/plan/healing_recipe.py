@@ -20,6 +20,7 @@ _LENGTHS = ("tokens", "minutes", "epochs")
 _POSITIVE = (
     *_LENGTHS,
     *("sequences", "batch_size", "temperature", "top_k", "learning_rate", "max_grad_norm", "evaluations"),
+    "patience",
     *("seam_layers", "last_layers", "lora_rank", "lora_alpha", "prompt_tokens", "shortest"),
 )
 _RATES = {"auto": 2e-4, "full": 2e-4, "partial": 3e-4, "seam": 5e-4, "lora": 1e-3}
@@ -72,6 +73,8 @@ class HealingRecipe:
         weight_decay: AdamW's.
         max_grad_norm: Gradients are clipped to this norm.
         evaluations: How often the held-out loss is measured in a run.
+        patience: Training ends when so many measurements in a row were no gain; none = it never ends early.
+        least_gain: Share of the held-out loss by which it must fall to be a gain, for ``patience``.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
         dtype: What is computed in; ``auto`` is bfloat16 on a device that has it, and float32 elsewhere.
         engine: Of the teacher, where its logits are computed beforehand: ``resident``, ``streamed``, or ``auto`` for what fits.
@@ -114,6 +117,8 @@ class HealingRecipe:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     evaluations: int = 10
+    patience: int | None = None
+    least_gain: float = 0.0
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     engine: Literal["auto", "resident", "streamed"] = "auto"
@@ -165,7 +170,7 @@ def healing_recipe_from_dict(data: object, where: str = "recipe") -> HealingReci
         value = getattr(recipe, key)
         if value not in (None, "auto") and not value > 0:
             raise UserError(f"{where}: {key} must be above 0, not {value!r}")
-    for key in ("alpha", "beta", "final_rate", "hidden_weight", "on_policy"):
+    for key in ("alpha", "beta", "final_rate", "hidden_weight", "on_policy", "least_gain"):
         if not 0 <= getattr(recipe, key) <= 1:
             raise UserError(f"{where}: {key} must be between 0 and 1, not {getattr(recipe, key)!r}")
     for key in ("warmup_steps", "weight_decay"):

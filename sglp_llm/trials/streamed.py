@@ -34,7 +34,7 @@ def run_streamed_trials(
     needed = [index for index in range(model.num_layers) if any(index not in removed for removed in groups[0])]
     with (
         evaluating(model.model),
-        state_store(model.input_device, model.weights.scratch) as store,
+        state_store(model) as store,
         torch.inference_mode(),
         progress(description, len(needed)) as advance,
     ):

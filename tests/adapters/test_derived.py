@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from calibration_sets import plain_set
 from helpers import ROOT
-from transformers import AutoConfig, DynamicCache
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from sglp_llm import analyze, prune, replan
 from sglp_llm.adapters import adapter_names
@@ -62,6 +64,40 @@ def test_layers_with_other_outputs_and_caches_are_analysed(model_type: str, tmp_
     numbers = [sum(each.numel() for each in pair if isinstance(each, torch.Tensor)) for pair in pairs]
     numbers += [0] * (model.config.num_hidden_layers - len(numbers))
     assert numbers == [6 * cached for cached in plan.footprint.cached]
+
+
+def test_code_from_before_transformers_had_the_type_is_dropped(tmp_path: Path) -> None:
+    """The classes that such a checkpoint names are those that transformers has; other ones are refused."""
+    random_model(tiny_config("deepseek_v3")).save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    raw = json.loads(file.read_text())
+    names = {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModel": "modeling_deepseek.DeepSeekV3Model"}
+    file.write_text(json.dumps({**raw, "auto_map": names}))
+    prune(tmp_path / "source", tmp_path / "out", plan=plan_from_indices(8, [3]), verify=False)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    file.write_text(json.dumps({**raw, "auto_map": {**names, "AutoModelForCausalLM": "modeling.MyForCausalLM"}}))
+    with pytest.raises(UserError, match=r"needs remote code \(auto_map: .*MyForCausalLM\)"):
+        prune(tmp_path / "source", tmp_path / "other", plan=plan_from_indices(8, [3]), verify=False)
+
+
+def test_layers_for_multi_token_prediction_are_left_out_and_the_report_says_so(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    model = random_model(tiny_config("deepseek_v3"))
+    model.save_pretrained(source)
+    tensors = load_file(source / "model.safetensors")
+    behind = {
+        name.replace("layers.7.", "layers.8."): each.clone() for name, each in tensors.items() if "layers.7." in name
+    }
+    save_file({**tensors, **behind}, source / "model.safetensors", {"format": "pt"})
+    raw = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**raw, "num_nextn_predict_layers": 1}))
+    report = prune(source, tmp_path / "out", plan=plan_from_indices(8, [3]), calibration=plain_set(2, 12))
+    line = "left out: 1 stored behind the decoder layers, for multi-token prediction from the last of them"
+    assert report.notes == (line,)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "layers.7." in name]
+    assert report.verification is not None
 
 
 def test_hidden_states_that_are_no_vector_a_token_are_one_line() -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from calibration_sets import plain_set
-from helpers import ROOT, tiny_tokenizer
+from helpers import ROOT, TEXT, tiny_tokenizer
 from tiny_models import tensors_of, token_ids
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from sglp_llm import drop_layers, prune
+from sglp_llm import drop_layers, heal, prune
 from sglp_llm.adapters import adapter_of
 from sglp_llm.errors import UserError
 from sglp_llm.plan import load_plan, plan_from_indices
@@ -112,6 +112,25 @@ def test_pictures_are_seen_as_before(tmp_path: Path) -> None:
         expected, blank = seen(model), model(input_ids=ids, use_cache=False).logits
     assert torch.equal(seen(load(tmp_path / "out")), expected)
     assert not torch.equal(expected, blank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["full", "partial", "lora"])
+def test_the_decoder_is_trained_and_the_whole_wrapper_written(train: str, tmp_path: Path) -> None:
+    source = save(random_wrapper("mistral3"), tmp_path / "source")
+    prune(source, tmp_path / "short", plan=plan_from_indices(DEPTH, [1, 3]), calibration=plain_set(2, 24))
+    settings = {"data": TEXT, "tokens": 96, "seq_len": 16, "sequences": 2, "dtype": "float32", "learning_rate": 3e-4}
+    report = heal(tmp_path / "short", tmp_path / "out", train=train, **settings)
+    assert report.verification is not None
+    assert report.record.best_step > 0
+    before, after = tensors_of(tmp_path / "short"), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert any("layers.0." in name for name in changed) or train == "partial"
+    assert changed
+    assert all("language_model" in name or "lm_head" in name for name in changed), changed
+    assert load(tmp_path / "out").config.text_config.num_hidden_layers == DEPTH - 2
+    assert (tmp_path / "out" / "processor_config.json").read_bytes() == PROCESSOR
 
 
 def test_a_live_wrapper_is_shortened_in_place() -> None:

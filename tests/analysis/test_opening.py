@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import QUICK as PAPER
 from checkpoints import run_cli, save_tiny, tiny_model
 from helpers import tiny_tokenizer
 
 from sglp_llm import analyze
 from sglp_llm.analysis import opening
 from sglp_llm.calibration import calibration_set
+from sglp_llm.engine import Need
 from sglp_llm.errors import UserError
 from sglp_llm.memory import FreeMemory, prediction
+from sglp_llm.memory.prediction import work_of
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import Recipe, load_plan
 
@@ -126,3 +129,19 @@ def test_eval_has_no_model_that_writes(tiny: Path) -> None:
     assert outcome.code == 2
     assert "self is text that a model writes, and no model writes" in outcome.error
     assert "is a mixture, and perplexity is measured on one source" in run_cli("eval", tiny, "--data", "pydoc c4").error
+
+
+def test_an_export_by_a_plan_takes_the_memory_of_forward_passes_alone(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[Need] = []
+
+    def forecast(opened: OpenedModel, recipe: Recipe) -> Any:
+        planned.append(work_of(recipe).needs)
+        return prediction.forecast(opened, recipe)
+
+    monkeypatch.setattr("sglp_llm.analysis.opening.forecast", forecast)
+    assert run_cli("prune", tiny, "-o", tmp_path / "out", "--plan", "2", "--no-verify").code == 0
+    assert planned == [Need.NOTHING]
+    assert run_cli("prune", tiny, "-o", tmp_path / "other", "--drop", 1, "--no-verify", *PAPER).code == 0
+    assert planned[1] & Need.BACKWARD

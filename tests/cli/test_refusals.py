@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import PLAN, QUICK, SMALL, copied, edited, run_cli, save_tiny, written
+from checkpoints import PLAN, QUICK, SMALL, copied, run_cli, save_tiny, written
 
 
 @pytest.fixture(scope="module")
@@ -237,11 +237,9 @@ def test_only_what_we_wrote_is_overwritten_and_only_when_asked(verb: str, tiny: 
 def test_a_plan_is_for_one_model_wherever_it_lies(tiny: Path, tmp_path: Path) -> None:
     assert run_cli("analyze", tiny, "-o", tmp_path / "plan", "--drop", 2, *QUICK).code == 0
     other = save_tiny(tmp_path / "other", hidden_size=64)
-    same_shapes = copied(tiny, tmp_path / "same_shapes", edited("config.json", rms_norm_eps=0.1))
-    for source in (other, same_shapes):
-        outcome = run_cli("prune", source, "-o", tmp_path / "out", "--plan", tmp_path / "plan", "--no-verify")
-        assert outcome.code == 2, outcome
-        assert "the plan was made for another model" in outcome.error
-        assert not (tmp_path / "out").exists()
+    outcome = run_cli("prune", other, "-o", tmp_path / "out", "--plan", tmp_path / "plan", "--no-verify")
+    assert outcome.code == 2, outcome
+    assert "the plan was made for another model" in outcome.error
+    assert not (tmp_path / "out").exists()
     copy = copied(tiny, tmp_path / "copy")
     assert run_cli("prune", copy, "-o", tmp_path / "out", "--plan", tmp_path / "plan", "--no-verify").code == 0

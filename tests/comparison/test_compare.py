@@ -111,7 +111,10 @@ def test_comparisons_share_what_is_measured(tiny: Path, finished: Path, tmp_path
     shutil.copytree(finished / "measured", shared)
     before = {file: file.stat().st_mtime_ns for file in shared.iterdir()}
     for samples in ((), ("--samples", 5)):
-        own, other = ([*arguments(tiny, tmp_path / f"{name}{len(samples)}"), *samples] for name in ("own", "other"))
+        own, other = (
+            [*arguments(tiny, tmp_path / f"{name}{len(samples)}", ("sglp", "angular", "random")), *samples]
+            for name in ("own", "other")
+        )
         assert run_cli(*own).code == 0
         outcome = run_cli(*other, "--measured", shared)
         assert outcome.code == 0, outcome.err
@@ -123,7 +126,7 @@ def test_comparisons_share_what_is_measured(tiny: Path, finished: Path, tmp_path
     assert len(list(shared.iterdir())) < len(before) + len(list((own / "measured").iterdir()))
     copy = tmp_path / "copy"  # of the same shapes, so of the same fingerprint: it may have been fine-tuned
     shutil.copytree(tiny, copy)
-    outcome = run_cli(*arguments(copy, tmp_path / "copied"), "--measured", shared)
+    outcome = run_cli(*arguments(copy, tmp_path / "copied", ("random",)), "--measured", shared)
     assert outcome.code == 2
     assert f"{shared} holds an unfinished or finished run with another model" in outcome.err
 

@@ -259,9 +259,12 @@ def test_half_precision_checkpoints_keep_their_dtype_or_are_widened(tmp_path: Pa
 
 def test_states_on_disk_are_those_that_were_put(tmp_path: Path) -> None:
     batch = Batch(0, 1, None)
+    checkpoint = find_source(save_tiny(tiny_model(Tiny("llama", 0)), tmp_path / "model"))
+    kept = tmp_path / "states"
+    kept.mkdir()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         states = torch.randn(1, 5, 7).to(dtype)
-        with state_store(CPU, tmp_path) as store:
+        with state_store(load_streamed(checkpoint, scratch=kept)) as store:
             store.put("a", batch, states[:, :, ::2])
             store.share("a", "b")
             store.put("a", batch, states)
@@ -269,8 +272,9 @@ def test_states_on_disk_are_those_that_were_put(tmp_path: Path) -> None:
             assert torch.equal(store.get("a", batch), states)
             store.drop("a")
             assert torch.equal(store.get("b", batch), states[:, :, ::2])
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="not a folder for scratch files"), state_store(CPU, tmp_path / "none"):
+    assert not list(kept.iterdir())
+    nowhere = load_streamed(checkpoint, scratch=tmp_path / "none")
+    with pytest.raises(UserError, match="not a folder for scratch files"), state_store(nowhere):
         pass
 
 

@@ -16,7 +16,7 @@ from sglp_llm import heal, load_plan, prune
 def test_all_parameters(tiny: Tiny, tmp_path: Path) -> None:
     source = save_tiny(tiny_model(tiny), tmp_path / "source", max_shard_size="60KB")
     plan = load_plan(write_plan(tmp_path / "plan.json", tiny.depth, removed=list(REMOVED)))
-    prune(source, tmp_path / "short", plan=plan, verify=False)
+    prune(source, tmp_path / "short", plan=plan, verify=False, engine="resident")
     report = heal(
         tmp_path / "short",
         tmp_path / "out",
@@ -24,6 +24,7 @@ def test_all_parameters(tiny: Tiny, tmp_path: Path) -> None:
         tokens=96,
         seq_len=16,
         sequences=2,
+        train="full",
         dtype="float32",
         learning_rate=3e-4,
     )

@@ -121,7 +121,9 @@ def test_half_precision_is_trained_in_float32() -> None:
     model.model.to(torch.bfloat16)
     trained = make_trainable(model, HealingRecipe(train="seam", seam_layers=1), plan)
     kinds = {(each.requires_grad, each.dtype) for each in trained.model.parameters()}
-    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    assert kinds == {(True, torch.float32), (False, torch.float32), (False, torch.bfloat16)}
+    linears = {module.weight for module in trained.model.modules() if isinstance(module, torch.nn.Linear)}
+    assert {each for each in trained.model.parameters() if each.dtype == torch.bfloat16} < linears
 
 
 @EVERY_TINY

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sglp_llm.models.loading import wrap_model
 from sglp_llm.plan import plan_from_indices
 from sglp_llm.plan.healing_recipe import HealingRecipe
 from sglp_llm.progress import Advance, Progress, silent
+from sglp_llm.tensor_files.tensors import read_tensors
 
 PLAN = plan_from_indices(6, (2, 3))
 RECIPE = HealingRecipe(
@@ -185,6 +187,37 @@ def test_a_run_that_gets_worse_stops_and_keeps_the_start(tmp_path: Path) -> None
     assert found.best_step == 0
     assert len([line for line in found.log if "loss" in line]) < STEPS
     assert found.after == found.before
+
+
+def test_training_ends_when_so_many_measurements_were_no_gain(tmp_path: Path) -> None:
+    whole, _ = trained_by_us(tmp_path / "whole")
+    losses = [line["eval_loss"] for line in whole.log if "eval_loss" in line]
+    gains = [1 - after / before for before, after in pairwise(losses)]
+    assert min(gains) > 0, "a run that gets better with every step"
+    patient, _ = trained_by_us(tmp_path / "patient", RECIPE.with_changes(patience=1))
+    assert (patient.stopped, patient.best_step, patient.after) == (None, STEPS, whole.after)
+    least = 1 - losses[2] / losses[0] + 1e-6  # what the first two steps bring is just too little
+    ended, model = trained_by_us(tmp_path / "ended", RECIPE.with_changes(patience=2, least_gain=least))
+    assert ended.stopped is not None
+    assert "since step 0" in ended.stopped
+    assert [line["eval_loss"] for line in ended.log if "eval_loss" in line] == losses[:3]
+    assert (ended.best_step, ended.after["loss"]) == (2, losses[2])
+    best = read_tensors(tmp_path / "ended" / "best.safetensors")
+    assert all(torch.equal(value, model.get_parameter(name)) for name, value in best.items())
+
+
+def test_measurements_that_an_interruption_repeats_are_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglp_llm.healing.keeping.CHECKPOINT_SHARE", 0.0)  # the first one alone
+    recipe = RECIPE.with_changes(patience=5, least_gain=0.9)
+    whole, _ = trained_by_us(tmp_path / "whole", recipe)
+    with pytest.raises(Killed):
+        trained_by_us(tmp_path / "cut", recipe, progress=killed_after(4 * 4 * 16))
+    rest, _ = trained_by_us(tmp_path / "cut", recipe, resume=True)
+    assert whole.stopped is not None
+    assert (rest.stopped, rest.best_step, rest.after) == (whole.stopped, whole.best_step, whole.after)
+    assert rest.best_step == 5
 
 
 def test_text_that_is_seen_again_goes_through_the_teacher_once(tmp_path: Path) -> None:

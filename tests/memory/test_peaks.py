@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import QUICK, save_tiny
-from helpers import ROOT
+from helpers import ROOT, TEXT
 from tiny_models import Tiny, every_tiny, tiny_model, token_ids
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sglp_llm.engine import Need
 from sglp_llm.memory import EngineMemory, FreeMemory
-from sglp_llm.memory.dry_run import DryRun
+from sglp_llm.memory.dry_run import DryRun, dry_run
 from sglp_llm.memory.parameter_counts import count_parameters
-from sglp_llm.memory.peaks import RUNTIME, Work, plan_memory
+from sglp_llm.memory.peaks import RUNTIME, Work, fits, plan_memory
 from sglp_llm.memory.prediction import work_of
 from sglp_llm.plan import Recipe
 
@@ -102,6 +102,23 @@ def test_a_mixture_in_float32_takes_twice_what_it_takes_in_bfloat16() -> None:
     assert wide == 2 * narrow
 
 
+def test_equal_configurations_share_a_dry_run() -> None:
+    named = llama()
+    named.name_or_path = "/another/folder"
+    shared = dry_run(llama(), torch.float32)
+    assert dry_run(named, torch.float32) is shared
+    changed = (
+        (llama(hidden_size=128), torch.float32),
+        (llama(num_hidden_layers=5), torch.float32),
+        (llama(), torch.half),
+    )
+    assert all(dry_run(config, dtype) is not shared for config, dtype in changed)
+    for sizes in ((1, 16), (4, 16), (1, 24), (1, 16)):
+        fresh = DryRun(llama(), torch.float32)
+        assert shared.training_peak(*sizes) == fresh.training_peak(*sizes)
+        assert shared.kept_for_backward(*sizes) == fresh.kept_for_backward(*sizes)
+
+
 # What grows with what
 
 
@@ -174,8 +191,9 @@ def test_a_device_holds_what_computes_and_the_host_what_is_stored() -> None:
     there = plan_memory(llama(), torch.float32, work, True)
     for cpu, gpu in ((here.resident, there.resident), (here.streamed, there.streamed)):
         stored = cpu.host.get("hidden states", 0)
-        assert gpu.device_peak == cpu.host_peak - stored - RUNTIME
-        assert gpu.host.get("hidden states", 0) == stored
+        embedding = 4 * 256 * 64 if gpu.engine == "streamed" else 0  # on the host its rows are read from the file
+        assert gpu.device_peak == cpu.host_peak - RUNTIME + embedding
+        assert gpu.host.get("hidden states", 0) == gpu.state_bytes == stored
     assert there.resident.host["weights"] < there.resident.device["weights"]  # type: ignore[index,operator]
     at_once = plan_memory(llama(), torch.float32, replace(work, whole_on_host=True), True).resident
     assert at_once.host["weights"] == there.resident.device["weights"]  # type: ignore[index]
@@ -183,6 +201,26 @@ def test_a_device_holds_what_computes_and_the_host_what_is_stored() -> None:
     sums = 4 * 4 * (4 * 64 * 64 + 3 * 64 * 96)
     assert moved.host["gradients"] == sums
     assert moved.device_peak == (there.resident.device_peak or 0) - sums
+
+
+def test_hidden_states_stay_on_a_device_while_they_leave_room() -> None:
+    """At most a quarter of what is free beside the weights, and never what would make a run not fit."""
+    work = replace(GRADIENTS, samples=64)
+    need = plan_memory(llama(), torch.float32, work, True).streamed
+    assert need.device is not None
+    assert need.device_peak is not None
+    stored, weights = need.state_bytes, need.device["weights"]
+    least = need.device_peak - stored
+    for free in (int(1.2 * least), need.device_peak, 10**9):
+        there = FreeMemory(None, free)
+        found = plan_memory(llama(), torch.float32, work, True, there).streamed
+        quarter, left = (free - weights) // 4, int(0.9 * free) - least
+        if found.step == need.step:
+            assert found.state_bytes == max(0, min(stored, quarter, left))
+            assert fits(found, there) == (left >= 0)
+        assert found.host["hidden states"] == stored
+    assert found.state_bytes == stored
+    assert plan_memory(llama(), torch.float32, replace(work, scratch=True), True).streamed.state_bytes == 0
 
 
 def test_trials_store_one_set_of_states_a_layer() -> None:
@@ -199,7 +237,18 @@ def test_the_peak_of_a_process_is_near_the_prediction(tmp_path: Path) -> None:
     )
     source = save_tiny(tmp_path / "source")  # for its tokenizer
     AutoModelForCausalLM.from_config(config).save_pretrained(source)
-    command = [sys.executable, "-m", "sglp_llm", "analyze", str(source), *QUICK[:2], "--samples", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "sglp_llm",
+        "analyze",
+        str(source),
+        *QUICK[:2],
+        "--samples",
+        "1",
+        "--calibration",
+        TEXT,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [*command, "--seq-len", "512", "--json"], env=environment, capture_output=True, text=True, check=True

@@ -114,6 +114,34 @@ def test_a_set_is_mended_to_one_of_the_same_size(staying: Staying, wanted: froze
         assert not staying.needed or mended <= set(removable)
 
 
+@settings(deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from("ab"), min_size=DEPTH, max_size=DEPTH).map(tuple),
+    staying=limits(needs=False),
+    scores=scores_of,
+    n=st.integers(1, DEPTH - 1),
+)
+def test_kept_layers_come_where_their_kind_is(
+    kinds: tuple[str, ...], staying: Staying, scores: Sequence[float], n: int
+) -> None:
+    patterned = Staying(always=staying.always, pattern=(kinds, "by index"))
+    fitting = [
+        each
+        for each in allowed_sets(Staying(always=staying.always), n)
+        if [kinds[layer] for layer in range(DEPTH) if layer not in each] == list(kinds[: DEPTH - n])
+    ]
+    assert all(bool(patterned.broken_by(each)) == (each not in fitting) for each in combinations(range(DEPTH), n))
+    assert staying_from(patterned.to_dict(), "the plan").to_dict() == patterned.to_dict()
+    if not fitting:
+        with pytest.raises(UserError, match="together"):
+            patterned.least(n, scores, range(DEPTH))
+        return
+    removed = patterned.least(n, scores, range(DEPTH))
+    assert removed == min(fitting, key=lambda each: (sum(scores[layer] for layer in each), each))
+    if not patterned.always:  # then the last layers can always go
+        assert layers_to_remove(Budget(drop=n), WHOLE, scores, staying=patterned) == removed
+
+
 @given(staying=limits(), scores=scores_of)
 def test_without_limits_nothing_changes_and_a_plan_holds_them(staying: Staying, scores: Sequence[float]) -> None:
     assert staying_from(staying.to_dict(), "the plan") == staying
@@ -126,7 +154,7 @@ def test_without_limits_nothing_changes_and_a_plan_holds_them(staying: Staying, 
 
 
 @pytest.mark.parametrize(
-    "data", [3, {"always": 1}, {"needed": {"1": 2}}, {"one_of": [[1, 2, 3]]}, {"always": {"x": ""}}]
+    "data", [3, {"always": 1}, {"needed": {"1": 2}}, {"one_of": [[1, 2, 3]]}, {"always": {"x": ""}}, {"pattern": 3}]
 )
 def test_other_data_is_refused(data: object) -> None:
     with pytest.raises(UserError, match="staying must hold"):

@@ -237,9 +237,7 @@ def test_killed_and_pushed_again(pruned: Path, tmp_path: Path, hub: LocalHub) ->
     assert len(hub.repositories["me/short"].messages) == 1
     (there,) = hub.objects
     hub.requests.clear()
-    again = subprocess.run(command, **options, capture_output=True, check=False)
-    assert (again.returncode, again.stderr) == (0, "")
-    assert again.stdout == f"Uploaded          {hub.address}/me/short\n"
+    assert pushed(pruned, "me/short") == Outcome(0, f"Uploaded          {hub.address}/me/short\n", "")
     assert len(hub.asked("PUT")) == SHARDS - 1
     assert hub.asked(f"PUT /objects/{there}") == []
     assert len(hub.repositories["me/short"].messages) == 2

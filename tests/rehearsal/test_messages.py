@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,22 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from checkpoints import QUICK, run_cli
-from placements import calibration, llama
+from placements import LAYERS, calibration, llama
 from pretended_devices import PretendedDevices
 from tiny_models import save_tiny
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sglp_llm import analyze
 from sglp_llm.analysis.observing import observe
+from sglp_llm.compensation.repair import cuts, refine
+from sglp_llm.engine import resident
 from sglp_llm.errors import UserError
+from sglp_llm.models import opened
 from sglp_llm.models.loading import wrap_model
 from sglp_llm.plan import Recipe
 from sglp_llm.processes.distributed import local_device
+from sglp_llm.records import PrunePlan
+from sglp_llm.trials import measures
 
 EVERYTHING_ON_0: dict[str, int | str] = dict.fromkeys(
     [
@@ -27,7 +33,7 @@ EVERYTHING_ON_0: dict[str, int | str] = dict.fromkeys(
         "model.rotary_emb",
         "model.norm",
         "lm_head",
-        *(f"model.layers.{index}" for index in range(5)),
+        *(f"model.layers.{index}" for index in range(LAYERS)),
     ],
     0,
 )
@@ -61,29 +67,57 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         local_device()
 
 
-def out_of_memory(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
-    """Makes a part of transformers run out of memory so many times; the list counts."""
-    forward, seen = LlamaMLP.forward, [0]
+def out_of_memory(
+    monkeypatch: pytest.MonkeyPatch, times: int, part: Any = LlamaMLP, name: str = "forward"
+) -> list[int]:
+    """Makes a function run out of memory so many times; the list counts."""
+    function, seen = getattr(part, name), [0]
 
-    def failing(self: LlamaMLP, *args: Any) -> torch.Tensor:
+    def failing(*args: Any, **kwargs: Any) -> Any:
         seen[0] += 1
         if seen[0] <= times:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        result: torch.Tensor = forward(self, *args)
-        return result
+        return function(*args, **kwargs)
 
-    monkeypatch.setattr(LlamaMLP, "forward", failing)
+    monkeypatch.setattr(part, name, failing)
     return seen
 
 
-def test_an_open_engine_becomes_the_streamed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, settings = save_tiny(llama(), tmp_path), {"criterion": "gradnorm", "drop": 1}
-    expected = analyze(source, calibration=calibration(), engine="streamed", **settings).plan
-    seen = out_of_memory(monkeypatch, 1)
-    found = analyze(source, calibration=calibration(), engine="auto", **settings).plan
-    assert seen[0] > 1
+PHASES: dict[str, tuple[Any, str]] = {
+    "loading": (opened, "load_model"),
+    "a pass": (LlamaMLP, "forward"),
+    "a loss": (resident, "sequence_loss"),
+    "a trial": (measures, "sequence_loss"),
+    "a repair": (cuts, "layer_in_memory"),
+    "a refinement": (refine, "divergence_gradient"),
+}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PrunePlan]:
+    """The plan that an engine finds."""
+    source = save_tiny(llama(), tmp_path_factory.mktemp("model"))
+    settings: dict[str, Any] = {"criterion": "gradnorm", "also": ("ppl",), "drop": 1, "protect": {"first": 1}}
+    settings |= {"compensate": "learned", "calibration": calibration(), "batch_size": 2}
+    return lambda engine: analyze(source, engine=engine, **settings).plan
+
+
+@pytest.fixture(scope="module")
+def expected(planned: Callable[[str], PrunePlan]) -> PrunePlan:
+    return planned("streamed")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_open_engine_becomes_the_streamed_one(
+    phase: str, planned: Callable[[str], PrunePlan], expected: PrunePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, name = PHASES[phase]
+    seen = out_of_memory(monkeypatch, 1, part, name)
+    found = planned("auto")
+    assert seen[0] >= 1
     assert found.kept == expected.kept
-    assert found.scores["gradnorm"] == pytest.approx(expected.scores["gradnorm"], rel=1e-5)
+    for name, scores in expected.scores.items():
+        assert found.scores[name] == pytest.approx(scores, rel=1e-5)
 
 
 def test_one_line_says_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import typer
 from helpers import TEXT, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -55,10 +57,15 @@ class Outcome:
         return lines[0].removeprefix("sglp-llm: error: ")
 
 
+_command = cache(typer.main.get_command)
+"""What Typer makes of the functions of the verbs before it parses anything: the same at every run."""
+
+
 def run_cli(*arguments: object) -> Outcome:
     """Runs ``sglp-llm ARGUMENTS`` in this process."""
     out, err = io.StringIO(), io.StringIO()
-    with patch.object(sys, "argv", ["sglp-llm", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+    argv = patch.object(sys, "argv", ["sglp-llm", *map(str, arguments)])
+    with argv, patch.object(typer.main, "get_command", _command), redirect_stdout(out), redirect_stderr(err):
         code = cli._run()
     return Outcome(code, out.getvalue(), err.getvalue())
 

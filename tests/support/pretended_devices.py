@@ -208,6 +208,8 @@ class _Functions(TorchFunctionMode):
             }
             if func in answers:
                 return answers[func]
+            if func is torch.Tensor.tolist and args[0].ndim:  # what has no dimension goes on to `item`
+                devices.wait("tolist")
             if func is torch.Tensor.numpy:
                 raise TypeError("can't convert a cuda tensor to numpy")
         return func(*args, **kwargs)

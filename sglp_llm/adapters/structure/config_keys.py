@@ -83,6 +83,9 @@ PATTERN_OF = {
 PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers")
 """How many layers for multi-token prediction a checkpoint may hold behind the decoder layers."""
 
+ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+"""How many experts of a mixture a token meets."""
+
 OWN_INDEX = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx"})
 """Attributes of modules that hold the index of the decoder layer they are in."""
 

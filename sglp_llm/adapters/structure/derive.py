@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from sglp_llm.adapters.base import DecoderAdapter
@@ -41,13 +41,11 @@ def derive(config: PretrainedConfig, written: Callable[[str], DecoderAdapter | N
     exceptions = replace(exceptions, fused=_fused_in(model, exceptions.fused))
     if (family := written(str(text.model_type))) is not None:  # of a wrapper around a family with a file
         return replace(family, **found, exceptions=exceptions, is_derived=True)
-    mlp, mlp_out, attention_out = find_branches(model.get_submodule(path), int(getattr(text, "hidden_size", 0)))
+    ends = find_branches(model.get_submodule(path), int(getattr(text, "hidden_size", 0)))
     return DecoderAdapter(
         display_name=model_type,
         **found,
-        mlp=mlp,
-        mlp_out=mlp_out,
-        attention_out=attention_out,
+        **asdict(ends),
         refuse=exceptions.refuse_settings,
         exceptions=exceptions,
         is_derived=True,
@@ -107,10 +105,10 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     Raises:
         UserError: transformers has no such model, or cannot build it.
     """
-    from accelerate import init_empty_weights
+    from sglp_llm.adapters.structure.empty import without_weights
 
     try:
-        with init_empty_weights(include_buffers=False):
+        with without_weights():
             model: PreTrainedModel = auto_class(config).from_config(deepcopy(config)).eval()
             return model
     except Exception as error:  # whatever a type's own code raises for a configuration that does not fit it

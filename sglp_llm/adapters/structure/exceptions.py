@@ -24,6 +24,12 @@ class Exceptions:
         scale_with_root: Configuration key that the model divides by the square root of the depth: it is multiplied by
             ``sqrt(new / old)``.
         keep_keys: Keys of patterns that the model itself reads, and that are therefore kept.
+        regular: Pairs of keys, a period and an offset: every layer is built otherwise whose index leaves that remainder, and no
+            list of layers can say so instead.
+        sharing: Key of a list with one entry a layer, and the entry of layers that share weights, which files hold under the
+            first one's name.
+        numbers_sharing: Whether the layers that share weights hold parts of their own by their number among them.
+        flags: Attributes of modules that say whether a layer hands its keys and values on; `shared_from` says which must.
     """
 
     refuse: str = ""
@@ -35,16 +41,22 @@ class Exceptions:
     fused: Mapping[str, int] = field(default_factory=dict)
     scale_with_root: str = ""
     keep_keys: tuple[str, ...] = ()
+    regular: tuple[tuple[str, str], ...] = ()
+    sharing: tuple[str, str] | None = None
+    numbers_sharing: bool = False
+    flags: frozenset[str] = frozenset()
 
 
 _PER_LAYER_EMBEDDINGS = {
     "model.embed_tokens_per_layer.weight": 1,
     "model.per_layer_model_projection.weight": 0,
 }
+_HANDS_ON = frozenset({"store_full_length_kv"})
 _GEMMA4 = Exceptions(
     pin_last="transformers gives the last layer full attention",
     shared_from="num_kv_shared_layers",
     fused=_PER_LAYER_EMBEDDINGS,
+    flags=_HANDS_ON,
 )
 _STACKS = "it runs several stacks of layers"
 _DRAFTER = "it drafts tokens from the states of another model"
@@ -76,7 +88,7 @@ EXCEPTIONS: Mapping[str, Exceptions] = MappingProxyType(
         ),
         "exaone4": Exceptions(keep_keys=("sliding_window_pattern",)),
         "exaone_moe": Exceptions(keep_keys=("sliding_window_pattern",)),
-        "gemma3n_text": Exceptions(shared_from="num_kv_shared_layers", fused=_PER_LAYER_EMBEDDINGS),
+        "gemma3n_text": Exceptions(shared_from="num_kv_shared_layers", fused=_PER_LAYER_EMBEDDINGS, flags=_HANDS_ON),
         "gemma4_text": _GEMMA4,
         "gemma4_unified_text": _GEMMA4,
         "glm_moe_dsa": Exceptions(readers=("indexer_types", "shared", "full")),
@@ -89,6 +101,9 @@ EXCEPTIONS: Mapping[str, Exceptions] = MappingProxyType(
         "hrm_text": Exceptions(refuse="it runs two stacks of layers in a loop"),
         "hy_v4": Exceptions(readers=("indexer_types", "shared", "full")),
         "inkling2_text": Exceptions(refuse="its residual stream is cut into blocks of layers counted by index"),
+        "jamba": Exceptions(
+            regular=(("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
+        ),
         "minimax": Exceptions(pin_first="with linear attention in the first layer, generation with a cache goes wrong"),
         "minicpm3": Exceptions(scale_with_root="scale_depth"),
         "modernbert-decoder": Exceptions(pin_first="it alone has no norm before its attention"),
@@ -101,6 +116,8 @@ EXCEPTIONS: Mapping[str, Exceptions] = MappingProxyType(
             },
         ),
         "xlm": Exceptions(refuse=_ANOTHER_LIST),
+        "zamba": Exceptions(sharing=("layers_block_type", "hybrid")),
+        "zamba2": Exceptions(sharing=("layers_block_type", "hybrid"), numbers_sharing=True),
         "zaya": Exceptions(
             refuse="each layer's router reads the state of the router before it, and the first has none"
         ),

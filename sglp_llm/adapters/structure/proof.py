@@ -57,13 +57,18 @@ def prove(
             return bool(renumbered(key, value, 0, kept) == other)
         if key in LAYER_KINDS and isinstance(value, list | tuple) and isinstance(other, list | tuple):
             return set(other) <= set(value)  # of a module that holds each kind of layer once
-        if isinstance(value, dict) and isinstance(other, dict) and other.items() <= value.items():
-            return True  # an entry for each kind of layer
+        if isinstance(value, dict) and isinstance(other, dict):
+            if other.items() <= value.items():
+                return True  # an entry for each kind of layer
+            if other == {kept.index(layer): entry for layer, entry in value.items() if layer in kept}:
+                return True  # an entry for each layer
         return any(_same(value, old) and _same(other, new) for old, new in changed)
 
     for new, old in enumerate(kept):
 
         def follows(key: str, value: Any, other: Any, old: int = old) -> bool:
+            if key in adapter.exceptions.flags:
+                return True
             if isinstance(value, int):
                 return bool(renumbered(key, value, old, kept) == other) or (
                     getattr(original, key, None) == value and getattr(shortened, key, None) == other

@@ -16,7 +16,8 @@ from sglp_llm.errors import UserError
 _SETTINGS = (
     "teacher distil train seam_layers seam_side last_layers lora_rank lora_alpha answers on_policy prompt_tokens shortest "
     "minutes epochs repeat held_out seq_len sequences batch_size alpha beta positions temperature hidden_weight top_k store "
-    "learning_rate schedule final_rate warmup_steps weight_decay gradient_checkpointing dtype engine scratch seed"
+    "learning_rate schedule final_rate warmup_steps weight_decay gradient_checkpointing patience least_gain dtype "
+    "engine scratch seed"
 )
 
 
@@ -240,6 +241,22 @@ def heal(
         str | None,
         typer.Option(
             metavar="TYPE", help="auto, bfloat16 or float32: what is computed in.", rich_help_panel=panels.MEMORY
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="End when so many of the ten held-out measurements in a row were no gain.",
+            rich_help_panel=panels.STEPS,
+        ),
+    ] = None,
+    least_gain: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="By which the held-out loss must fall to be a gain. Default: 0.",
+            rich_help_panel=panels.STEPS,
         ),
     ] = None,
     seed: Annotated[

@@ -215,7 +215,10 @@ class _Repairing:
             def visit(part: str) -> Visit:
                 def show(step: Step, leaving: torch.Tensor) -> None:
                     target = streams.states(_DENSE, step)
-                    rows = slice(None) if step.mask is None else step.mask.flatten().to(target.device)
+                    mask = step.batch.mask  # on the host, where counting the rows waits for nothing
+                    rows: Any = slice(None)
+                    if mask is not None:
+                        rows = mask.flatten().nonzero().flatten().to(target.device, non_blocking=True)
                     given = seen[0].reshape(*leaving.shape[:2], -1)
                     fit.on_rows(
                         part, *(each.to(target.device).flatten(0, 1)[rows] for each in (given, leaving, target))

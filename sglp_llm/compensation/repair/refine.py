@@ -118,7 +118,6 @@ def refine(
     Raises:
         UserError: A layer is offloaded, or the divergence is not finite.
     """
-    scratch = None if model.weights is None else model.weights.scratch
     groups = {name: _groups(model, calibration, part, schedule.sequences, processes) for name, part in parts.items()}
     # Quality is measured on all held-out steps and on as many fit steps.
     judged = {name: each[: len(groups["held_out"])] for name, each in groups.items()}
@@ -131,7 +130,7 @@ def refine(
     with (
         evaluating(model.model),
         frozen(model.model),
-        state_store(model.input_device, scratch) as store,
+        state_store(model) as store,
         progress("Refining", passes) as advance,
     ):
         student = Student(model, removed, names, start)
@@ -232,14 +231,14 @@ class _Refining:
 
     def quality(self, groups: Sequence[_Group]) -> Quality:
         """The quality with the current values: means over the sequences of all processes; a collective call."""
-        sums = torch.zeros(2, dtype=torch.float64)
+        found = [torch.zeros(2, dtype=torch.float64)]
         with torch.no_grad():
             for step in (step for group in groups for step in group.steps):
                 final, dense = self._final(step), self.streams.states(_DENSE, step)
                 replay = self.streams.replays.of(step)
-                sums[0] += float(divergence(replay, final, dense).sum())
-                sums[1] += float(losses(replay, final).sum())
+                found.append(torch.stack([divergence(replay, final, dense).sum(), losses(replay, final).sum()]))
                 self.advance(step.batch.size)
+        sums = torch.stack([each.to(found[-1].device) for each in found]).sum(dim=0).cpu()  # the one wait
         means = self.processes.sum(sums) / sum(group.sequences for group in groups)
         return Quality(*means.tolist())
 
