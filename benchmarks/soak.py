@@ -11,7 +11,7 @@ Exit code 1 where an export differs, one of them grows, or there are more open f
 What is in use is told apart from what the process holds. Python's memory blocks and the bytes in use on C's heap are counted by
 their allocators: a leak raises one of them by the same amount at every cycle. Resident memory grew by 10.3 ± 1.4 kB a cycle in a
 run of 300 in which both were all but flat (+6 blocks, +0.1 kB) and no mapping was added. Four fifths of it was anonymous:
-probably pages of which a small part is in use, which was not proved. So its limit is wide, for memory that neither allocator knows.
+probably pages of which a small part is in use, which was not proved. Its limit is wide, for what neither allocator knows.
 
 Transformers reads safetensors through `WholeFile` meanwhile. safetensors 0.8.0 itself loses up to two blocks of 32 bytes for each
 tensor that it reads by a slice (by their size and number the integers where its bytes begin and end), 200 blocks in a cycle that
