@@ -11,7 +11,7 @@ their G G^T. Products of half precision matrices accumulate in float32; sums ove
 
 Inner products and squares overflow float32 from 2e19 on, where the gradient itself and its norm are still finite: one token with
 such an input is enough, and times the 0 of a token without gradient its infinity is NaN. There the gradient itself is computed,
-and its squares in float64.
+and its squares in float64; only on the CPU, because the host would wait for another device to see it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def ghost_is_cheaper(tokens: int, width_in: int, widths_out: Sequence[int], bloc
 
 def _by_grams_if_finite(inputs: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     total = _by_grams(inputs, gradients)
-    return total if bool(total.isfinite().all()) else _by_pieces(inputs, gradients)
+    return total if _is_finite(total) else _by_pieces(inputs, gradients)
 
 
 def _by_grams(inputs: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -111,7 +111,11 @@ def _by_pieces(inputs: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch
 def _norms_of_rows(matrix: torch.Tensor) -> torch.Tensor:
     """``[..., rows]`` float64; computed in float32, which is several times as fast, where the squares fit into it."""
     rows = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.promote_types(matrix.dtype, torch.float32))
-    return exact(rows) if bool(rows.isfinite().all()) else torch.linalg.vector_norm(exact(matrix), dim=-1)
+    return exact(rows) if _is_finite(rows) else torch.linalg.vector_norm(exact(matrix), dim=-1)
+
+
+def _is_finite(numbers: torch.Tensor) -> bool:
+    return numbers.device.type != "cpu" or bool(numbers.isfinite().all())
 
 
 def _block(device: torch.device) -> int:
