@@ -12,7 +12,7 @@ from sglp_llm.analysis.observing import Observations, trials_in_bfloat16
 from sglp_llm.analysis.targets import wanted
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.compensation import NONE, Compensated, FitSettings, Method, get_method
-from sglp_llm.criteria import SetCriterion, get_criterion
+from sglp_llm.criteria import SetCriterion, criterion_names, get_criterion
 from sglp_llm.errors import UserError
 from sglp_llm.method.segmentation import segment_layers
 from sglp_llm.method.selection import (
@@ -51,8 +51,10 @@ def check_selection(recipe: Recipe, num_layers: int, staying: Staying = FREE) ->
             f"num_segments: {recipe.num_segments} segments are more than the model's {num_layers} decoder layers"
         )
     check_budget(recipe.budget, num_layers, _protect(recipe), _segments(recipe), staying)
+    if not staying or recipe.deciding_criterion not in criterion_names():  # the scores may be another program's
+        return
     criterion, said = get_criterion(recipe.deciding_criterion), f"criterion {recipe.deciding_criterion}"
-    if not staying or not issubclass(criterion, SetCriterion):
+    if not issubclass(criterion, SetCriterion):
         return
     if staying.pattern[0] and not criterion.contiguous:
         raise UserError(

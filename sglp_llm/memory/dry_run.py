@@ -7,6 +7,7 @@ configuration predicts it. torch's fake tensors track shape, dtype and aliasing,
 from __future__ import annotations
 
 import json
+import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -102,7 +103,7 @@ class DryRun:
         """Inside the block the model has its first ``num_layers`` layers only, and new tensors are counted."""
         setattr(self._parent, self._name, torch.nn.ModuleList(list(self.layers)[:num_layers]))
         try:
-            with self._mode, _one_sequence_a_row(), _Live(self.model) as live:
+            with self._mode, _without_torchs_log(), _one_sequence_a_row(), _Live(self.model) as live:
                 yield live
         finally:
             setattr(self._parent, self._name, self.layers)
@@ -140,6 +141,17 @@ class _Live(TorchDispatchMode):
 
     def _freed(self, reference: weakref.ref) -> None:
         self.now -= self._sizes.pop(reference, 0)
+
+
+@contextmanager
+def _without_torchs_log() -> Iterator[None]:
+    """Inside the block torch does not print that an operation failed: it raises too, and then the memory is not predicted."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 @contextmanager

@@ -16,7 +16,7 @@ class Staying:
     Attributes:
         always: Layer -> why it must stay.
         needed: Layer -> (the layers that need it, why): it must stay unless they all go.
-        one_of: Layers of which one must stay, and why.
+        one_of: Layers of which one must stay, and why. Two of these groups have no layer in common, or one has all of the other.
         pattern: What each layer is by its index alone, and why: a kept layer must come where one of its kind is. Without a
             pattern it is empty.
     """

@@ -150,7 +150,7 @@ def test_an_interrupted_run_is_asked_about_and_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "export", killed)
-        assert run_cli("heal", pruned, "-o", output, *SHORT).code == 1
+        assert run_cli("heal", pruned, "-o", output, *SHORT).code == 130
     assert not output.exists()
     assert "out.healing holds an interrupted run" in run_cli("heal", pruned, "-o", output, *SHORT).error
     other = (*short(tokens=128), "--resume")

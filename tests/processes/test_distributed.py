@@ -111,7 +111,7 @@ def test_every_number_is_that_of_one_process(count: int, names: list[str], tmp_p
 
 
 def test_every_criterion_that_looks_at_sequences_is_compared() -> None:
-    looking = {name for name in criterion_names() if get_criterion(name).needs & ~Need.WEIGHTS}
+    looking = {name for name in criterion_names() if get_criterion(name).needs & ~(Need.WEIGHTS | Need.SYNAPTIC_FLOW)}
     assert looking == {*SCORES, *(name for name, _ in (*CHOICES, *COSTS, *SEARCHES))}
 
 

@@ -123,6 +123,9 @@ def test_greedy_order_is_the_naive_one(name: str) -> None:
 def test_cost_is_suffixes_and_heads_only() -> None:
     model, calibration = wrapped("llama"), plain_set(2)
     counts = {"layer": 0, "head": 0}
+    make_criterion("ppl", model.num_layers).on_trials(
+        Trials(model, calibration)
+    )  # looks once at what follows the layers
 
     def counter(what: str) -> object:
         def hook(*_: object) -> None:
