@@ -15,7 +15,7 @@ from sglp_llm.calibration import CalibrationSet
 from sglp_llm.models import find_source
 from sglp_llm.models.loading import DecoderModel, load_streamed, wrap_model
 
-LAYERS = 5
+LAYERS = 4
 
 
 def llama(layers: int = LAYERS) -> PreTrainedModel:

@@ -1,43 +1,40 @@
 """CPU tensors that claim to be on ``cuda:N``: real values, real autograd, and torch's rule that devices do not mix.
 
-A storage carries a tag. A function mode answers ``.device`` and makes moves and factories tag what they return; a dispatch mode,
-which the backward pass enters too, refuses operations on different tags and tags their results. As with CUDA, the current device
-belongs to a thread, and a new thread begins on device 0. Waits of the host for a device are counted by source line.
+A storage has a place. A function mode answers ``.device`` and makes moves and factories place what they return; a dispatch mode,
+which sees the backward pass too, refuses operations on different places and places their results. As with CUDA, the current
+device belongs to a thread, and a new thread begins on device 0. Waits of the host for a device are counted by source line.
 
 Not covered: kernels, what streams order, NCCL, and the numerics of a GPU.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-import weakref
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from pretended_cuda import (
-    ALONE,
-    DEVICE_OF,
-    FACTORIES,
-    FROM_PYTHON,
-    GIB,
-    HALF,
-    HOOKS,
-    INDEXING,
-    WAITING,
-    DeviceMismatch,
-    nothing,
-    place_of_call,
-    pretended_cuda,
-    storage_of,
-)
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+import sglp_llm
+
+PACKAGE = f"{Path(sglp_llm.__file__).parent}/"
+GIB = 2**30
+DEVICE_OF = torch.Tensor.device.__get__
+FROM_PYTHON = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
+INDICES = (torch.int64, torch.int32, torch.bool)
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+ALONE = ("_to_copy", "set_", "detach", "resize_", "_foreach", "_fused")  # the first argument alone decides
 
 
 class PretendedDevices:
@@ -58,8 +55,6 @@ class PretendedDevices:
         self.waits: Counter[tuple[str, str]] = Counter()
         self.used: set[torch.device] = set()
         self.count, self.free, self.kind = count, 70 * GIB, kind
-        self._tags: dict[weakref.ref, torch.device] = {}
-        self._pinned: set[weakref.ref] = set()
         self._thread = threading.local()
         self._thread.index = current
 
@@ -68,235 +63,230 @@ class PretendedDevices:
         """Index of this thread's current device."""
         return getattr(self._thread, "index", 0)
 
+    def set_current(self, device: Any) -> None:
+        self._thread.index = self.named(device).index
+
     def named(self, device: Any) -> torch.device:
         """The device with its index."""
         device = torch.device(self.kind, device) if isinstance(device, int) else torch.device(device)
         is_open = device.type == self.kind and device.index is None
         return torch.device(self.kind, self.current) if is_open else device
 
-    def of(self, tensor: torch.Tensor) -> torch.device | None:
-        """The pretended device; ``None`` for a tensor that is really on the CPU."""
-        return self._tags.get(storage_of(tensor, None))
+    def of(self, tensor: torch.Tensor) -> torch.device:
+        return getattr(tensor.untyped_storage(), "place", None) or DEVICE_OF(tensor)
 
-    def put(self, tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-        key = storage_of(tensor, self._forget)
-        if device is None or device.type != self.kind:
-            self._forget(key)
-        else:
-            self._tags[key] = device
-            self.used.add(device)
-        return tensor
-
-    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._pinned.add(storage_of(tensor, self._forget))
+    def put(self, tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
+        tensor.untyped_storage().place = place
+        if place.type == self.kind:
+            self.used.add(place)
         return tensor
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
-        return storage_of(tensor, None) in self._pinned
+        return getattr(tensor.untyped_storage(), "is_pinned_here", False)
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor.untyped_storage().is_pinned_here = True
+        return tensor
+
+    def copied(self, source: torch.device, target: torch.device, behind: bool) -> None:
+        """Counts the wait of a copy between a device and the host; ``behind`` says that nobody waits."""
+        if source.type != target.type and not behind:
+            self.wait(f"copy to {target.type}")
 
     def wait(self, reason: str) -> None:
-        self.waits[place_of_call(), reason] += 1
-
-    def across(self, source: torch.Tensor, target: torch.Tensor | None, to: torch.device | None, behind: bool) -> None:
-        """Counts the wait of a copy between a device and the host; ``behind`` is torch's ``non_blocking``."""
-        if to is None and not (behind and target is not None and self.is_pinned(target)):
-            self.wait("copy to the host")
-        elif to is not None and self.of(source) is None and not behind:
-            self.wait("copy from the host")
+        """Counts a wait, at the innermost line of this package that is being executed."""
+        frames = (frame for frame, _ in traceback.walk_stack(sys._getframe()))
+        mine = (frame for frame in frames if frame.f_code.co_filename.startswith(PACKAGE))
+        line = next((f"{frame.f_code.co_filename[len(PACKAGE) :]}:{frame.f_lineno}" for frame in mine), "elsewhere")
+        self.waits[line, reason] += 1
 
     @contextmanager
     def pretended(self) -> Iterator[None]:
-        """Inside the block there are these CUDA devices; may be entered again."""
-        submit, keep = ThreadPoolExecutor.submit, torch.autograd.graph.saved_tensors_hooks.__init__
+        """Inside the block there are these devices; may be entered again."""
+        thread, backward, keep = threading.Thread.run, torch.autograd._engine_run_backward, saved_tensors_hooks.__init__
 
-        def submitted(pool: ThreadPoolExecutor, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-            return submit(pool, self.hooked(function), *args, **kwargs)
+        def kept(hooks: Any, pack: Any, unpack: Any) -> None:
+            keep(hooks, self._modes()(pack), unpack)
 
-        def kept(hooks: Any, pack: Any, unpack: Any) -> None:  # activation checkpointing
-            keep(hooks, self.hooked(pack), self.hooked(unpack))
-
-        with ExitStack() as stack:
-            for name, fake in pretended_cuda(self).items():
-                stack.enter_context(mock.patch.object(torch.cuda, name, fake))
-            stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", nothing))
-            stack.enter_context(mock.patch.object(ThreadPoolExecutor, "submit", submitted))
-            stack.enter_context(mock.patch.object(torch.autograd.graph.saved_tensors_hooks, "__init__", kept))
-            stack.enter_context(self._modes())
+        with (
+            mock.patch.multiple(torch.cuda, **_cuda(self)),
+            mock.patch.object(torch.Tensor, "record_stream", _nothing),
+            mock.patch.object(threading.Thread, "run", self._modes()(thread)),
+            mock.patch.object(torch.autograd, "_engine_run_backward", self._modes()(backward)),
+            mock.patch.object(saved_tensors_hooks, "__init__", kept),
+            self._modes(),
+        ):
             yield
-
-    def hooked(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function with the modes, for another thread or the backward pass: neither inherits function modes."""
-
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            functions = nullcontext() if torch._C._len_torch_function_stack() else _Functions(self)
-            with functions, nullcontext() if torch._C._len_torch_dispatch_stack() else _Operations(self):
-                return function(*args, **kwargs)
-
-        return inside
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
-        with _Functions(self), _Operations(self):
+        """What is missing here: a new thread has no modes; the backward pass and hooks of an operation no function mode."""
+        with ExitStack() as stack:
+            if not torch._C._len_torch_function_stack():
+                stack.enter_context(_Functions(self))
+            if not torch._C._len_torch_dispatch_stack():
+                stack.enter_context(_Operations(self))
             yield
 
-    def set_current(self, device: Any) -> None:
-        self._thread.index = self.named(device).index
 
-    def _forget(self, key: weakref.ref) -> None:
-        self._tags.pop(key, None)
-        self._pinned.discard(key)
+def _cuda(devices: PretendedDevices) -> dict[str, Any]:
+    """Functions and classes by their names in `torch.cuda`; streams order nothing."""
+    stream = SimpleNamespace(wait_stream=_nothing, synchronize=_nothing)
+    return {
+        "is_available": lambda: devices.kind == "cuda",
+        "device_count": lambda: devices.count,
+        "current_device": lambda: devices.current,
+        "set_device": devices.set_current,
+        "mem_get_info": lambda *_: (devices.free, 80 * GIB),
+        "is_bf16_supported": lambda *_, **__: True,
+        "Stream": lambda *_: stream,
+        "current_stream": lambda *_: stream,
+        "stream": lambda *_: nullcontext(),
+        "memory_allocated": lambda *_: 0,
+        "memory_reserved": lambda *_: 0,
+        "empty_cache": _nothing,
+    }
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What has no effect here."""
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for each in values:
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, tuple | list):
+            yield from _tensors_in(each)
 
 
 class _Move(torch.autograd.Function):
-    """A copy to another device; its gradient goes back."""
+    """A copy on another device; its gradient goes back."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, devices: PretendedDevices, to: torch.device | None, dtype: torch.dtype
-    ) -> Any:
-        ctx.devices, ctx.source, ctx.dtype = devices, devices.of(x), x.dtype
-        return _copied(devices, x, to, dtype)
+    def forward(ctx: Any, x: torch.Tensor, devices: PretendedDevices, place: torch.device, dtype: torch.dtype) -> Any:
+        ctx.back = devices, devices.of(x), x.dtype
+        return devices.put(x.detach().to(dtype, copy=True), place)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return _copied(ctx.devices, gradient, ctx.source, ctx.dtype), None, None, None
-
-
-def _copied(devices: PretendedDevices, x: torch.Tensor, to: torch.device | None, dtype: torch.dtype) -> torch.Tensor:
-    with torch._C._DisableTorchDispatch():
-        return devices.put(x.detach().to(dtype, copy=True), to)
+        return _Move.apply(gradient, *ctx.back), None, None, None
 
 
 class _Functions(TorchFunctionMode):
-    """Answers what a tensor's device is, and makes moves and factories tag what they return."""
+    """Answers what a tensor's device is, and makes moves and factories place what they return."""
 
     def __init__(self, devices: PretendedDevices) -> None:
         super().__init__()
         self._devices = devices
+        self._answers = {
+            DEVICE_OF: devices.of,
+            torch.Tensor.is_cuda.__get__: lambda x: devices.of(x).type == "cuda",
+            torch.Tensor.is_cpu.__get__: lambda x: devices.of(x).type == "cpu",
+            torch.Tensor.get_device: lambda x: devices.of(x).index,
+            torch.Tensor.is_pinned: devices.is_pinned,
+            torch.Tensor.pin_memory: lambda x: devices.pin(x.clone()),
+            torch.Tensor.to: self._to,
+            torch.Tensor.cpu: lambda x: self._to(x, "cpu"),
+            torch.Tensor.cuda: lambda x, device="cuda", **options: self._to(x, device, **options),
+            torch.Tensor.tolist: self._listed,
+            torch.Tensor.numpy: self._array,
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, devices = dict(kwargs or {}), self._devices
-        if func in HOOKS:
-            return func(args[0], devices.hooked(args[1]), *args[2:], **kwargs)
+        kwargs = kwargs or {}
+        if func in self._answers:
+            return self._answers[func](*args, **kwargs)
         if func is torch.device and isinstance(args[0], int):
-            return devices.named(args[0])
-        if func is torch.Tensor.to:
-            return self._to(*args, **kwargs)
-        if func in (torch.Tensor.cpu, torch.Tensor.cuda):
-            where = "cpu" if func is torch.Tensor.cpu else (args[1:] or (kwargs.pop("device", None) or "cuda",))[0]
-            return self._to(args[0], where, **kwargs)
-        if func in (torch.mm, torch.bmm) and "out_dtype" in kwargs:  # CUDA only
-            a, b = args
-            assert a.dtype in HALF
-            assert devices.of(a) is not None
-            assert kwargs["out_dtype"] == torch.float32
-            return func(a.float(), b.float())
-        if func is torch.Tensor.pin_memory or kwargs.pop("pin_memory", False):
-            tensor = args[0].clone() if func is torch.Tensor.pin_memory else func(*args, **kwargs)
-            return devices.pin(tensor)
-        if func in FACTORIES and kwargs.get("device") is not None:
-            return self._made(func, args, kwargs)
-        tag = devices.of(args[0]) if args and isinstance(args[0], torch.Tensor) else None
-        if func is torch.Tensor.is_pinned:
-            return devices.is_pinned(args[0])
-        if tag is not None:
-            answers: dict[Any, Any] = {
-                DEVICE_OF: tag,
-                torch.Tensor.is_cuda.__get__: devices.kind == "cuda",
-                torch.Tensor.is_cpu.__get__: False,
-                torch.Tensor.get_device: tag.index,
-            }
-            if func in answers:
-                return answers[func]
-            if func is torch.Tensor.tolist and args[0].ndim:  # what has no dimension goes on to `item`
-                devices.wait("tolist")
-            if func is torch.Tensor.numpy:
-                raise TypeError("can't convert a cuda tensor to numpy")
+            return self._devices.named(args[0])
+        if kwargs.get("device") is not None or kwargs.get("pin_memory"):
+            return self._made(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _to(self, x: torch.Tensor, *given: Any, **kwargs: Any) -> torch.Tensor:
-        device, dtype = kwargs.get("device"), kwargs.get("dtype")
-        behind, copy = kwargs.get("non_blocking", False), kwargs.get("copy", False)
-        for each in given:
-            if isinstance(each, torch.Tensor):
-                device, dtype = self._devices.of(each) or DEVICE_OF(each), each.dtype
-            elif isinstance(each, torch.dtype):
-                dtype = each
-            elif isinstance(each, bool):
-                behind = each
-            elif each is not None:
-                device = each
-        source = self._devices.of(x)
-        where = source if device is None else self._devices.named(device)
-        dtype = dtype or x.dtype
-        if x.is_meta or (where is not None and where.type == "meta"):
-            return x.to(device=device, dtype=dtype)
-        to = where if where is not None and where.type == self._devices.kind else None
-        if source == to:
-            return x.to(dtype, copy=copy)
-        self._devices.across(x, None, to, behind)
-        if x.requires_grad and torch.is_grad_enabled():
-            return _Move.apply(x, self._devices, to, dtype)
-        return _copied(self._devices, x, to, dtype)
+    def _to(self, x: torch.Tensor, *given: Any, copy: bool = False, **options: Any) -> torch.Tensor:
+        if given and isinstance(given[0], torch.Tensor):
+            given = (self._devices.of(given[0]), given[0].dtype, *given[1:])
+        elif given and isinstance(given[0], int):
+            given = (self._devices.named(given[0]), *given[1:])
+        device, dtype, behind, _ = torch._C._nn._parse_to(*given, **options)
+        source, dtype = self._devices.of(x), dtype or x.dtype
+        place = source if device is None else self._devices.named(device)
+        if source == place or "meta" in (source.type, place.type):
+            return x.to(DEVICE_OF(x) if source == place else place, dtype, copy=copy)
+        self._devices.copied(source, place, behind and place.type != "cpu")
+        return _Move.apply(x, self._devices, place, dtype)
 
-    def _made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
-        where = self._devices.named(kwargs.pop("device"))
-        if where.type == "meta":
-            return func(*args, device=where, **kwargs)
+    def _made(
+        self, func: Any, *args: Any, device: Any = "cpu", pin_memory: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
+        devices, place = self._devices, self._devices.named(device or "cpu")
+        if place.type == "meta":
+            return func(*args, device=place, **kwargs)
         if func in (torch.as_tensor, torch.asarray) and isinstance(args[0], torch.Tensor):
-            return self._to(args[0], where, dtype=kwargs.get("dtype"))
-        if func in FROM_PYTHON and where.type == self._devices.kind:
-            self._devices.wait("numbers from Python")
-        with torch._C._DisableTorchDispatch():
-            return self._devices.put(func(*args, **kwargs, device="cpu"), where)
+            return self._to(args[0], place, dtype=kwargs.get("dtype"))
+        if func in FROM_PYTHON and place.type == devices.kind:
+            devices.wait("numbers from Python")
+        made = devices.put(func(*args, **kwargs, device="cpu"), place)
+        return devices.pin(made) if pin_memory else made
+
+    def _listed(self, x: torch.Tensor) -> Any:
+        if (
+            x.ndim and self._devices.of(x).type == self._devices.kind
+        ):  # what has no dimension is counted as an operation
+            self._devices.wait("tolist")
+        return x.tolist()
+
+    def _array(self, x: torch.Tensor) -> Any:
+        if self._devices.of(x).type == self._devices.kind:
+            raise TypeError(f"can't convert {self._devices.of(x)} device type tensor to numpy")
+        return x.numpy()
 
 
 class _Operations(TorchDispatchMode):
-    """Refuses operations on different devices, and tags results."""
+    """Refuses operations on different places, and places results."""
 
     def __init__(self, devices: PretendedDevices) -> None:
         super().__init__()
         self._devices = devices
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.partition(".")[0]
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and not each.is_meta]
-        tags = [self._devices.of(each) for each in given]
-        behind = len(args) > 2 and args[2] is True  # copy_(target, source, non_blocking)
-        common = self._common(name, given, tags, behind) if any(tags) else None
-        if self._devices.kind == "mps" and common is not None and any(each.dtype == torch.float64 for each in given):
-            raise TypeError(f"{name}: MPS has no float64")
-        result = func(*args, **(kwargs or {}))
-        if common is not None:
-            for made in tree_leaves(result):
-                if isinstance(made, torch.Tensor) and not made.is_meta and all(made is not each for each in given):
-                    self._devices.put(made, self._devices.of(made) or common)
-        return result
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing compiles here, and the import of the compiler takes seconds
 
-    def _common(
-        self, name: str, given: list[torch.Tensor], tags: list[torch.device | None], behind: bool
-    ) -> torch.device | None:
-        """The device of the result."""
-        first = tags[0]
-        if name.startswith(("_foreach", "_fused")) or name in ALONE:
-            return first
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        devices = self._devices
+        with torch._C.DisableTorchFunction():
+            tensors = list(_tensors_in((*args, *(kwargs or {}).values())))
+            given = [(each, devices.of(each)) for each in tensors if not each.is_meta]
+            if not any(place.type == devices.kind for _, place in given):
+                return func(*args, **(kwargs or {}))
+            behind = len(args) > 2 and args[2] is True  # copy_(target, source, non_blocking)
+            place = self._common(func.__name__.partition(".")[0], given, behind)
+            result = func(*args, **(kwargs or {}))
+            for made in _tensors_in((result,)):
+                if all(made is not each for each in tensors):
+                    devices.put(made, place if devices.of(made).type == "cpu" else devices.of(made))
+            return result
+
+    def _common(self, name: str, given: list[tuple[torch.Tensor, torch.device]], behind: bool) -> torch.device:
+        """The place of the result."""
+        devices, (target, first) = self._devices, given[0]
+        if devices.kind == "mps" and any(each.dtype == torch.float64 for each, _ in given):
+            raise TypeError(f"{name}: MPS has no float64")
         if name == "copy_":
-            if len(tags) > 1 and first != tags[1]:
-                self._devices.across(given[1], given[0], first, behind)
-            return first
-        if name in INDEXING:
-            for each, tag in zip(given[1:], tags[1:], strict=True):
-                is_index = each.dtype in (torch.int64, torch.int32, torch.bool)
-                if tag is None and is_index and each.ndim and first is not None:
-                    self._devices.wait("index on the host")
-                elif tag != first and not (tag is None and (is_index or each.ndim == 0)):
-                    raise DeviceMismatch(f"{name}: {first or 'cpu'} and {tag or 'cpu'}")
-                if each.dtype == torch.bool and first is not None:
-                    self._devices.wait("boolean index")
+            devices.copied(given[-1][1], first, behind and (first.type != "cpu" or devices.is_pinned(target)))
+        if name == "copy_" or name.startswith(ALONE):
             return first
         if name in WAITING:
-            self._devices.wait(name)
-        mixing = {str(tag or "cpu") for each, tag in zip(given, tags, strict=True) if tag is not None or each.ndim > 0}
+            devices.wait(name)
+        mixing = set()
+        for number, (each, place) in enumerate(given):
+            is_index = number > 0 and name in INDEXING and each.dtype in INDICES
+            if is_index and each.ndim and (place.type == "cpu" or each.dtype == torch.bool):
+                devices.wait("index on the host, or of truth values")
+            if place.type != "cpu" or (each.ndim and not is_index):
+                mixing.add(place)
         if len(mixing) > 1:
-            raise DeviceMismatch(f"{name}: expected all tensors to be on the same device, but found {sorted(mixing)}")
-        return next(tag for tag in tags if tag is not None)
+            found = " and ".join(sorted(map(str, mixing)))
+            raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found {found}")
+        return mixing.pop()
