@@ -102,6 +102,8 @@ def clusters_of(similarity: torch.Tensor, count: int, seed: int) -> list[list[in
         count: How many.
         seed: Of the k-means in the spectral embedding.
     """
+    if count >= len(similarity):
+        return [[layer] for layer in range(len(similarity))]
     from sklearn.cluster import SpectralClustering
 
     affinity = ((similarity + 1) / 2).clamp(0, 1).numpy()

@@ -96,7 +96,7 @@ def test_more_similar_layers_make_more_clusters(value: float, count: int) -> Non
     assert number_of_clusters(blocks(*[1] * 8, outside=value)) == count
 
 
-@pytest.mark.parametrize("sizes", [(3, 5), (4, 4, 4), (2, 6, 3, 5)])
+@pytest.mark.parametrize("sizes", [(3, 5), (4, 4, 4), (2, 6, 3, 5), (1, 1, 1, 1)])
 def test_clusters_are_found_and_ordered_by_depth(sizes: Sequence[int]) -> None:
     found = clusters_of(blocks(*sizes), len(sizes), 0)
     assert [len(each) for each in found] == list(sizes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,17 @@ FEW = 3.0
 """A step's loss is looked at before its backward pass, CKA once a minibatch, and copies to a disk or a full device cost none."""
 
 
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """A checkpoint with so many layers, written once."""
+
+    @cache
+    def saved(layers: int) -> Path:
+        return save_tiny(llama(layers), tmp_path_factory.mktemp("model"))
+
+    return saved
+
+
 def waits_a_sequence(
     devices: PretendedDevices, model: DecoderModel, names: list[str], padded: bool = False
 ) -> tuple[float, Counter]:
@@ -43,11 +56,12 @@ def waits_a_sequence(
 
 @pytest.mark.parametrize("names", [[name for name in ONE_PASS if name not in WHOLE], WHOLE], ids=["norms", "whole"])
 @pytest.mark.parametrize("engine", ["resident", "streamed", "streamed, no room on the device"])
-def test_a_sequence_costs_few_waits_at_any_depth(names: list[str], engine: str, tmp_path: Path) -> None:
+def test_a_sequence_costs_few_waits_at_any_depth(
+    names: list[str], engine: str, folder_of: Callable[[int], Path]
+) -> None:
     found = []
     for layers in (2, 3):
-        folder = save_tiny(llama(layers), tmp_path / str(layers))
-        placed = one_gpu(folder, layers) if engine == "resident" else streamed(folder)
+        placed = one_gpu(folder_of(layers), layers) if engine == "resident" else streamed(folder_of(layers))
         placed.devices.free = 0 if "no room" in engine else placed.devices.free
         found.append(waits_a_sequence(placed.devices, placed.model, names))
     assert found[0][0] == found[1][0] <= FEW, found
@@ -56,14 +70,13 @@ def test_a_sequence_costs_few_waits_at_any_depth(names: list[str], engine: str, 
 @pytest.mark.parametrize("engine", ["resident", "streamed"])
 @pytest.mark.parametrize(("kind", "name"), [("criterion", "ppl"), ("compensation", "linear")])
 def test_trials_and_repairs_wait_no_more_often_for_more_layers(
-    kind: str, name: str, engine: str, tmp_path: Path
+    kind: str, name: str, engine: str, folder_of: Callable[[int], Path]
 ) -> None:
     """But for one look at the numbers of each streamed layer; a padded step more costs a look at its mask."""
     found = []
     for layers in (3, 4):
         for sequences in (4, 6):
-            folder = save_tiny(llama(layers), tmp_path / f"{layers}-{sequences}")
-            placed = one_gpu(folder, layers) if engine == "resident" else streamed(folder)
+            placed = one_gpu(folder_of(layers), layers) if engine == "resident" else streamed(folder_of(layers))
             placed.devices.waits.clear()
             with placed.devices.pretended():
                 values(placed.model, kind, name, sequences)
@@ -74,10 +87,10 @@ def test_trials_and_repairs_wait_no_more_often_for_more_layers(
     assert found[1] - found[0] <= 2
 
 
-def test_masks_of_padded_sequences_are_made_once(tmp_path: Path) -> None:
+def test_masks_of_padded_sequences_are_made_once(folder_of: Callable[[int], Path]) -> None:
     found = []
     for layers in (2, 3):
-        placed = streamed(save_tiny(llama(layers), tmp_path / str(layers)))
+        placed = streamed(folder_of(layers))
         found.append(waits_a_sequence(placed.devices, placed.model, ["gradnorm", "bi"], padded=True))
     assert found[0][0] == found[1][0] <= FEW, found
 
