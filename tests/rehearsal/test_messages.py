@@ -98,7 +98,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PrunePl
     """The plan that an engine finds."""
     source = save_tiny(llama(), tmp_path_factory.mktemp("model"))
     settings: dict[str, Any] = {"criterion": "gradnorm", "also": ("ppl",), "drop": 1, "protect": {"first": 1}}
-    settings |= {"compensate": "learned", "calibration": calibration(), "batch_size": 2, "trial_samples": 1}
+    settings |= {"compensate": "learned", "calibration": calibration(3), "batch_size": 2, "trial_samples": 1}
     return lambda engine: analyze(source, engine=engine, **settings).plan
 
 

@@ -264,8 +264,9 @@ class _Operations(TorchDispatchMode):
             place = self._common(func.__name__.partition(".")[0], given, behind)
             result = func(*args, **(kwargs or {}))
             for made in _tensors_in((result,)):
-                if all(made is not each for each in tensors):
-                    devices.put(made, place if devices.of(made).type == "cpu" else devices.of(made))
+                # A view of what has a place has it too.
+                if devices.of(made).type == "cpu" and all(made is not each for each in tensors):
+                    devices.put(made, place)
             return result
 
     def _common(self, name: str, given: list[tuple[torch.Tensor, torch.device]], behind: bool) -> torch.device:

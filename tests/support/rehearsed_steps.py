@@ -22,8 +22,8 @@ STEPS = [
 """Whatever the registries hold."""
 
 
-def values(model: DecoderModel, kind: str, name: str, sequences: int = 4) -> list[Any]:
-    """All numbers that a criterion or a compensation returns."""
+def values(model: DecoderModel, kind: str, name: str, sequences: int = 3) -> list[Any]:
+    """All numbers that a criterion or a compensation returns; the last batch is a smaller one."""
     given = calibration(sequences)
     if kind == "compensation":
         found = get_method(name).run(model, given, (2,), FitSettings(batch_size=2))
