@@ -8,6 +8,7 @@
 #
 #   parameters  for each model in STARTS: every kind of training in TRAINED, with TOKENS tokens; perplexity on SAMPLE windows
 #   long        for each model in LONG: all parameters for MINUTES; perplexity on WHOLE windows, tasks and generation
+#   rates       20k tokens from angular+refit-6 with each of RATES, sequences a step x learning rate; held-out divergence
 #   presets     each preset in PRESETS, with all that it does; perplexity on WHOLE windows, tasks and generation
 #   texts       the preset fast calibrated and trained on one kind of text
 #
@@ -61,7 +62,7 @@ scores() {
 shorten() {
     local method=${1%%=*} options
     case $method in
-    search+linear-*) options="--criterion search --compensate linear" ;;
+    *+*-*) options="--criterion ${method%%+*} --compensate $(x=${method#*+}; echo "${x%-*}")" ;;
     learned-*) options="--criterion search --trial-samples 4 --compensate learned" ;;
     closed-form-* | fast-* | best-* | paper-*) options="--preset ${method%-*}" ;;
     *) options="--criterion ${method%-*}" ;;
@@ -109,6 +110,14 @@ long() {
     done
 }
 
+rates() {
+    local rate
+    shorten angular+refit-6 "$mixed"
+    for rate in ${RATES:-4x4e-4 4x2e-4 4x1e-4 2x2e-4 2x1.5e-4 2x1e-4 1x1e-4 1x5e-5}; do
+        train angular+refit-6 "rate-$rate" "$mixed" --tokens "${TOKENS:-20k}" --sequences "${rate%x*}" --learning-rate "${rate#*x}"
+    done
+}
+
 presets() {
     local name
     perplexities dense "$model" preset "${WHOLE:-302}"
@@ -136,7 +145,7 @@ texts() {
     done
 }
 
-for study in ${studies:-parameters long presets texts}; do
+for study in ${studies:-parameters long rates presets texts}; do
     "$study"
 done
 "$bin/python" tools/healing_page.py "$output" docs/healing.md

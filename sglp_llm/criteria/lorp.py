@@ -10,8 +10,10 @@ import torch
 from sglp_llm.criteria.base import SetCriterion
 from sglp_llm.criteria.slp import SimilarPairs
 from sglp_llm.engine import Batch, Need
-from sglp_llm.errors import UserError
+from sglp_llm.errors import UserError, unknown
 from sglp_llm.processes import Processes
+
+STATES = ("leaving", "entering")
 
 _CLUSTERS = ((1.0, 2), (0.7, 3))
 """Least redundancy level and number of clusters; below the last one there are 4."""
@@ -23,23 +25,30 @@ class SpreadOverClusters(SetCriterion):
 
     S is the mean over tokens of the cosine between two layers' outputs, and ``-log2`` of its mean off the diagonal says how many
     clusters there are: 2 from 1.0 on, 3 from 0.7 on, otherwise 4. They are spectral clusters of ``(S + 1) / 2``. A layer's
-    redundancy is its mean S with the remaining layers of its cluster, and a cluster's is the mean of its remaining pairs (our
-    reading where the paper leaves it open). The first and the last layer stay.
+    redundancy is its mean S with the other layers of its cluster, and a cluster's is the mean of its remaining pairs. The first
+    and the last layer stay. The authors' public code compares the hidden states that enter the layers instead of their outputs.
 
     Args:
         num_layers: Number of decoder layers.
         seed: Seed of the clustering.
+        states: Which hidden states of a layer are compared: those ``leaving`` it, or those ``entering`` it.
         positions: Evenly spaced positions per sequence.
+
+    Raises:
+        UserError: ``states`` is neither.
     """
 
     needs = Need.HIDDEN_STATES
 
-    def __init__(self, num_layers: int, seed: int = 0, *, positions: int = 64) -> None:
+    def __init__(self, num_layers: int, seed: int = 0, *, states: str = "leaving", positions: int = 64) -> None:
         super().__init__(num_layers, seed)
+        if states not in STATES:
+            raise unknown("states of lorp", states, STATES)
+        self._entering = states == "entering"
         self._pairs = SimilarPairs(num_layers, seed, metric="cosine", positions=positions)
 
     def on_layer(self, layer: int, batch: Batch, entering: torch.Tensor, leaving: torch.Tensor) -> None:
-        self._pairs.on_layer(layer, batch, entering, leaving)
+        self._pairs.on_layer(layer, batch, entering, entering if self._entering else leaving)
 
     def on_batch_end(self, batch: Batch) -> None:
         self._pairs.on_batch_end(batch)
@@ -53,16 +62,17 @@ class SpreadOverClusters(SetCriterion):
             raise UserError(f"lorp keeps the first and the last layer: at most {len(free)} can go, not {n}")
         similarity = self._pairs.similarity()
         clusters = [list(each) for each in clusters_of(similarity, number_of_clusters(similarity), self.seed)]
+        redundancy = {
+            layer: _mean(similarity[layer, [other for other in cluster if other != layer]])
+            for cluster in clusters
+            for layer in cluster
+        }
         removed: list[int] = []
         eligible = set(self.staying.can_follow((), free))
 
         def most_redundant(cluster: list[int]) -> tuple[float, int]:
             """The redundancy of the cluster's most redundant layer that may go, and minus that layer."""
-            return max(
-                (_mean(similarity[layer, [o for o in cluster if o != layer]]), -layer)
-                for layer in cluster
-                if layer in eligible
-            )
+            return max((redundancy[layer], -layer) for layer in cluster if layer in eligible)
 
         def take(cluster: list[int]) -> None:
             layer = -most_redundant(cluster)[1]

@@ -16,7 +16,7 @@ from tiny_models import Tiny, tiny_model
 
 from sglp_llm.calibration import CalibrationSet
 from sglp_llm.criteria import SetCriterion, make_criterion
-from sglp_llm.criteria.lorp import clusters_of, number_of_clusters
+from sglp_llm.criteria.lorp import STATES, clusters_of, number_of_clusters
 from sglp_llm.criteria.slp import SimilarPairs
 from sglp_llm.engine import PassSettings, run_pass
 from sglp_llm.errors import UserError
@@ -37,16 +37,18 @@ def blocks(*sizes: int, inside: float = 0.95, outside: float = 0.1) -> torch.Ten
 def by_hand(table: list[list[float]], clusters: list[set[int]], n: int, eligible: set[int]) -> list[int]:
     """First one layer of each cluster, the most redundant first, then always from the most redundant cluster."""
 
-    def redundancy(layer: int, cluster: set[int]) -> float:
-        others = [table[layer][other] for other in cluster - {layer}]
+    def redundancy(layer: int) -> float:
+        """In the whole cluster, whatever has gone already."""
+        others = [table[layer][other] for each in whole_clusters if layer in each for other in each - {layer}]
         return sum(others) / len(others) if others else -math.inf
 
     def best(cluster: set[int]) -> int:
-        return max(sorted(cluster & eligible), key=lambda layer: redundancy(layer, cluster))
+        return max(sorted(cluster & eligible), key=redundancy)
 
+    whole_clusters = clusters
     clusters, removed = [set(each) for each in clusters], list[int]()
     order = [each for each in clusters if each & eligible]
-    for cluster in sorted(order, key=lambda each: -redundancy(best(each), each))[:n]:
+    for cluster in sorted(order, key=lambda each: -redundancy(best(each)))[:n]:
         removed.append(best(cluster))
         cluster.discard(removed[-1])
     while len(removed) < n:
@@ -61,18 +63,20 @@ def by_hand(table: list[list[float]], clusters: list[set[int]], n: int, eligible
     return removed
 
 
+@pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize("calibration", [plain_set(5), padded_set(5, "right")], ids=["plain", "right"])
-def test_of_hidden_states_it_is_the_description(family: str, calibration: CalibrationSet) -> None:
+def test_of_hidden_states_it_is_the_description(family: str, calibration: CalibrationSet, kind: str) -> None:
     model = wrap_model(tiny_model(Tiny(family, 0)))
     depth, states = model.num_layers, states_around(model, calibration)
     table = [[1.0] * depth for _ in range(depth)]
+    side = 1 if kind == "leaving" else 0
     for i in range(depth):
         for j in range(depth):
             cosines = [
                 float(torch.nn.functional.cosine_similarity(one.double(), other.double(), dim=0))
                 for sequence in states
-                for one, other in zip(sequence[i][1], sequence[j][1], strict=True)
+                for one, other in zip(sequence[i][side], sequence[j][side], strict=True)
             ]
             table[i][j] = sum(cosines) / len(cosines)
     mean = sum(table[i][j] for i in range(depth) for j in range(depth) if i != j) / (depth * (depth - 1))
@@ -83,7 +87,7 @@ def test_of_hidden_states_it_is_the_description(family: str, calibration: Calibr
     clusters = [{layer for layer in range(depth) if labels[layer] == number} for number in range(count)]
     clusters.sort(key=lambda each: sum(each) / len(each))
     for batch_size in (1, 3):
-        criterion = make_criterion("lorp", depth)
+        criterion = make_criterion("lorp", depth, options={"states": kind})
         assert isinstance(criterion, SetCriterion)
         run_pass(model, calibration, [criterion], PassSettings(batch_size=batch_size))
         for n in range(1, depth - 1):

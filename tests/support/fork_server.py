@@ -36,6 +36,7 @@ class Request:
         printed: A folder for ``stdout``, ``stderr`` and the number of ``moments``.
         at: The moment, from 1; 0 for none.
         do: What happens then, see `_happen`.
+        seconds: When SIGALRM ends the run, inside a call into C too; 0 for never.
         environment: Set for the run.
         file_size: The most bytes that a file may have; 0 for no limit.
         closed: Whether stdin, stdout and stderr are closed.
@@ -46,6 +47,7 @@ class Request:
     printed: str
     at: int = 0
     do: list[str] = field(default_factory=list)
+    seconds: float = 0
     environment: dict[str, str] = field(default_factory=dict)
     file_size: int = 0
     closed: bool = False
@@ -109,6 +111,7 @@ def _child(request: Request) -> None:
         os.closerange(0, 3)
         sys.stdin = sys.stdout = sys.stderr = None  # type: ignore[assignment]
     sys.addaudithook(count)
+    signal.setitimer(signal.ITIMER_REAL, request.seconds)
     code = 99
     try:
         cli.main()
@@ -118,6 +121,7 @@ def _child(request: Request) -> None:
         traceback.print_exc()
         code = 98
     happening = True  # what follows is no part of the run
+    signal.setitimer(signal.ITIMER_REAL, 0)
     sys.stdout.flush()
     sys.stderr.flush()
     (printed / "moments").write_text(str(moments))
