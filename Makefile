@@ -38,13 +38,9 @@ test-lowest test-newest: test-%:
 
 # Known vulnerabilities of the pinned versions, licences of what is installed; the wheel and the sdist as an index would take them.
 audit: setup
-	$(BIN)/python -m pip install --quiet build twine pip-audit pip-licenses
-	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
-	$(BIN)/pip-licenses --from=mixed --order=license --partial-match \
-	    --fail-on='GNU General Public License;GNU Affero General Public License;AGPL-3;GPL-3.0-only;GPL-3.0-or-later'
-	rm -rf dist
-	$(BIN)/python -m build --outdir dist
-	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --upgrade build twine pip-audit pip-licenses
+	.venv-audit/bin/python tools/audit.py $(BIN)/python
 
 # A signal at every moment of every command that writes, and disks that are full at every stage; about an hour.
 faults: setup
@@ -85,4 +81,4 @@ fuzz: setup
 	SGLP_FUZZ_INPUTS=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hostile -n $(WORKERS)
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest $(DEMO) site build dist *.egg-info
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-audit $(DEMO) site build dist *.egg-info

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from sglp_llm.analysis.latency import drop_for_latency
 from sglp_llm.analysis.opening import Inputs, OnForecast, give_back, let_go, open_for_plan
 from sglp_llm.analysis.run import only_journal
 from sglp_llm.calibration import CalibrationSet, named_text
-from sglp_llm.checkpoint import atomic_folder
+from sglp_llm.checkpoint import atomic_folder, remove_folder
 from sglp_llm.checkpoint.export import carry_over as carry_over_files
 from sglp_llm.checkpoint.export import drop_layers, export_from_files, export_from_model
 from sglp_llm.checkpoint.gguf_file import check_gguf_source, check_shortened_output, export_gguf, gguf_config, is_gguf
@@ -197,7 +196,7 @@ def prune(
         else:
             report = replace(report, output=str(output), bytes_written=healed.bytes_written, healing=healed)
         if processes.is_main:
-            shutil.rmtree(student, ignore_errors=True)
+            remove_folder(student, output)
         return report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from configparser import ConfigParser
 
 from helpers import ROOT
+from packaging.requirements import Requirement
 from setuptools import find_packages
 
 PACKAGE = ROOT / "sglp_llm"
@@ -53,3 +54,18 @@ def test_tests_mirror_the_rooms() -> None:
     for file in (ROOT / "tests").rglob("test_*.py"):
         assert file.parent.name in {*rooms, "tests", "hostile", "faults", "rehearsal"}
         assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, file
+
+
+def test_the_lowest_versions_are_those_of_the_requirements() -> None:
+    config = setup_cfg()
+    required = [
+        config["options"]["install_requires"],
+        *(config["options.extras_require"][each] for each in ("heal", "report")),
+    ]
+    requirements = [Requirement(line) for lines in required for line in lines.split("\n") if line]
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    lowest = {pin.name: str(pin.specifier) for pin in map(Requirement, lines[1:])}
+    assert lowest.keys() == {each.name for each in requirements}
+    for each in requirements:
+        (bound,) = (bound.version for bound in each.specifier if bound.operator == ">=")
+        assert each.name == "torch" or lowest[each.name] == f"=={bound}"

@@ -28,13 +28,9 @@ def build(kind: str, project: Path, output: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is in the repository; building leaves files beside the sources."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in (*FOLDERS, "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in AT_THE_TOP:
-        shutil.copy(ROOT / name, folder / name)
-    return folder
+    """A copy of the repository; building leaves files beside the sources."""
+    made = (".*", "__pycache__", "*.egg-info", "build", "dist", "site", "*-output")
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp("copy") / "project", ignore=shutil.ignore_patterns(*made))
 
 
 @pytest.fixture(scope="module")

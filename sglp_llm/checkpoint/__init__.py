@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sglp_llm.checkpoint.publish import atomic_folder, check_output
+from sglp_llm.checkpoint.publish import atomic_folder, check_output, remove_folder
 
-__all__ = ["atomic_folder", "check_output"]
+__all__ = ["atomic_folder", "check_output", "remove_folder"]

@@ -86,6 +86,28 @@ def check_output(output: Path, overwrite: bool = False) -> None:
         raise UserError(f"{target}: is neither a model nor an analysis; --overwrite replaces only these")
 
 
+def remove_folder(folder: Path, output: Path) -> None:
+    """Removes a folder that a run to ``output`` has worked in: under its own name it is whole, or gone.
+
+    A run that is killed meanwhile leaves a hidden folder beside it, which the next run to the same output removes. Half a
+    folder under its own name would be taken for an interrupted run, and could not be gone on with.
+
+    Args:
+        folder: Beside ``output``; where it is missing or cannot be moved, nothing happens.
+        output: What the run has made.
+    """
+    doomed = _hidden(folder.with_name(output.name), "partial")
+    try:
+        with suppress(OSError):
+            folder.rename(doomed)
+    finally:
+        surely(lambda: shutil.rmtree(doomed, ignore_errors=True))
+
+
+def _hidden(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(4)}")
+
+
 def _obstacle(parent: Path) -> str:
     return "not writable" if parent.is_dir() else "not a folder"
 
@@ -114,7 +136,7 @@ def _locked_sibling(output: Path, target: Path) -> Iterator[Path]:
     a running export from a leftover, since the kernel releases it when the process dies.
     """
     # The name is known before the folder is made, so that an interruption between any two steps removes it.
-    partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+    partial = _hidden(target, "partial")
     lock = None
     try:
         while lock is None:
@@ -190,7 +212,7 @@ def _publish(partial: Path, target: Path, overwrite: bool) -> None:
 
 
 def _publish_in_steps(partial: Path, target: Path, replace: bool) -> None:
-    aside = target.parent / f".{target.name}.replaced-{secrets.token_hex(4)}"
+    aside = _hidden(target, "replaced")
     if replace:
         target.rename(aside)
     try:

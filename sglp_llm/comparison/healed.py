@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sglp_llm.calibration import CalibrationSet
+from sglp_llm.checkpoint import remove_folder
 from sglp_llm.comparison.measured import Shortened
 from sglp_llm.errors import UserError
 from sglp_llm.healing.heal import heal
@@ -74,7 +74,7 @@ def trained_after(run: RunOfComparison, row: DecidedRow, recipe: HealingRecipe) 
         chosen = replace(recipe, teacher=str(source.path)) if recipe.distil and recipe.teacher is None else recipe
         work = trained.with_name(f"{trained.name}.healing")
         heal(pruned, trained, recipe=chosen, resume=work.exists(), progress=run.progress, verify=False, overwrite=True)
-        shutil.rmtree(pruned)
+        remove_folder(pruned, trained)
         digest = sha256_of(*sorted(trained.glob("*.safetensors")))[:16]
         return {"digest": digest, "seconds": time.perf_counter() - start}
 

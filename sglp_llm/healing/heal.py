@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from sglp_llm.analysis import software_versions
 from sglp_llm.calibration import TrainingSequences, check_spec, named_text
-from sglp_llm.checkpoint import atomic_folder, check_output
+from sglp_llm.checkpoint import atomic_folder, check_output, remove_folder
 from sglp_llm.checkpoint.lock import lock_beside, only_run
 from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError, disk_of
@@ -125,7 +124,7 @@ def heal(
         record = _record(models, sequences, held_out, recipe, trained, training)
         if training.best_step == 0:
             if processes.is_main:
-                shutil.rmtree(work, ignore_errors=True)  # going on would end in the same way
+                remove_folder(work, output)  # going on would end in the same way
             reason = training.stopped or "the held-out loss never fell"
             raise NotTrained(
                 f"healing made nothing better ({reason}): lower learning_rate, or give other text; nothing is written"
@@ -152,7 +151,7 @@ def heal(
                     found = verify_checkpoint(folder, expected, models.dtype, decoder.input_device, streamed=narrow)
                     verification = asdict(found)
             written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix == ".safetensors")
-        shutil.rmtree(work, ignore_errors=True)
+        remove_folder(work, output)
         return HealReport(str(output), record, training.log, written, verification, seconds)
 
 

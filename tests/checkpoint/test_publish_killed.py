@@ -6,16 +6,19 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT
 
-from sglp_llm.checkpoint import atomic_folder
+from sglp_llm.checkpoint import atomic_folder, remove_folder
 from sglp_llm.tensor_files import read_index
 
 Content = dict[str, str]
@@ -105,3 +108,61 @@ def test_kill_at_every_kind_of_step(
         seed = None
     assert (json.loads((output / "config.json").read_text())["seed"] if output.exists() else None) == seed
     check_after_kill(two_models, output)
+
+
+FILES = [f"checkpoint-{n}/{name}" for n in range(2) for name in ("weights", "state")]
+
+
+def worked_in(folder: Path) -> Path:
+    """A folder as a run leaves it that has written ``output``."""
+    for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def removed_until(step: int, number: int) -> Callable[..., None]:
+    """`shutil.rmtree` that removes so many files, and is then sent a signal."""
+    rmtree = shutil.rmtree
+
+    def remove(folder: Path, **options: Any) -> None:
+        for file in sorted(file for file in folder.rglob("*") if file.is_file())[:step]:
+            file.unlink()
+        shutil.rmtree = rmtree
+        os.kill(os.getpid(), number)
+        rmtree(folder, **options)
+
+    return remove
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_no_half_folder_is_left_by_a_kill_while_it_is_removed(step: int, tmp_path: Path) -> None:
+    work, output = worked_in(tmp_path / "output.healing"), tmp_path / "output"
+    child = os.fork()
+    if child == 0:
+        shutil.rmtree = removed_until(step, signal.SIGKILL)
+        remove_folder(work, output)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not work.exists()
+    (left,) = tmp_path.iterdir()
+    assert len([file for file in left.rglob("*") if file.is_file()]) == len(FILES) - step
+    with atomic_folder(output):
+        pass
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_nothing_is_left_by_an_interruption_while_a_folder_is_removed(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = worked_in(tmp_path / "output.healing")
+    monkeypatch.setattr(shutil, "rmtree", removed_until(step, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        remove_folder(work, tmp_path / "output")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_need_not_be_removed(tmp_path: Path) -> None:
+    remove_folder(tmp_path / "output.healing", tmp_path / "output")
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""SIGKILL, SIGTERM and SIGINT at moments of every command that writes: the result is whole or what was there before.
+"""SIGKILL, SIGTERM, SIGINT and SIGHUP at moments of every command that writes: the result is whole or what was there before.
 
 Without the variable FAULTS a few moments are tried; ``make faults`` sets it to ``every``, and a number tries so many.
 """
@@ -7,26 +7,33 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from faulty_runs import LONG_RUNS, RUNS, Run, marked
-from forked import Server, hidden
+from forked import SURVIVED, Server, hidden
 
 FAULTS = os.environ.get("FAULTS")
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def moments_of(total: int) -> list[tuple[int, signal.Signals]]:
     """Pairs of a moment and a signal, spread over a run; or as many as FAULTS says, with the signals in turn."""
     if FAULTS is None:
-        return [(1 + total // 3, signal.SIGKILL), (total - total // 4, SIGNALS[1 + total % 2])]
+        return [(1 + total // 3, signal.SIGKILL), (total - total // 4, SIGNALS[1 + total % 3])]
     tried = total if FAULTS == "every" else min(total, int(FAULTS))
-    return [(1 + number * total // tried, SIGNALS[number % 3]) for number in range(tried)]
+    return [(1 + number * total // tried, SIGNALS[number % len(SIGNALS)]) for number in range(tried)]
 
 
 @pytest.mark.parametrize("run", marked(RUNS + LONG_RUNS), ids=str)
-def test_whole_or_nothing(run: Run, places: dict[str, Path], server: Server, tmp_path: Path) -> None:
+def test_whole_or_nothing(
+    run: Run,
+    places: dict[str, Path],
+    server: Server,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
     undisturbed = run.prepare(places, tmp_path / "undisturbed")
     old = run.result(undisturbed)
     ended = server.run(undisturbed, *run.arguments(places, undisturbed))
@@ -54,3 +61,4 @@ def test_whole_or_nothing(run: Run, places: dict[str, Path], server: Server, tmp
         assert run.result(folder) == whole, where
         assert hidden(folder) == [], where
         assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in undisturbed.iterdir())
+        record_property(SURVIVED, (run.name, number.name))

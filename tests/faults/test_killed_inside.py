@@ -11,13 +11,13 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import PLAN, logits, save_tiny
-from forked import Server, serving
+from forked import SURVIVED, Server, serving
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,9 @@ def runs(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_any_time(overwrite: bool, large: Path, runs: Server, tmp_path: Path) -> None:
+def test_killed_at_any_time(
+    overwrite: bool, large: Path, runs: Server, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     plan, new, old = tmp_path / "plan.json", logits(large, skip=(2, 4)), logits(large, skip=(0,))
     plan.write_text(json.dumps(PLAN))
     words = ["prune", large, "-o", "out", "--plan", plan, "--overwrite"]
@@ -79,3 +81,4 @@ def test_killed_at_any_time(overwrite: bool, large: Path, runs: Server, tmp_path
             assert any(torch.equal(found, allowed) for allowed in (new, old))
         assert runs.run(folder, *words).code == 0
         assert list(folder.iterdir()) == [output]
+        record_property(SURVIVED, ("prune over an old output" if overwrite else "prune", signal.SIGALRM.name))

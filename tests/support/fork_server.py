@@ -101,6 +101,7 @@ def _child(request: Request) -> None:
         os.dup2(file, number)
         os.close(file)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     os.chdir(request.folder)
     os.environ.update(request.environment)
     sys.argv = ["sglp-llm", *request.arguments]

@@ -15,6 +15,9 @@ from pathlib import Path
 from fork_server import Request
 from helpers import ROOT
 
+SURVIVED = "survived"
+"""A property of a test, as often as it survived a kill: the command and the signal."""
+
 
 @dataclass(frozen=True)
 class Ended:
