@@ -23,6 +23,7 @@ from sglp_llm.healing.preparing import (
     begin,
     check_batch,
     check_may_be_stored,
+    sequences_of,
     teacher_in_memory,
     teacher_on_disk,
     timed_steps,
@@ -94,6 +95,7 @@ def heal(
                 held.enter_context(only_run(lock_beside(output), output))
             recipe = replace(recipe, data=named_text(recipe.data))
             check_healing(recipe, processes)
+            recipe = replace(recipe, sequences=sequences_of(recipe, processes))
             if keep_adapter and recipe.train == "auto":
                 recipe = replace(recipe, train="lora")
             if keep_adapter and recipe.train != "lora":

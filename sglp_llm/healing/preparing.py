@@ -35,16 +35,21 @@ _STEPS_FILE_NAME = "steps"
 _TRAIN_FILE_NAME = "train"
 
 
+def sequences_of(recipe: HealingRecipe, processes: Processes) -> int:
+    """Sequences of one step: the recipe's, and at least one for every process."""
+    return max(recipe.sequences, processes.count)
+
+
 def check_batch(recipe: HealingRecipe, processes: Processes) -> None:
     """Refuses, before any work is done, a step that cannot be divided into equal batches.
 
     Raises:
         UserError: It cannot.
     """
-    each = least_batch(recipe) * processes.count
-    if recipe.sequences % each:
+    each, sequences = least_batch(recipe) * processes.count, sequences_of(recipe, processes)
+    if sequences % each:
         raise UserError(
-            f"sequences: the {recipe.sequences} of a step are not a multiple of {processes.count} processes x "
+            f"sequences: the {sequences} of a step are not a multiple of {processes.count} processes x "
             f"batch_size {least_batch(recipe)}"
         )
 

@@ -23,7 +23,7 @@ _POSITIVE = (
     "patience",
     *("seam_layers", "last_layers", "lora_rank", "lora_alpha", "prompt_tokens", "shortest"),
 )
-_RATES = {"auto": 1e-4, "full": 1e-4, "partial": 3e-4, "seam": 5e-4, "lora": 1e-3}
+_RATES = {"auto": 2e-4, "full": 2e-4, "partial": 3e-4, "seam": 5e-4, "lora": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class HealingRecipe:
         top_k: Use the teacher's ``top_k`` most likely tokens, and one bucket for the rest; none = all logits.
         store: Whether the teacher's top-k is computed beforehand and read from disk, so that the teacher is not in memory while
             the student is trained; none = where both are predicted not to fit.
-        learning_rate: Peak of AdamW's rate; none = as ``train`` needs it (full 1e-4, partial 3e-4, seam 5e-4, lora 1e-3).
+        learning_rate: Peak of AdamW's rate; none = as ``train`` needs it (full 2e-4, partial 3e-4, seam 5e-4, lora 1e-3).
         schedule: How the rate falls.
         final_rate: Share of the peak at which it ends.
         warmup_steps: Steps in which it rises.

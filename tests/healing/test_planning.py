@@ -14,12 +14,14 @@ from sglp_llm.errors import UserError
 from sglp_llm.healing import planning
 from sglp_llm.healing.opening import HealingModels
 from sglp_llm.healing.planning import batch_that_runs, footprint
+from sglp_llm.healing.preparing import check_batch, sequences_of
 from sglp_llm.healing.trained import count_trained
 from sglp_llm.memory import FreeMemory
 from sglp_llm.memory.peaks import USABLE
 from sglp_llm.models.opened import OpenedModel
 from sglp_llm.plan import plan_from_indices
 from sglp_llm.plan.healing_recipe import HealingRecipe
+from sglp_llm.processes import Processes
 
 
 def attempts(fits: int, error: Exception) -> tuple[list[int], object]:
@@ -31,6 +33,23 @@ def attempts(fits: int, error: Exception) -> tuple[list[int], object]:
             raise error
 
     return tried, attempt
+
+
+class Many(Processes):
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+
+@pytest.mark.parametrize(("sequences", "count", "expected"), [(4, 1, 4), (4, 2, 4), (2, 8, 8), (1, 3, 3)])
+def test_a_step_has_a_sequence_for_every_process(sequences: int, count: int, expected: int) -> None:
+    recipe = HealingRecipe(sequences=sequences)
+    check_batch(recipe, Many(count))
+    assert sequences_of(recipe, Many(count)) == expected
+
+
+def test_a_step_is_divided_evenly() -> None:
+    with pytest.raises(UserError, match="the 4 of a step are not a multiple of 3 processes x batch_size 1"):
+        check_batch(HealingRecipe(sequences=4), Many(3))
 
 
 @pytest.mark.parametrize(("fits", "expected"), [(12, 12), (7, 6), (5, 4), (1, 1)])

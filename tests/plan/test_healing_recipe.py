@@ -32,7 +32,7 @@ def test_a_new_length_replaces_the_old_one() -> None:
     assert recipe.with_changes(tokens=None) == recipe
 
 
-@pytest.mark.parametrize(("train", "rate"), [("full", 1e-4), ("partial", 3e-4), ("seam", 5e-4), ("lora", 1e-3)])
+@pytest.mark.parametrize(("train", "rate"), [("full", 2e-4), ("partial", 3e-4), ("seam", 5e-4), ("lora", 1e-3)])
 def test_the_rate_depends_on_what_is_trained(train: str, rate: float) -> None:
     assert healing_recipe_from_dict({"train": train}).peak_rate == rate
     assert healing_recipe_from_dict({"train": train, "learning_rate": 0.5}).peak_rate == 0.5
