@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from checkpoints import run_cli
 from command_lines import program
 from huggingface_hub import constants
 from local_hub import LocalHub
+from packaging.requirements import Requirement
 
 
 def test_what_is_there(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -20,7 +21,8 @@ def test_what_is_there(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "sglp-llm" / "kept").write_bytes(b"12345")
     found = json.loads(run_cli("doctor", "--json").out)
     assert found["versions"]["torch"]["version"] == version("torch")
-    assert found["versions"]["peft"] == {"version": version("peft"), "wanted": ">=0.18 (extra heal)", "fits": True}
+    wanted = next(Requirement(line).specifier for line in requires("sglp-llm") or () if line.startswith("peft"))
+    assert found["versions"]["peft"] == {"version": version("peft"), "wanted": f"{wanted} (extra heal)", "fits": True}
     first = found["devices"][0]
     assert (first["device"], first["dtypes"][0]) == ("cpu", "float32")
     assert len(found["devices"]) == 1 + torch.cuda.device_count() + torch.backends.mps.is_available()
