@@ -47,6 +47,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {name!r}{suggestion} Known: {', '.join(names)}")
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust met what it does not expect; Python sees that as no `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
 def one_line(message: str) -> str:
     """The message as one line of at most `MOST_CHARACTERS`, without what a terminal would take for a command.
 

@@ -27,7 +27,7 @@ from sglp_llm.checkpoint.verify import expected_logits, verify_checkpoint
 from sglp_llm.errors import UserError
 from sglp_llm.evaluation.judge import open_judge
 from sglp_llm.evaluation.latency import measure_decode
-from sglp_llm.healing.heal import check_healing, heal
+from sglp_llm.healing.heal import check_healing, check_training_text, heal
 from sglp_llm.healing.preparing import work_folder_of
 from sglp_llm.healing.reading import NotTrained
 from sglp_llm.models.opened import OpenedModel
@@ -241,11 +241,14 @@ def _prune(
                 on_forecast=on_forecast,
                 progress=progress,
             )
+        else:
+            raise UserError("how much to remove? Give a ratio, a number of layers to drop, a target, or a plan")
+        if recipe.healing is not None:
+            check_training_text(recipe.healing, found.model.tokenizer)
+        if plan is None:
             with timed(seconds, "analysis"):
                 analysis = _analysed(found, recipe, progress, processes)
             plan = analysis.plan
-        else:
-            raise UserError("how much to remove? Give a ratio, a number of layers to drop, a target, or a plan")
         opened = found.model
         plan = replace(plan, replaced=as_stored(opened.config, opened.source, plan.replaced))
     notes: list[str] = []

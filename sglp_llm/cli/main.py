@@ -31,7 +31,7 @@ from sglp_llm.cli.verbs.prune import prune
 from sglp_llm.cli.verbs.push import push
 from sglp_llm.cli.verbs.replan import replan
 from sglp_llm.cli.verbs.report import report
-from sglp_llm.errors import UserError, one_line
+from sglp_llm.errors import UserError, is_panic, one_line
 from sglp_llm.processes import process_count, process_index
 from sglp_llm.version import __version__
 
@@ -173,8 +173,8 @@ def _run() -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = _BY_SIGNAL + (_received[0] if _received else signal.SIGINT)
         return code if process_index() > 0 else _fail("interrupted", code)
-    except Exception as error:
-        if os.environ.get("SGLP_LLM_TRACEBACK"):
+    except BaseException as error:
+        if os.environ.get("SGLP_LLM_TRACEBACK") or not (isinstance(error, Exception) or is_panic(error)):
             raise
         if isinstance(error, OSError) and error.errno in _OF_NAMES:
             return _fail(f"{error.filename}: cannot be used ({error.strerror})", 2)
@@ -187,13 +187,13 @@ def _run() -> int:
         return _fail(str(error) or _WITHOUT_WORDS.get(type(error), type(error).__name__), 1)
 
 
-def _is_expected(error: Exception) -> bool:
+def _is_expected(error: BaseException) -> bool:
     """Whether one line of message suffices: for failures of disk, network and memory, and of our own checks."""
     known = {"UploadError", "VerificationError", "OutOfMemoryError"}
     return isinstance(error, OSError | MemoryError) or type(error).__name__ in known or _ALLOCATION in str(error)
 
 
-def _foreign(error: Exception) -> str | None:
+def _foreign(error: BaseException) -> str | None:
     """The library that raised an error of its own about a checkpoint, a text or a task; ``None`` where it was our code.
 
     What a file may say to them is theirs to know: a configuration that loads can still name an activation that is a number.

@@ -357,12 +357,12 @@ def _options(given: list[str]) -> dict[str, dict[str, Any]]:
         if match is None:
             raise UserError(f"--option {text!r} is not of the form CRITERION.KEY=VALUE")
         name, key, value = match.groups()
-        options.setdefault(name, {})[key] = _number(value)
+        options.setdefault(name, {})[key] = number_or_word(value)
     return options
 
 
-def _number(text: str) -> int | float | str:
-    """The text as a number where it is one."""
+def number_or_word(text: str) -> int | float | str:
+    """The text as a number where it is one of no more digits than anything has."""
     if re.fullmatch("-?[0-9]{1,18}", text):
         return int(text)
     return float(text) if re.fullmatch(r"-?[0-9]{1,18}\.[0-9]{1,18}", text) else text

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from sglp_llm.analysis import software_versions
 from sglp_llm.calibration import TrainingSequences, check_spec, named_text
@@ -31,7 +32,7 @@ from sglp_llm.healing.preparing import (
     work_folder,
     work_folder_of,
 )
-from sglp_llm.healing.reading import NotTrained, read_text
+from sglp_llm.healing.reading import NotTrained, check_text, read_text
 from sglp_llm.healing.trained import Trained, check_peft, make_trainable
 from sglp_llm.healing.training import train
 from sglp_llm.healing.writing import export, write_papers
@@ -85,9 +86,7 @@ def heal(
     """
     output = Path(output).expanduser()
     seconds: dict[str, float] = {}
-    recipe = (recipe or HealingRecipe()).with_changes(**settings)
-    if recipe.tokens is recipe.minutes is recipe.epochs is None:
-        recipe = replace(recipe, tokens=DEFAULT_TOKENS)
+    recipe = _with_length((recipe or HealingRecipe()).with_changes(**settings))
     with ExitStack() as held:
         with processes.failing_together(), disk_of(work_folder_of(output)), ExitStack() as files:
             check_output(output, overwrite)
@@ -155,6 +154,22 @@ def heal(
             written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix == ".safetensors")
         remove_folder(work, output)
         return HealReport(str(output), record, training.log, written, verification, seconds)
+
+
+def _with_length(recipe: HealingRecipe) -> HealingRecipe:
+    """The recipe, with the default number of tokens where it does not say when training ends."""
+    if recipe.tokens is recipe.minutes is recipe.epochs is None:
+        return replace(recipe, tokens=DEFAULT_TOKENS)
+    return recipe
+
+
+def check_training_text(recipe: HealingRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses too little text before any work is done, where what is needed can be known.
+
+    Raises:
+        UserError: There is less than the recipe asks for.
+    """
+    check_text(replace(_with_length(recipe), data=named_text(recipe.data)), tokenizer)
 
 
 def check_healing(recipe: HealingRecipe, processes: Processes = ALONE) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from sglp_llm.analysis.opening import self_file
 from sglp_llm.calibration import TrainingSequences, calibration_set, mixture, training_sequences
@@ -42,11 +43,10 @@ def read_text(
     """
     if recipe.answers == "teacher":
         _check_answered(models, recipe)
-    step_tokens = recipe.sequences * recipe.seq_len
     if steps is None and recipe.tokens is not None:
-        steps = max(1, round(recipe.tokens / step_tokens))
+        steps = _steps(recipe, recipe.tokens)
     wanted = None if steps is None else steps * recipe.sequences
-    held = None if wanted is None else max(1, min(_MOST_HELD_OUT, round(recipe.held_out * wanted)))
+    held = None if wanted is None else _held_out(recipe, wanted)
     number = None if wanted is None or held is None else wanted + held
     data, label = recipe.data, None
     if recipe.answers == "teacher":
@@ -71,7 +71,7 @@ def read_text(
     models.student.check_tokens(sequences.input_ids)
     count = len(sequences.input_ids)
     if held is None:
-        held = max(1, min(_MOST_HELD_OUT, round(recipe.held_out * count)))
+        held = _held_out(recipe, count)
     if count - held < 1:
         raise NotTrained(
             f"{sequences.source}: {count} sequences of {recipe.seq_len} tokens are too few to hold one out"
@@ -82,6 +82,28 @@ def read_text(
         assert recipe.epochs is not None
         steps = max(1, round(recipe.epochs * (count - held) / recipe.sequences))
     return replace(sequences, source=label or sequences.source), range(count - held, count), steps
+
+
+def check_text(recipe: HealingRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Reads as much text as the recipe needs, where that is known without the models.
+
+    Raises:
+        UserError: There is less of it.
+    """
+    written = recipe.answers == "teacher" or any(portion.source == SELF for portion in mixture(recipe.data))
+    if recipe.tokens is None or recipe.repeat or written:
+        return
+    wanted = _steps(recipe, recipe.tokens) * recipe.sequences
+    tokens = (wanted + _held_out(recipe, wanted)) * recipe.seq_len
+    training_sequences(tokenizer, recipe.data, tokens=tokens, seq_len=recipe.seq_len, seed=recipe.seed)
+
+
+def _steps(recipe: HealingRecipe, tokens: int) -> int:
+    return max(1, round(tokens / (recipe.sequences * recipe.seq_len)))
+
+
+def _held_out(recipe: HealingRecipe, sequences: int) -> int:
+    return max(1, min(_MOST_HELD_OUT, round(recipe.held_out * sequences)))
 
 
 def _less_text(recipe: HealingRecipe, sequences: int | None) -> list[int | None]:

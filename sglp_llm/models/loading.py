@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from sglp_llm.adapters import DecoderAdapter, adapter_of, auto_class, text_config
 from sglp_llm.adapters.structure.empty import without_weights
-from sglp_llm.errors import UserError
+from sglp_llm.errors import UserError, is_panic
 from sglp_llm.models.devices import own_device
 from sglp_llm.models.hub import download
 from sglp_llm.models.layer_weights import LayerWeights
@@ -295,7 +295,9 @@ def _tokenizer(folder: Path, name: str, **options: str) -> Any:
         tokenizer("a")  # some damage is seen on the first use
     except UserError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{name}: the tokenizer needs remote code (auto_map), which is not run: name another one with --tokenizer, "
@@ -321,5 +323,5 @@ def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -58,6 +58,7 @@ def test_text_that_is_seen_again(original: Path, tmp_path: Path) -> None:
     few = RECIPE.with_changes(calibration=f"text:{tmp_path / 'few.txt'}", samples=2)
     with pytest.raises(UserError, match="ask for fewer tokens"):
         prune(original, tmp_path / "out", recipe=few)
+    assert [path.name for path in tmp_path.iterdir()] == ["few.txt"]  # seen before anything was pruned
     report = prune(original, tmp_path / "out", recipe=few.with_changes(heal={"repeat": True}), overwrite=True)
     assert report.healing is not None
     record = report.healing.record

@@ -265,6 +265,24 @@ def test_bombs(source: Path, tmp_path: Path, form: str, filling: bytes, monkeypa
     assert attempt("analyze", source, "--drop", "1", "--criterion", "bi", *options, inputs=tmp_path) in (0, 2)
 
 
+def test_a_tokenizer_whose_library_panics(source: Path, tmp_path: Path) -> None:
+    """An error of Rust is no `Exception`: a template names a token that is not there."""
+    folder = copied(source, tmp_path / "in" / "model")
+    file = folder / "tokenizer.json"
+    parts = [{"SpecialToken": {"id": "<x>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    processor = {"type": "TemplateProcessing", "single": parts, "pair": [], "special_tokens": {}}
+    file.write_bytes(as_json({**json.loads(file.read_text()), "post_processor": processor}))
+    message = said("prune", folder, "--plan", "2,4", *SMALL[:2], *RESIDENT, "-o", tmp_path / "out")
+    assert "cannot load the tokenizer (PanicException: no entry found for key)" in message
+
+
+@pytest.mark.parametrize("verb", ["eval", "heal"])
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_batch_sizes_of_many_digits(source: Path, tmp_path: Path, verb: str, digits: int) -> None:
+    options = ("-o", tmp_path / "out", "--data", SMALL[1]) if verb == "heal" else ("--data", SMALL[1])
+    assert "batch" in said(verb, source, "--batch-size", "9" * digits, *options)
+
+
 def test_messages_are_bounded_and_printable() -> None:
     long = one_line(f"FILE: \x1b[31m\u202e{'x' * 300_000}: say y instead")
     assert len(long) <= 280

@@ -132,7 +132,10 @@ def test_prune(source: Path, chosen: list[str], verb: str) -> None:
             attempt("plan-memory", source, *chosen, *size, inputs=source)
             return
         engine = () if "--engine" in names else ("--engine", "resident")
-        attempt("prune", source, *chosen, *size, *text, *engine, "--output", output, inputs=source, output=output)
+        named = [Path(word.partition("=")[2]) for word in chosen if word.startswith("--journal=")]
+        journal = place.joinpath(*named[0].parts[:1]) if named else None
+        options_ = (*chosen, *size, *text, *engine, "--output", output)
+        attempt("prune", source, *options_, inputs=source, output=output, journal=journal)
 
 
 OTHER_VERBS = {

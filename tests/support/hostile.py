@@ -128,7 +128,13 @@ def message(outcome: Outcome) -> str:
     return said
 
 
-def attempt(*arguments: object, inputs: Path, output: Path | None = None, codes: tuple[int, ...] = (0, 2)) -> int:
+def attempt(
+    *arguments: object,
+    inputs: Path,
+    output: Path | None = None,
+    codes: tuple[int, ...] = (0, 2),
+    journal: Path | None = None,
+) -> int:
     """Runs a command on hostile inputs, and checks how it ends.
 
     Args:
@@ -137,6 +143,7 @@ def attempt(*arguments: object, inputs: Path, output: Path | None = None, codes:
         output: What the command may write. It must be there whole after exit code 0, and not at all otherwise. Nothing may
             be beside it.
         codes: The exit codes that it may end with; 1 stands for a failure of ours.
+        journal: A file beside the output that the command was told to keep.
 
     Returns:
         The exit code.
@@ -160,7 +167,7 @@ def attempt(*arguments: object, inputs: Path, output: Path | None = None, codes:
     assert state(inputs) == before, shown
     if output is not None:
         assert beside is not None
-        left = set(output.parent.iterdir()) - beside
+        left = set(output.parent.iterdir()) - beside - {journal}
         assert left == ({output} if outcome.code == 0 else set()), (shown, left)
     return outcome.code
 

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from sglp_llm.cli import completion, panels
-from sglp_llm.cli.options import DeviceMap, Engine, Json, Quiet, RequiredModel, Revision, Scratch, recipe_of
+from sglp_llm.cli.options import (
+    DeviceMap,
+    Engine,
+    Json,
+    Quiet,
+    RequiredModel,
+    Revision,
+    Scratch,
+    number_or_word,
+    recipe_of,
+)
 from sglp_llm.cli.quiet import prepare
 from sglp_llm.cli.recording import Record, RecordingFolder, folder_to_record
 from sglp_llm.errors import UserError
@@ -116,7 +126,8 @@ def evaluate(
         if arguments[name] is not None:
             other = "is about perplexity: leave it out" if in_tasks else "is about tasks: give --suite or --tasks too"
             raise UserError(f"--{name.replace('_', '-')} {other}")
-    number = int(batch_size) if batch_size.isdecimal() else batch_size
+    given = number_or_word(batch_size)
+    number = given if isinstance(given, int) else batch_size
     console = prepare(quiet)
     settings: dict[str, Any] = {"dtype": dtype, "revision": revision, "device_map": device_map}
     # For the memory prediction: an evaluation takes what an analysis of hidden states alone takes.

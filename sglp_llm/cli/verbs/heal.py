@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sglp_llm.cli import completion, panels
-from sglp_llm.cli.options import Json, Overwrite, Private, PushToHub, Quiet, Scratch, healing_recipe_of
+from sglp_llm.cli.options import Json, Overwrite, Private, PushToHub, Quiet, Scratch, healing_recipe_of, number_or_word
 from sglp_llm.cli.pushing import check_push, push_finished
 from sglp_llm.cli.quiet import prepare, say
 from sglp_llm.errors import UserError
@@ -297,8 +297,7 @@ def heal(
     with processes.failing_together():
         check_push(push_to_hub, private)
         settings: dict[str, Any] = {name: arguments[name] for name in _SETTINGS.split()}
-        if batch_size is not None and batch_size.isdecimal():
-            settings["batch_size"] = int(batch_size)
+        settings["batch_size"] = batch_size and number_or_word(batch_size)
         chosen = healing_recipe_of(recipe, tokens, " ".join(data) if data else None, settings)
     report = heal(
         model,
