@@ -97,7 +97,9 @@ def options_named(message: str, parameters: list[Any], given: dict[str, Any]) ->
         value = given.get(parameter.name)
         is_given = value is not None and value is not False and value != parameter.default
         named = re.search(rf"\b{re.escape(parameter.name)}\b", message) is not None
-        texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        # Of a path, Typer before 0.29 has the text here; a file's name may be any word of the message.
+        is_path = getattr(getattr(parameter, "type", None), "name", "") == "path"
+        texts = [] if is_path else [value] if isinstance(value, str) else value if isinstance(value, list) else []
         quoted = is_given and any(
             len(text) > 2 and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", message) for text in texts
         )
