@@ -35,6 +35,7 @@ from sglp_llm.models.opened import OpenedModel
 
 SHAPE = Shape(24, 1536, 6144, 49152, 12, 12)
 GB = 1e9
+PARTS = ("memory", "time")
 
 
 def peak_of(arguments: list[str]) -> tuple[float, float]:
@@ -131,9 +132,7 @@ def compare_time(source: Path, calibration: CalibrationSet, scratch: Path, pairs
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "parts", nargs="*", choices=["memory", "time"], default=["memory", "time"], help="default: both"
-    )
+    parser.add_argument("parts", nargs="*", choices=PARTS, help="default: both")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=3)
@@ -147,9 +146,10 @@ def main() -> None:
         tokenizer = OpenedModel(str(fetch())).tokenizer
         tokenizer.save_pretrained(source)
         print(f"{describe()}; {total / GB:.2f} GB float32, {options.samples} x {options.seq_len} tokens")
-        if "memory" in options.parts:
+        parts = options.parts or PARTS
+        if "memory" in parts:
             compare_memory(source, Path(name), options.samples, options.seq_len)
-        if "time" in options.parts:
+        if "time" in parts:
             text = calibration_set(tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
             compare_time(source, text, scratch, options.pairs)
 

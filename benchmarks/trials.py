@@ -31,6 +31,7 @@ from sglp_llm.models.opened import OpenedModel
 from sglp_llm.trials import Trials
 
 Timed = tuple[float, list[float]]
+CRITERIA = ("ppl", "sleb")
 
 
 @torch.inference_mode()
@@ -108,12 +109,13 @@ def small_head() -> DecoderModel:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("criteria", nargs="*", choices=["ppl", "sleb"], default=["ppl", "sleb"], help="default: both")
+    parser.add_argument("criteria", nargs="*", choices=CRITERIA, help="default: both")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--removals", type=int, default=6)
     options = parser.parse_args()
+    options.criteria = options.criteria or CRITERIA
     opened = OpenedModel(str(fetch()), dtype="float32")
     text = calibration_set(opened.tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
     model, small = opened.load(), small_head()
