@@ -4,7 +4,7 @@ A random float32 Llama of 4.23 GB is pruned by `sglp-llm prune` in a process of 
 process's (`ru_maxrss`, what `/usr/bin/time -v` prints). Then both engines and plain transformers (forward and backward, every
 weight requiring its gradient) alternate in one process, the files in the page cache.
 
-    python benchmarks/streamed.py [memory] [time] [--samples 8] [--seq-len 128] [--pairs 3] [--folder WHERE]
+    python benchmarks/streamed.py [memory|time] [--samples 8] [--seq-len 128] [--pairs 3] [--folder WHERE]
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from sglp_llm.models.opened import OpenedModel
 
 SHAPE = Shape(24, 1536, 6144, 49152, 12, 12)
 GB = 1e9
-PARTS = ("memory", "time")
 
 
 def peak_of(arguments: list[str]) -> tuple[float, float]:
@@ -132,7 +131,7 @@ def compare_time(source: Path, calibration: CalibrationSet, scratch: Path, pairs
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=PARTS, help="default: both")
+    parser.add_argument("part", nargs="?", choices=("memory", "time"), help="default: both")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=3)
@@ -146,10 +145,9 @@ def main() -> None:
         tokenizer = OpenedModel(str(fetch())).tokenizer
         tokenizer.save_pretrained(source)
         print(f"{describe()}; {total / GB:.2f} GB float32, {options.samples} x {options.seq_len} tokens")
-        parts = options.parts or PARTS
-        if "memory" in parts:
+        if options.part != "time":
             compare_memory(source, Path(name), options.samples, options.seq_len)
-        if "time" in parts:
+        if options.part != "memory":
             text = calibration_set(tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
             compare_time(source, text, scratch, options.pairs)
 

