@@ -425,10 +425,12 @@ def healing_settings(heal: bool | None, name: str | None, tokens: str | None) ->
     """
     if name is None and tokens is None:
         return heal
-    from sglp_llm.plan.healing_recipe import healing_changes
+    from sglp_llm.plan.healing_recipe import SHARED, HealingRecipe, healing_changes
     from sglp_llm.sizes import parse_count
 
     own = {} if name is None else healing_recipe_of(name, None, None).to_dict()
+    default = HealingRecipe().to_dict()
+    own = {key: value for key, value in own.items() if key not in SHARED or value != default.get(key)}
     return healing_changes(own, {} if tokens is None else {"tokens": parse_count(tokens)})
 
 

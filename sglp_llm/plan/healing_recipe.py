@@ -16,6 +16,9 @@ HEALING_FILE_NAME = "sglp_healing.json"
 LOG_FILE_NAME = "train_log.jsonl"
 HEALING_RECIPE_FILE_NAME = "sglp_healing_recipe.yaml"
 
+SHARED = ("data", "seed", "engine", "scratch")
+"""What the training after a removal takes from the removal's recipe, unless its own says otherwise."""
+
 _LENGTHS = ("tokens", "minutes", "epochs")
 _POSITIVE = (
     *_LENGTHS,

@@ -75,12 +75,14 @@ def test_a_live_model_has_no_original_to_learn_from(tmp_path: Path) -> None:
 
 
 def test_what_it_costs_is_said_before(original: Path, tmp_path: Path) -> None:
-    options = ("--calibration", TEXT, "--samples", 4, "--seq-len", 16, "--drop", 2, "--heal-tokens", 128)
-    (tmp_path / "heal.yaml").write_text(json.dumps({**HEAL, "data": TEXT}))
+    options = ("--calibration", TEXT, "--samples", 4, "--seq-len", 16, "--drop", 2, "--heal-tokens", 128, "--seed", 5)
+    (tmp_path / "heal.yaml").write_text(json.dumps(HEAL))
     more = ("--criterion", "bi", "--heal-recipe", tmp_path / "heal.yaml")
     outcome = run_cli("prune", original, "-o", tmp_path / "out", *options, *more)
     assert outcome.code == 0, outcome.err
     assert "Cost: 128 training tokens (heal)" in outcome.err
+    trained = json.loads((tmp_path / "out" / "sglp_healing.json").read_text())
+    assert (trained["data"], trained["settings"]["seed"]) == (TEXT, 5)  # the removal's, of which the file says nothing
     assert "Divergence" in outcome.out
     assert outcome.out.count("Written") == 1
     load_plain(tmp_path / "out")
