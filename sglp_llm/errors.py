@@ -47,9 +47,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {name!r}{suggestion} Known: {', '.join(names)}")
 
 
-def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust met what it does not expect; Python sees that as no `Exception`."""
-    return type(error).__name__ == "PanicException"
+def is_failure(error: BaseException) -> bool:
+    """Whether it is an `Exception`, or the panic of a library in Rust, which is none; not an interruption or an exit."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def one_line(message: str) -> str:

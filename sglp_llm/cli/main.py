@@ -31,7 +31,7 @@ from sglp_llm.cli.verbs.prune import prune
 from sglp_llm.cli.verbs.push import push
 from sglp_llm.cli.verbs.replan import replan
 from sglp_llm.cli.verbs.report import report
-from sglp_llm.errors import UserError, is_panic, one_line
+from sglp_llm.errors import UserError, is_failure, one_line
 from sglp_llm.processes import process_count, process_index
 from sglp_llm.version import __version__
 
@@ -174,7 +174,7 @@ def _run() -> int:
         code = _BY_SIGNAL + (_received[0] if _received else signal.SIGINT)
         return code if process_index() > 0 else _fail("interrupted", code)
     except BaseException as error:
-        if os.environ.get("SGLP_LLM_TRACEBACK") or not (isinstance(error, Exception) or is_panic(error)):
+        if os.environ.get("SGLP_LLM_TRACEBACK") or not is_failure(error):
             raise
         if isinstance(error, OSError) and error.errno in _OF_NAMES:
             return _fail(f"{error.filename}: cannot be used ({error.strerror})", 2)

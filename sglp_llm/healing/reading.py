@@ -90,12 +90,20 @@ def check_text(recipe: HealingRecipe, tokenizer: PreTrainedTokenizerBase) -> Non
     Raises:
         UserError: There is less of it.
     """
-    written = recipe.answers == "teacher" or any(portion.source == SELF for portion in mixture(recipe.data))
-    if recipe.tokens is None or recipe.repeat or written:
+    if recipe.tokens is None or recipe.repeat or _is_written(recipe):
         return
     wanted = _steps(recipe, recipe.tokens) * recipe.sequences
     tokens = (wanted + _held_out(recipe, wanted)) * recipe.seq_len
     training_sequences(tokenizer, recipe.data, tokens=tokens, seq_len=recipe.seq_len, seed=recipe.seed)
+
+
+def _is_written(recipe: HealingRecipe) -> bool:
+    """Whether the original writes some of the text."""
+    return recipe.answers == "teacher" or _has_self(recipe)
+
+
+def _has_self(recipe: HealingRecipe) -> bool:
+    return any(portion.source == SELF for portion in mixture(recipe.data))
 
 
 def _steps(recipe: HealingRecipe, tokens: int) -> int:
@@ -131,7 +139,7 @@ def _fitted_text(models: HealingModels, recipe: HealingRecipe) -> torch.Tensor |
     if settings.get("compensate", NONE) == NONE or settings.get("calibration") != recipe.data:
         return None
     # What a model writes, it would have to write first.
-    if recipe.answers == "teacher" or any(portion.source == SELF for portion in mixture(recipe.data)):
+    if _is_written(recipe):
         return None
     samples, seq_len, seed = (settings.get(name) for name in ("samples", "seq_len", "seed"))
     if not (isinstance(samples, int) and isinstance(seq_len, int) and isinstance(seed, int)):
@@ -176,7 +184,7 @@ def _written_text(
     models: HealingModels, recipe: HealingRecipe, sequences: int | None, progress: Progress
 ) -> Path | None:
     """The text that the original writes, where the recipe's data are ``self`` or a mixture with it."""
-    if all(portion.source != SELF for portion in mixture(recipe.data)):
+    if not _has_self(recipe):
         return None
     if models.teacher is None:
         raise UserError(

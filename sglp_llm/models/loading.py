@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from sglp_llm.adapters import DecoderAdapter, adapter_of, auto_class, text_config
 from sglp_llm.adapters.structure.empty import without_weights
-from sglp_llm.errors import UserError, is_panic
+from sglp_llm.errors import UserError, is_failure
 from sglp_llm.models.devices import own_device
 from sglp_llm.models.hub import download
 from sglp_llm.models.layer_weights import LayerWeights
@@ -296,7 +296,7 @@ def _tokenizer(folder: Path, name: str, **options: str) -> Any:
     except UserError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and not is_panic(error):
+        if not is_failure(error):
             raise
         if "trust_remote_code" in str(error):
             raise UserError(
